@@ -1,0 +1,167 @@
+"""From whatever array a caller has to one that is computed on, and back.
+
+A computation runs on NumPy for everything on the CPU, and on CuPy for everything on a CUDA device;
+a CUDA torch tensor stays torch where CuPy is not installed. Conversions share memory (DLPack)
+wherever the dtype allows it. torch and CuPy are never imported for somebody who did not bring them.
+"""
+
+import sys
+from typing import Any
+
+import array_api_compat
+import numpy as np
+import scipy.linalg
+
+Array = Any  # a NumPy, CuPy or torch array
+
+namespace = array_api_compat.array_namespace
+
+
+def native(array: Array, name: str = "array") -> Array:
+    """`array` as it is computed on: NumPy on the CPU, CuPy (or torch) on a CUDA device.
+
+    float32 and float64 share memory with the argument; float16 and bfloat16 become float32, integers
+    float64. TypeError for what is no array or not real.
+    """
+    if array_api_compat.is_torch_array(array):
+        tensor = array.detach()
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and holds no data: load it first")
+        if not tensor.is_floating_point():
+            _require_real(name, complex_=tensor.is_complex())
+            tensor = tensor.double()
+        elif tensor.element_size() < 4:
+            tensor = tensor.float()
+        if tensor.device.type == "cpu":
+            return tensor.numpy()
+        return _to_cupy(tensor)
+    if not (array_api_compat.is_numpy_array(array) or array_api_compat.is_cupy_array(array)):
+        raise TypeError(
+            f"{name} must be a NumPy, CuPy or torch array, got {type(array).__name__}: "
+            "convert it with numpy.asarray first"
+        )
+    if array.dtype.kind != "f":
+        _require_real(name, complex_=array.dtype.kind not in "iub")
+        return array.astype(np.float64)
+    return array.astype(np.float32) if array.dtype.itemsize < 4 else array
+
+
+def _require_real(name: str, complex_: bool) -> None:
+    if complex_:
+        raise TypeError(f"{name} must hold real numbers: pass a floating-point array")
+
+
+def _to_cupy(tensor: Array) -> Array:
+    if tensor.device.type != "cuda":
+        return tensor
+    try:
+        import cupy
+    except ImportError:
+        return tensor
+    return cupy.from_dlpack(tensor)
+
+
+def like(result: Array, original: Array) -> Array:
+    """`result` of a computation as the kind of array, on the device, that `original` is.
+
+    The dtype is that of `result`; see `cast_like` for the dtype too.
+    """
+    if not array_api_compat.is_torch_array(original) or array_api_compat.is_torch_array(result):
+        return result
+    torch = sys.modules["torch"]
+    if array_api_compat.is_numpy_array(result):
+        return torch.from_numpy(np.ascontiguousarray(result)).to(original.device)
+    return torch.from_dlpack(result)
+
+
+def cast_like(result: Array, original: Array) -> Array:
+    """`result` as the kind, device and, where `original` is floating, the dtype of `original`."""
+    converted = like(result, original)
+    if array_api_compat.is_torch_array(original):
+        return converted.to(original.dtype) if original.is_floating_point() else converted
+    return converted.astype(original.dtype) if original.dtype.kind == "f" else converted
+
+
+def is_numpy(array: Array) -> bool:
+    return array_api_compat.is_numpy_array(array)
+
+
+def as_dtype(array: Array, dtype: str) -> Array:
+    """`array` in "float32" or "float64", without a copy where it is that already."""
+    xp = namespace(array)
+    return xp.astype(array, getattr(xp, dtype), copy=False)
+
+
+def dtype_name(array: Array) -> str:
+    """ "float32" or "float64"."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def asarray_like(values: Array, reference: Array) -> Array:
+    """A NumPy array moved to the namespace and device of `reference`."""
+    if is_numpy(reference):
+        return np.asarray(values)
+    xp = namespace(reference)
+    return xp.asarray(values, device=array_api_compat.device(reference))
+
+
+def zeros_like_shape(reference: Array, shape: tuple[int, ...]) -> Array:
+    """Zeros of a shape, in the dtype and on the device of `reference`."""
+    xp = namespace(reference)
+    return xp.zeros(shape, dtype=reference.dtype, device=array_api_compat.device(reference))
+
+
+def contiguous(array: Array) -> Array:
+    """`array` in C order, without a copy where it is that already."""
+    if array_api_compat.is_torch_array(array):
+        return array.contiguous()
+    return namespace(array).asarray(array, order="C")
+
+
+def eye_like(reference: Array, n: int) -> Array:
+    xp = namespace(reference)
+    return xp.eye(n, dtype=reference.dtype, device=array_api_compat.device(reference))
+
+
+def all_finite(array: Array) -> bool:
+    """Whether an array holds neither NaN nor infinity, without a temporary of its size."""
+    xp = namespace(array)
+    if is_numpy(array):  # a sum is not finite if a summand is not; the converse needs the full look
+        with np.errstate(all="ignore"):
+            if np.isfinite(np.sum(array, dtype=np.float64)):
+                return True
+    return bool(xp.all(xp.isfinite(array)))
+
+
+def smallest(scores: Array, k: int) -> Array:
+    """Boolean mask of exactly k smallest entries of each row of `scores` (rows, columns).
+
+    Ties are broken the same way at every call.
+    """
+    xp = namespace(scores)
+    rows, columns = scores.shape
+    if k <= 0:
+        return xp.zeros_like(scores, dtype=xp.bool)
+    if k >= columns:
+        return xp.ones_like(scores, dtype=xp.bool)
+    if array_api_compat.is_torch_array(scores):
+        chosen = scores.topk(k, dim=1, largest=False, sorted=False).indices
+        return xp.zeros_like(scores, dtype=xp.bool).scatter_(1, chosen, True)
+    chosen = xp.argpartition(scores, k - 1, axis=1)[:, :k]
+    mask = xp.zeros_like(scores, dtype=xp.bool)
+    mask[xp.arange(rows)[:, None], chosen] = True
+    return mask
+
+
+def triangular_solve(factor: Array, b: Array, *, lower: bool) -> Array:
+    """X with `factor X = b`, for one triangular matrix or a batch of them."""
+    if is_numpy(factor) and factor.ndim == 2:
+        return scipy.linalg.solve_triangular(factor, b, lower=lower, check_finite=False)
+    xp = namespace(factor)
+    if array_api_compat.is_torch_array(factor):
+        return sys.modules["torch"].linalg.solve_triangular(factor, b, upper=not lower)
+    if factor.ndim == 2:
+        import cupyx.scipy.linalg
+
+        return cupyx.scipy.linalg.solve_triangular(factor, b, lower=lower)
+    return xp.linalg.solve(factor, b)

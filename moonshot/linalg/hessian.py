@@ -1,0 +1,194 @@
+"""RowHessian: one symmetric positive definite matrix per row of a layer, shared plus low rank."""
+
+from functools import cached_property
+
+from moonshot.linalg.backend import (
+    Array,
+    all_finite,
+    as_dtype,
+    contiguous,
+    dtype_name,
+    like,
+    namespace,
+    native,
+)
+from moonshot.linalg.factor import (
+    capacitance,
+    capacitance_solve,
+    cholesky,
+    half_product,
+    inverse_factor,
+)
+
+_SYMMETRY = {"float32": 1e-4, "float64": 1e-9}  # largest |A - A'| accepted, relative to max |A|
+_REFINEMENTS = 10
+
+
+class RowHessian:
+    """`H_i = A + U_i U_i'` for the rows i of a layer, as given: nothing is added to it.
+
+    A: (d, d), symmetric, shared by all rows; kept in float64.
+    U: (m, d, n), the factors of each row, or None for none. A view of memory laid out (n, m, d) is kept
+       without a copy.
+
+    Arrays are NumPy, CuPy or torch; what a method returns is the same kind on the same device.
+    No m x d x d array is ever formed.
+
+    Raises TypeError for what is no real array, ValueError for wrong shapes, NaN, infinity or an asymmetric
+    A. A that is not positive definite raises NotPositiveDefiniteError when a factorisation is first needed.
+    """
+
+    def __init__(self, A: Array, U: Array | None = None):
+        shared = native(A, "A")
+        if shared.ndim != 2 or shared.shape[0] != shared.shape[1] or shared.shape[0] == 0:
+            raise ValueError(f"A must be a square matrix (d, d), got shape {tuple(shared.shape)}")
+        if not all_finite(shared):
+            raise ValueError("A holds NaN or infinity: look at the calibration data it came from")
+        xp = namespace(shared)
+        tolerance = _SYMMETRY[dtype_name(shared)] * float(xp.max(xp.abs(shared)))
+        asymmetry = float(xp.max(xp.abs(shared - shared.T)))
+        if asymmetry > tolerance:
+            raise ValueError(
+                f"A is not symmetric (max |A - A'| = {asymmetry:.3g}): pass (A + A.T) / 2 if that is meant"
+            )
+        shared = as_dtype(shared, "float64")
+        self.A = (shared + shared.T) / 2 if asymmetry else shared
+        self.factors: Array | None = None  # (n, m, d)
+        if U is not None:
+            factors = native(U, "U")
+            if factors.ndim != 3 or factors.shape[1] != self.columns:
+                raise ValueError(
+                    f"U must be (m, d, n) with d = {self.columns}, got shape {tuple(factors.shape)}"
+                )
+            if not all_finite(factors):
+                raise ValueError("U holds NaN or infinity: look at the gradients it came from")
+            if factors.shape[0] == 0:
+                raise ValueError("U has no rows: pass U=None for a Hessian without factors")
+            if factors.shape[2] > 0:
+                if type(factors) is not type(self.A):
+                    raise TypeError("A and U must be on the same device")
+                self.factors = contiguous(namespace(factors).permute_dims(factors, (2, 0, 1)))
+        self._kind = A[:0]
+
+    @property
+    def columns(self) -> int:
+        """d"""
+        return self.A.shape[0]
+
+    @property
+    def rows(self) -> int | None:
+        """m, or None when all rows share A and there may be any number."""
+        return None if self.factors is None else self.factors.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """n, the number of factors of a row."""
+        return 0 if self.factors is None else self.factors.shape[0]
+
+    @cached_property
+    def inverse_factor(self) -> Array:
+        """R (d, d), upper triangular, `A^-1 = R'R`, float64."""
+        return inverse_factor(self.A)
+
+    def matvec(self, V: Array) -> Array:
+        """`H_i v_i` for every row of V (m, d)."""
+        v = self._checked(V)
+        return like(self._matvec(v), V)
+
+    def quadratic(self, V: Array) -> Array:
+        """`v_i' H_i v_i` for every row of V (m, d), shape (m,); never negative."""
+        v = self._checked(V)
+        xp = namespace(v)
+        value = xp.sum((v @ self.A) * v, axis=1)
+        if self.factors is not None:
+            value = value + xp.sum(self._project(v) ** 2, axis=0)
+        return like(xp.maximum(value, xp.zeros_like(value)), V)
+
+    def diagonal(self) -> Array:
+        """Diagonals of the H_i: (m, d), or (1, d) where all rows share them."""
+        xp = namespace(self.A)
+        diagonal = xp.linalg.diagonal(self.A)[None, :]
+        if self.factors is not None:
+            diagonal = diagonal + xp.sum(as_dtype(self.factors, "float64") ** 2, axis=0)
+        return like(diagonal, self._kind)
+
+    def solve(self, B: Array) -> Array:
+        """X (m, d) with `H_i x_i = b_i` for every row of B (m, d).
+
+        Woodbury on the factors of A, then iterative refinement on H itself until the residual no longer
+        shrinks, which makes the backward error small for ill-conditioned A too.
+        """
+        b = self._checked(B)
+        xp = namespace(b)
+        apply_inverse = self._woodbury()
+        best = apply_inverse(b)
+        residual = b - self._matvec(best)
+        error = xp.max(xp.abs(residual), axis=1)
+        for _ in range(_REFINEMENTS):
+            candidate = best + apply_inverse(residual)
+            candidate_residual = b - self._matvec(candidate)
+            candidate_error = xp.max(xp.abs(candidate_residual), axis=1)
+            better = candidate_error < error
+            if not bool(xp.any(better)):
+                break
+            best = xp.where(better[:, None], candidate, best)
+            residual = xp.where(better[:, None], candidate_residual, residual)
+            error = xp.where(better, candidate_error, error)
+        return like(best, B)
+
+    def inverse_diagonal(self) -> Array:
+        """Diagonals of the H_i^-1: (m, d), or (1, d) where all rows share them."""
+        r = self.inverse_factor
+        xp = namespace(r)
+        diagonal = xp.sum(r**2, axis=0)[None, :]
+        if self.factors is not None:
+            p = half_product(as_dtype(self.factors, "float64"), r)
+            lower = cholesky(capacitance(p), "a capacitance matrix")
+            for k in range(p.shape[0]):  # rows of L^-1 P' R, one k at a time: (m, d) each
+                column = p[k] - sum(lower[:, k, j, None] * p[j] for j in range(k)) if k else p[0]
+                p[k] = column / lower[:, k, k, None]
+                diagonal = diagonal - (p[k] @ r) ** 2
+        return like(diagonal, self._kind)
+
+    def row(self, i: int) -> Array:
+        """H_i as a dense (d, d) matrix: the twin that tests compare with."""
+        dense = self.A
+        if self.factors is not None:
+            u = as_dtype(self.factors[:, i, :], "float64")
+            dense = dense + u.T @ u
+        return like(dense, self._kind)
+
+    def _checked(self, V: Array) -> Array:
+        v = native(V, "V")
+        expected = (self.rows if self.rows is not None else "m", self.columns)
+        if v.ndim != 2 or v.shape[1] != self.columns or self.rows not in (None, v.shape[0]):
+            raise ValueError(f"expected an array of shape {expected}, got {tuple(v.shape)}")
+        return as_dtype(v, "float64")
+
+    def _project(self, v: Array) -> Array:
+        """`U_i' v_i` for every row, (n, m), in float64."""
+        xp = namespace(v)
+        return xp.stack([xp.sum(u * v, axis=1) for u in self.factors])  # type: ignore[union-attr]
+
+    def _matvec(self, v: Array) -> Array:
+        product = v @ self.A
+        if self.factors is not None:
+            for u, coefficient in zip(self.factors, self._project(v), strict=True):
+                product = product + u * coefficient[:, None]
+        return product
+
+    def _woodbury(self):
+        """The map B -> H^-1 B as one application of the Woodbury identity."""
+        r = self.inverse_factor
+        if self.factors is None:
+            return lambda b: (b @ r.T) @ r
+        xp = namespace(r)
+        p = half_product(as_dtype(self.factors, "float64"), r)
+        lower = cholesky(capacitance(p), "a capacitance matrix")
+
+        def apply(b: Array) -> Array:
+            y = b @ r.T
+            coefficients = capacitance_solve(lower, xp.sum(p * y[None], axis=2))
+            return (y - xp.sum(p * coefficients[:, :, None], axis=0)) @ r
+
+        return apply

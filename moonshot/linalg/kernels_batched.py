@@ -1,0 +1,101 @@
+"""The sequential sweep's inner loops as batched array operations, for CuPy and torch on a device.
+
+A row's Hessian is `A + U U'`; `A^-1 = R'R` with R upper triangular, `P = R U` with rows p_j. Writing a change of
+the row as `R' z` turns its loss into `|z|^2 + |P' z|^2`, so that columns can be fixed from left to right: with
+T_j = (I + sum_{k >= j} p_k p_k')^-1 and the residual `r = -sum_{k < j} p_k z_k`,
+
+    t_j = T_j p_j     phi_j = 1 - p_j' t_j     mu_j = t_j' r
+
+mu_j is the best z_j if column j is kept, and `value^2 / (R_jj^2 phi_j)` what pruning it costs.
+
+Shapes: a, keep, z, phi (m, d); r (d, d); p (n, m, d); t (m, d, n); residual (m, n). n may be 0.
+"""
+
+from moonshot.linalg.backend import Array, asarray_like, eye_like, namespace, smallest
+
+
+def gains(p: Array) -> tuple[Array, Array]:
+    """t and phi of every column, from the last to the first.
+
+    T_j follows from T_{j+1} by adding p_j p_j', which is stable where the downdate from left to right is
+    not: `u = T_{j+1} p_j`, `phi_j = 1 / (1 + p_j' u)`, `t_j = phi_j u`, `T_j = T_{j+1} - phi_j u u'`.
+    """
+    xp = namespace(p)
+    n, m, d = p.shape
+    columns = xp.permute_dims(p, (2, 1, 0))  # (d, m, n)
+    t = xp.empty_like(columns)
+    phi = xp.empty_like(columns[:, :, 0]) if n else xp.ones_like(p, shape=(d, m))
+    inverse = eye_like(p, n)[None] + xp.zeros_like(p[0, :, :1, None])
+    for j in range(d - 1, -1, -1):
+        u = (inverse @ columns[j][:, :, None])[:, :, 0]
+        phi[j] = 1 / (1 + xp.sum(u * columns[j], axis=1))
+        t[j] = u * phi[j][:, None]
+        inverse = inverse - u[:, :, None] * t[j][:, None, :]
+    return xp.permute_dims(t, (1, 0, 2)), xp.permute_dims(phi, (1, 0))
+
+
+def scores(
+    a: Array, r: Array, p: Array, t: Array, phi: Array, residual: Array, start: int, stop: int
+) -> Array:
+    """What pruning each of the columns start..stop costs when the columns before are fixed, (m, stop - start).
+
+    If every column from here on were kept, their z would be the mu_j found one after the other.
+    """
+    xp = namespace(a)
+    value = a[:, start:stop]
+    if residual.shape[1]:
+        rest, mu = residual, []
+        for j in range(start, stop):
+            mu.append(xp.sum(t[:, j] * rest, axis=1))
+            rest = rest - xp.permute_dims(p[:, :, j], (1, 0)) * mu[-1][:, None]
+        value = value + xp.stack(mu, axis=1) @ r[start:stop, start:stop]
+    pivots = xp.linalg.diagonal(r)[start:stop]
+    return value**2 / (pivots**2 * phi[:, start:stop])
+
+
+def sweep(
+    a: Array,
+    r: Array,
+    p: Array,
+    t: Array,
+    residual: Array,
+    keep: Array,
+    z: Array,
+    start: int,
+    stop: int,
+) -> None:
+    """Fix columns start..stop with the given mask: a, z and residual change in place."""
+    _sweep(a, r, p, t, residual, keep, z, start, stop, stop)
+
+
+def sweep_groups(
+    a: Array,
+    r: Array,
+    p: Array,
+    t: Array,
+    phi: Array,
+    residual: Array,
+    keep: Array,
+    z: Array,
+    start: int,
+    stop: int,
+    kept: int,
+    group: int,
+) -> None:
+    """Fix columns start..stop, keeping the `kept` best of each group as they stand when it is entered."""
+    for first in range(start, stop, group):
+        cost = scores(a, r, p, t, phi, residual, first, first + group)
+        keep[:, first : first + group] = ~smallest(cost, group - kept)
+        _sweep(a, r, p, t, residual, keep, z, first, first + group, stop)
+
+
+def _sweep(a, r, p, t, residual, keep, z, start, stop, last):
+    xp = namespace(a)
+    zero = asarray_like(0.0, a)
+    for j in range(start, stop):
+        mu = xp.sum(t[:, j] * residual, axis=1)
+        step = xp.where(keep[:, j], mu, -a[:, j] / r[j, j])
+        z[:, j] = step
+        residual -= xp.permute_dims(p[:, :, j], (1, 0)) * step[:, None]
+        a[:, j:last] += step[:, None] * r[j, j:last]
+        a[:, j] = xp.where(keep[:, j], a[:, j], xp.astype(zero, a.dtype))

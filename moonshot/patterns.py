@@ -1,0 +1,157 @@
+"""Sparsity patterns: how many weights of a layer are zero, and where they may be.
+
+A pattern turns scores into a mask (`keep`), says how many zeros it promises (`zeros`) and checks a mask
+(`check`). Masks are True where a weight is kept. Another pattern is another class with these methods.
+"""
+
+import re
+from dataclasses import dataclass
+from numbers import Real
+from typing import Protocol, runtime_checkable
+
+from moonshot.linalg.backend import Array, namespace, smallest
+
+
+class PatternError(ValueError):
+    """A pattern that cannot be read, or does not fit the layer it is asked of."""
+
+
+class PatternMismatchError(ValueError):
+    """A mask or a weight that does not have the zeros its pattern promises."""
+
+
+@runtime_checkable
+class Pattern(Protocol):
+    """What a solver asks of a pattern."""
+
+    def validate(self, shape: tuple[int, int]) -> None:
+        """Raise PatternError where a layer of this shape (m, d) cannot have the pattern."""
+
+    def zeros(self, shape: tuple[int, int]) -> int:
+        """The exact number of zeros in a layer of this shape."""
+
+    def keep(self, scores: Array) -> Array:
+        """The mask (m, d) that keeps the largest scores."""
+
+    def check(self, mask: Array) -> None:
+        """Raise PatternMismatchError unless the mask has exactly the zeros promised."""
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """A fraction of zeros anywhere in the layer, or the same fraction in each row.
+
+    sparsity: the fraction of zeros, 0 to 1; the number of zeros is this times the layer's (or the row's)
+    size, rounded to the nearest integer.
+    scope: "layer" or "row".
+    """
+
+    sparsity: float
+    scope: str = "layer"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sparsity, Real) or isinstance(self.sparsity, bool):
+            raise TypeError(f"sparsity must be a number from 0 to 1, got {self.sparsity!r}")
+        if not 0 <= self.sparsity <= 1:
+            raise PatternError(
+                f"sparsity is the fraction of zeros, from 0 to 1, got {self.sparsity!r}; "
+                'write "50%" for a percentage'
+            )
+        if self.scope not in ("layer", "row"):
+            raise PatternError(f'scope must be "layer" or "row", got {self.scope!r}')
+
+    def __str__(self) -> str:
+        return f"{100 * self.sparsity:g}%" + (" per row" if self.scope == "row" else "")
+
+    def validate(self, shape: tuple[int, int]) -> None:
+        """Every layer can have it."""
+
+    def zeros(self, shape: tuple[int, int]) -> int:
+        rows, columns = shape
+        if self.scope == "row":
+            return rows * self.zeros_through(columns, columns)
+        return self.zeros_through(rows * columns, rows * columns)
+
+    def zeros_through(self, part: int, whole: int) -> int:
+        """How many of `whole` weights' zeros fall to the first `part` of them, spread evenly."""
+        return round(round(self.sparsity * whole) * part / whole)
+
+    def keep(self, scores: Array) -> Array:
+        rows, columns = scores.shape
+        if self.scope == "row":
+            return ~smallest(scores, self.zeros((1, columns)))
+        return ~smallest(scores.reshape(1, -1), self.zeros((rows, columns))).reshape(rows, columns)
+
+    def check(self, mask: Array) -> None:
+        xp = namespace(mask)
+        zeros, expected = int(xp.sum(~mask)), self.zeros(mask.shape)
+        if zeros != expected:
+            raise PatternMismatchError(f"{self} promises {expected} zeros, the mask has {zeros}")
+        if self.scope == "row":
+            counts = xp.sum(~mask, axis=1)
+            if int(xp.min(counts)) != int(xp.max(counts)):
+                raise PatternMismatchError(f"{self} promises the same number of zeros in every row")
+
+
+@dataclass(frozen=True)
+class NM:
+    """At most n nonzeros in every m consecutive inputs of a row; "2:4" is NM(2, 4)."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("n", self.n), ("m", self.m)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} of an N:M pattern must be an integer, got {value!r}")
+        if not (0 <= self.n <= self.m and self.m >= 1):
+            raise PatternError(
+                f"N:M keeps n of every m weights, so 0 <= n <= m and m >= 1: got {self.n}:{self.m}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def validate(self, shape: tuple[int, int]) -> None:
+        if shape[1] % self.m:
+            raise PatternError(
+                f"{self} needs a number of inputs divisible by {self.m}, this layer has {shape[1]}: "
+                "leave the layer out with ignore, or give it an unstructured pattern"
+            )
+
+    def zeros(self, shape: tuple[int, int]) -> int:
+        return shape[0] * shape[1] // self.m * (self.m - self.n)
+
+    def keep(self, scores: Array) -> Array:
+        self.validate(scores.shape)
+        return ~smallest(scores.reshape(-1, self.m), self.m - self.n).reshape(scores.shape)
+
+    def check(self, mask: Array) -> None:
+        self.validate(mask.shape)
+        xp = namespace(mask)
+        kept = xp.sum(mask.reshape(-1, self.m), axis=1)
+        if int(xp.min(kept)) != self.n or int(xp.max(kept)) != self.n:
+            raise PatternMismatchError(f"{self}: a group of the mask does not keep {self.n} weights")
+
+
+def as_pattern(pattern: "Pattern | str | float") -> Pattern:
+    """Read a pattern: 0.5, "0.5", "50%" or "2:4"; a pattern object is returned as it is.
+
+    Raises PatternError, or TypeError for what is neither number, text nor pattern.
+    """
+    if isinstance(pattern, str):
+        text = pattern.strip()
+        if match := re.fullmatch(r"(\d+)\s*:\s*(\d+)", text):
+            return NM(int(match[1]), int(match[2]))
+        if match := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text):
+            return Unstructured(float(match[1]) / (100 if match[2] else 1))
+        raise PatternError(f'cannot read the pattern {pattern!r}: write 0.5, "50%" or "2:4"')
+    if isinstance(pattern, Real) and not isinstance(pattern, bool):
+        return Unstructured(float(pattern))
+    if isinstance(pattern, Pattern):
+        return pattern
+    raise TypeError(f'a pattern is 0.5, "50%", "2:4", Unstructured or NM, got {pattern!r}')

@@ -1,0 +1,157 @@
+"""Problem, Result and Status: what goes into a solver and what comes out, as plain data."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from moonshot.linalg.backend import Array, all_finite, as_dtype, dtype_name, namespace, native
+from moonshot.linalg.hessian import RowHessian
+
+
+class Status(str, Enum):
+    """How a solver ended."""
+
+    COMPLETED = "completed"  # a method of fixed length ran to its end
+    CONVERGED = "converged"  # an iteration met its tolerance
+    ITERATION_LIMIT = "iteration limit"  # it did not, and stopped at its limit
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the objective on one layer, without damping: `coefficient * sum_i q_i(v_i - c_i)`.
+
+    q_i is the quadratic form of `shared` (d, d) plus `factors` (m, d, n); either may be None. The
+    coefficient makes `loss(0) = 1`.
+    """
+
+    name: str
+    weight: float
+    coefficient: float
+    shared: Array | None
+    factors: Array | None
+    centre: Array
+
+    def loss(self, V: Array) -> float:
+        """`q_t(V) / q_t(0)` in float64; V: (m, d), computed on as it is (see backend.native)."""
+        return self.coefficient * quadratic_loss(V - self.centre, self.shared, self.factors)
+
+
+def quadratic_loss(difference: Array, shared: Array | None, factors: Array | None) -> float:
+    """`sum_i x_i' (shared + F_i F_i') x_i` in float64; difference: (m, d), factors: (m, d, n)."""
+    x = as_dtype(difference, "float64")
+    xp = namespace(x)
+    loss = 0.0
+    if shared is not None:
+        loss += float(xp.sum((x @ as_dtype(shared, "float64")) * x))
+    if factors is not None:
+        for k in range(factors.shape[2]):
+            loss += float(xp.sum(xp.sum(factors[:, :, k] * x, axis=1) ** 2))
+    return max(loss, 0.0)
+
+
+class Problem:
+    """Minimise `F(V) = sum_i (v_i - c_i)' H_i (v_i - c_i) + constant` over V (m, d) with a pattern of zeros.
+
+    weight: (m, d) real array, NumPy, CuPy or torch; results come back as the same kind and dtype.
+    hessian: RowHessian for d columns and, if it has factors, m rows.
+    centre: (m, d), the unconstrained minimiser c; the weight itself unless terms pull elsewhere.
+    terms, damping: what the objective that built the problem records for reports.
+
+    Raises TypeError or ValueError for a weight that is not a finite (m, d) array matching the Hessian.
+    """
+
+    def __init__(
+        self,
+        weight: Array,
+        hessian: RowHessian,
+        *,
+        centre: Array | None = None,
+        constant: float = 0.0,
+        terms: tuple[Term, ...] = (),
+        damping: float = 0.0,
+    ):
+        if not isinstance(hessian, RowHessian):
+            raise TypeError(
+                f"hessian must be a RowHessian, got {type(hessian).__name__}: "
+                "write Problem(weight, RowHessian(A, U))"
+            )
+        self.weight = weight
+        self.hessian = hessian
+        self.centre = self._matrix(weight if centre is None else centre, "weight")
+        self.constant = constant
+        self.terms = terms
+        self.damping = damping
+
+    def _matrix(self, array: Array, name: str) -> Array:
+        matrix = check_weight(array, name)
+        m, d = matrix.shape
+        if d != self.hessian.columns or self.hessian.rows not in (None, m):
+            raise ValueError(
+                f"the {name} is {m} x {d}, the Hessian is for {self.hessian.rows or 'any'} rows of "
+                f"{self.hessian.columns} columns: A must be (d, d) and U (m, d, n)"
+            )
+        if type(matrix) is not type(self.hessian.A):
+            raise TypeError(f"the {name} and the Hessian must be on the same device")
+        return matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, d)"""
+        return tuple(self.centre.shape)  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> str:
+        """ "float32" or "float64": what solvers compute in, apart from factorisations."""
+        return dtype_name(self.centre)
+
+    def value(self, V: Array) -> float:
+        """F(V), in float64."""
+        v = native(V, "V")
+        difference = as_dtype(v, "float64") - self.centre
+        xp = namespace(difference)
+        return float(xp.sum(self.hessian.quadratic(difference))) + self.constant
+
+    def zero_value(self) -> float:
+        """F(0), the unit of `Result.relative`."""
+        return self.value(namespace(self.centre).zeros_like(self.centre))
+
+
+def check_weight(array: Array, name: str = "weight") -> Array:
+    """`array` (m, d) as it is computed on; TypeError or ValueError where it is no finite matrix."""
+    matrix = native(array, name)
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise ValueError(f"{name} must be (m, d) and not empty, got shape {tuple(matrix.shape)}")
+    if not all_finite(matrix):
+        raise ValueError(f"{name} holds NaN or infinity: the model is broken before pruning")
+    return matrix
+
+
+@dataclass(frozen=True)
+class Result:
+    """A pruned layer and how good it is. Every figure is recomputed by `solve` from `weight`.
+
+    weight: (m, d), zero outside the mask, the kind, dtype and device of the problem's weight.
+    mask: (m, d) booleans, True where a weight is kept.
+    value: F(weight) of the damped problem, float64.
+    relative: value / F(0).
+    terms: each term's undamped `q_t(weight) / q_t(0)`.
+    seconds: wall-clock time of `init` (if it was not given a state) and `compute`.
+    """
+
+    weight: Array
+    mask: Array
+    value: float
+    relative: float
+    terms: dict[str, float]
+    status: Status
+    seconds: float
+    solver: str
+    pattern: str
+    iterations: int = field(default=1)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights that the mask leaves out."""
+        return 1 - float(self.mask.sum()) / (self.mask.shape[0] * self.mask.shape[1])

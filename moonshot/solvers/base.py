@@ -1,0 +1,127 @@
+"""The Solver protocol, and `solve`, which runs a solver and grades its answer."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from moonshot.linalg.backend import Array, all_finite, cast_like, like, namespace, native
+from moonshot.patterns import Pattern, PatternMismatchError, as_pattern
+from moonshot.problem import Problem, Result, Status
+
+
+class SolverError(ValueError):
+    """A solver broke a promise: its answer is not finite, misses the pattern or is worse than its start."""
+
+
+class NotSupportedError(ValueError):
+    """A solver does not handle this problem or pattern; the message says why."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a solver returns: the weight (m, d), its mask, and how the method ended.
+
+    start: (m, d), where the method began, if it promises never to do worse.
+    """
+
+    weight: Array
+    mask: Array
+    status: Status = Status.COMPLETED
+    iterations: int = 1
+    start: Array | None = None
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """`init` does what depends on the problem alone, `compute` what depends on the pattern.
+
+    Both see arrays that are computed on (NumPy, or CuPy or torch on a device), never change them, and give the
+    same answer every time.
+    """
+
+    @property
+    def name(self) -> str:
+        """The solver's name in results and reports."""
+
+    def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
+        """Why the solver cannot take this problem with this pattern, or None if it can."""
+
+    def init(self, problem: Problem) -> Any:
+        """The state that serves every pattern on this problem."""
+
+    def compute(self, state: Any, pattern: Pattern) -> Answer:
+        """The answer for one pattern."""
+
+
+def solve(
+    problem: Problem, pattern: Pattern | str | float, solver: Solver, *, state: Any = None
+) -> Result:
+    """Prune one layer to a pattern and say how good the answer is.
+
+    state: what `solver.init(problem)` returned, to share one factorisation among patterns.
+
+    The mask is checked against the pattern and every figure is recomputed in float64 from the weight as it is
+    returned, in the dtype of `problem.weight`. Raises NotSupportedError, PatternError, or SolverError where the
+    solver's answer is unusable.
+    """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem must be a moonshot.Problem, got {type(problem).__name__}")
+    if isinstance(solver, type) or not isinstance(solver, Solver):
+        raise TypeError(f"solver must be an instance such as moonshot.ADMM(), got {solver!r}")
+    pattern = as_pattern(pattern)
+    pattern.validate(problem.shape)
+    if reason := solver.unsupported(problem, pattern):
+        raise NotSupportedError(f"{solver.name} is not compatible with this problem: {reason}")
+
+    begin = time.perf_counter()
+    if state is None:
+        state = solver.init(problem)
+    answer = solver.compute(state, pattern)
+    seconds = time.perf_counter() - begin
+
+    weight, mask = _checked(answer, problem, pattern, solver)
+    returned = cast_like(weight, problem.weight)
+    graded = native(returned)
+    value, zero_value = problem.value(graded), problem.zero_value()
+    if answer.start is not None:
+        start_value = problem.value(native(cast_like(answer.start, problem.weight)))
+        if value > start_value * (1 + 1e-3) + 1e-12 * zero_value:
+            raise SolverError(
+                f"{solver.name} ended at {value:.6g}, worse than the {start_value:.6g} it started from: "
+                "please report this with the problem"
+            )
+    return Result(
+        weight=returned,
+        mask=like(mask, problem.weight),
+        value=value,
+        relative=value / zero_value if zero_value > 0 else 0.0,
+        terms={term.name: term.loss(graded) for term in problem.terms},
+        status=answer.status,
+        seconds=seconds,
+        solver=solver.name,
+        pattern=str(pattern),
+        iterations=answer.iterations,
+    )
+
+
+def _checked(
+    answer: Answer, problem: Problem, pattern: Pattern, solver: Solver
+) -> tuple[Array, Array]:
+    weight, mask = answer.weight, answer.mask
+    for name, array in (("weight", weight), ("mask", mask)):
+        if tuple(array.shape) != problem.shape:
+            raise SolverError(
+                f"{solver.name} returned a {name} of shape {tuple(array.shape)}, the layer is {problem.shape}"
+            )
+    if not all_finite(weight):
+        raise SolverError(
+            f"{solver.name} returned NaN or infinity: raise dampening_frac, or use float64"
+        )
+    try:
+        pattern.check(mask)
+    except PatternMismatchError as error:
+        raise SolverError(f"{solver.name} missed its pattern: {error}") from error
+    xp = namespace(weight)
+    if bool(xp.any((weight != 0) & ~mask)):
+        raise SolverError(f"{solver.name} returned weights that are not zero outside its mask")
+    return weight, mask
