@@ -12,6 +12,7 @@ from moonshot.linalg.backend import (
     namespace,
     native,
 )
+from moonshot.linalg.lowrank import combine, project
 from moonshot.linalg.factor import (
     capacitance,
     capacitance_solve,
@@ -101,7 +102,7 @@ class RowHessian:
         xp = namespace(v)
         value = xp.sum((v @ self.A) * v, axis=1)
         if self.factors is not None:
-            value = value + xp.sum(self._project(v) ** 2, axis=0)
+            value = value + xp.sum(project(self.factors, v) ** 2, axis=0)
         return like(xp.maximum(value, xp.zeros_like(value)), V)
 
     def diagonal(self) -> Array:
@@ -165,16 +166,11 @@ class RowHessian:
             raise ValueError(f"expected an array of shape {expected}, got {tuple(v.shape)}")
         return as_dtype(v, "float64")
 
-    def _project(self, v: Array) -> Array:
-        """`U_i' v_i` for every row, (n, m), in float64."""
-        xp = namespace(v)
-        return xp.stack([xp.sum(u * v, axis=1) for u in self.factors])  # type: ignore[union-attr]
-
     def _matvec(self, v: Array) -> Array:
         product = v @ self.A
         if self.factors is not None:
-            for u, coefficient in zip(self.factors, self._project(v), strict=True):
-                product = product + u * coefficient[:, None]
+            factors = self.factors
+            product = product + combine(factors, project(factors, v))
         return product
 
     def _woodbury(self):

@@ -1,6 +1,6 @@
-"""The sequential sweep's inner loops for NumPy arrays, compiled by numba, rows in parallel.
+"""Inner loops for NumPy arrays, compiled by numba, rows in parallel.
 
-`kernels_batched` has the same functions with the same arguments for arrays on a device; its docstrings hold
+`kernels_batched` has the functions of the sweep with the same arguments for arrays on a device; its docstrings hold
 the mathematics. Here the n x n state of a row stays in cache, and columns are copied out of the (n, m, d)
 factors a block at a time so that reads are contiguous.
 """
@@ -143,3 +143,28 @@ def _sweep_row(a, r, columns, t, residual, keep, z, block, start, stop, last, n)
                 a[q] += r[j, q] * step
         if not keep[j]:
             a[j] = a.dtype.type(0)
+
+
+@njit(parallel=True, fastmath=_FAST, cache=True)
+def project(factors, x):
+    n, m, d = factors.shape
+    out = np.empty((n, m), x.dtype)
+    for i in prange(m):
+        for k in range(n):
+            total = x.dtype.type(0)
+            for j in range(d):
+                total += factors[k, i, j] * x[i, j]
+            out[k, i] = total
+    return out
+
+
+@njit(parallel=True, fastmath=_FAST, cache=True)
+def combine(factors, coefficients):
+    n, m, d = factors.shape
+    out = np.zeros((m, d), coefficients.dtype)
+    for i in prange(m):
+        for k in range(n):
+            coefficient = coefficients[k, i]
+            for j in range(d):
+                out[i, j] += factors[k, i, j] * coefficient
+    return out

@@ -1,10 +1,12 @@
 """Solvers: each takes a problem and a pattern, none knows another or grades itself."""
 
+from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Answer, NotSupportedError, Solver, SolverError, solve
 from moonshot.solvers.diagonal import Magnitude, Wanda
 from moonshot.solvers.sparsegpt import SparseGPT
 
 __all__ = [
+    "ADMM",
     "Answer",
     "Magnitude",
     "NotSupportedError",

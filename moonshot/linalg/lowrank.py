@@ -1,0 +1,25 @@
+"""Products with every row's factors: `U_i' x_i` and `U_i c_i`, for factors stored (n, m, d)."""
+
+from moonshot.linalg.backend import Array, is_numpy, namespace
+
+
+def project(factors: Array, x: Array) -> Array:
+    """`U_i' x_i` for every row, (n, m), in the dtype of x; x: (m, d)."""
+    if is_numpy(factors):
+        from moonshot.linalg import kernels_cpu
+
+        return kernels_cpu.project(factors, x)
+    xp = namespace(x)
+    return xp.stack([xp.sum(u * x, axis=1) for u in factors])
+
+
+def combine(factors: Array, coefficients: Array) -> Array:
+    """`U_i c_i` for every row, (m, d); coefficients: (n, m)."""
+    if is_numpy(factors):
+        from moonshot.linalg import kernels_cpu
+
+        return kernels_cpu.combine(factors, coefficients)
+    product = factors[0] * coefficients[0][:, None]
+    for u, c in zip(factors[1:], coefficients[1:], strict=True):
+        product = product + u * c[:, None]
+    return product

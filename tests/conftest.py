@@ -1,0 +1,53 @@
+"""Hypothesis runs the same examples every time; `backend` runs a test on every kind of array there is."""
+
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile("moonshot", derandomize=True, deadline=None, max_examples=40, print_blob=False)
+hypothesis.settings.load_profile("moonshot")
+
+
+class Backend:
+    """One kind of array: how to make it, read it back and recognise it."""
+
+    def __init__(self, name):
+        self.name = name
+        self.device = "cpu"
+        if name == "numpy":
+            self.module = np
+        elif name == "cupy":
+            self.module = pytest.importorskip("cupy")
+            self.device = "cuda"
+            if not self.module.cuda.is_available():
+                pytest.skip("CuPy is installed but there is no CUDA device")
+        else:
+            self.module = pytest.importorskip("torch")
+            self.device = name.removeprefix("torch-")
+            if self.device == "cuda" and not self.module.cuda.is_available():
+                pytest.skip("torch sees no CUDA device")
+
+    def array(self, values, dtype="float64"):
+        if self.name.startswith("torch"):
+            return self.module.tensor(np.asarray(values), dtype=getattr(self.module, dtype), device=self.device)
+        return self.module.asarray(values, dtype=dtype)
+
+    def numpy(self, array):
+        """`array` as NumPy; fails unless it is of this kind and on this device."""
+        if self.name.startswith("torch"):
+            assert isinstance(array, self.module.Tensor) and array.device.type == self.device
+            return array.cpu().numpy()
+        assert isinstance(array, self.module.ndarray)
+        return array.get() if self.name == "cupy" else array
+
+
+@pytest.fixture(
+    params=[
+        "numpy",
+        "torch-cpu",
+        pytest.param("torch-cuda", marks=pytest.mark.gpu),
+        pytest.param("cupy", marks=pytest.mark.gpu),
+    ]
+)
+def backend(request):
+    return Backend(request.param)

@@ -1,0 +1,93 @@
+"""Factorisations against their definitions."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import layers, random_layer, with_condition
+
+from moonshot.linalg.factor import (
+    NotPositiveDefiniteError,
+    capacitance,
+    capacitance_solve,
+    cholesky,
+    eigenbasis,
+    half_product,
+    inverse_factor,
+    smallest_pivot,
+)
+
+
+@given(layers(max_condition=1e8))
+def test_inverse_factor_is_upper_triangular_and_factors_the_inverse(layer):
+    r, d = inverse_factor(layer.A), len(layer.A)
+    assert r.dtype == np.float64
+    np.testing.assert_array_equal(r, np.triu(r))
+    assert (np.diag(r) > 0).all()
+    np.testing.assert_allclose(r @ layer.A @ r.T, np.eye(d), atol=d * 1e-15 * np.linalg.cond(layer.A))
+
+
+def test_inverse_factor_on_every_backend(backend):
+    a = with_condition(np.random.default_rng(0), 9, 1e3)
+    np.testing.assert_allclose(backend.numpy(inverse_factor(backend.array(a))), inverse_factor(a), atol=1e-10)
+
+
+@given(st.integers(0, 99), st.sampled_from([1, 5, 127, 129, 300]), st.integers(0, 3))
+def test_half_product(seed, d, n):
+    rng = np.random.default_rng(seed)
+    factors, r = rng.normal(size=(n, 2, d)), np.triu(rng.normal(size=(d, d)))
+    np.testing.assert_allclose(half_product(factors, r), np.einsum("jk,nmk->nmj", r, factors), atol=1e-11)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_capacitance(backend, weighted):
+    rng = np.random.default_rng(0)
+    p, weights = rng.normal(size=(3, 4, 6)), rng.uniform(size=6)
+    expected = np.stack([np.eye(3) + (p[:, i] * (weights if weighted else 1)) @ p[:, i].T for i in range(4)])
+    computed = capacitance(backend.array(p), backend.array(weights) if weighted else None)
+    np.testing.assert_allclose(backend.numpy(computed), expected, rtol=1e-13)
+
+
+def test_capacitance_solve(backend):
+    rng = np.random.default_rng(0)
+    b, matrices = rng.normal(size=(3, 4)), capacitance(rng.normal(size=(3, 4, 6)))
+    computed = capacitance_solve(backend.array(np.linalg.cholesky(matrices)), backend.array(b))
+    expected = np.stack([np.linalg.solve(matrices[i], b[:, i]) for i in range(4)], axis=1)
+    np.testing.assert_allclose(backend.numpy(computed), expected, rtol=1e-12)
+
+
+def test_eigenbasis(backend):
+    a = with_condition(np.random.default_rng(0), 7, 1e4)
+    values, vectors = (backend.numpy(x) for x in eigenbasis(backend.array(a, "float32")))
+    np.testing.assert_allclose((vectors * values) @ vectors.T, a.astype(np.float32), atol=1e-14)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(7), atol=1e-13)
+
+
+def test_cholesky_of_a_batch_says_which_matrix_and_its_smallest_pivot(backend):
+    batch = backend.array(np.stack([np.eye(2), np.diag([1.0, -3.0]), np.diag([-1.0, 1.0])]))
+    with pytest.raises(NotPositiveDefiniteError, match="the thing is not positive definite") as caught:
+        cholesky(batch, "the thing")
+    assert caught.value.pivot == -3
+
+
+@pytest.mark.parametrize(
+    ("a", "pivot"),
+    [
+        ([[4.0]], 4.0),
+        ([[-4.0]], -4.0),
+        ([[4.0, 2.0], [2.0, 3.0]], 2.0),
+        ([[4.0, 2.0], [2.0, 1.0]], 0.0),
+        ([[1.0, 2.0], [2.0, 1.0]], -3.0),
+        ([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, -9.0]], -3.0),  # stops at the first not positive
+    ],
+)
+def test_smallest_pivot(a, pivot):
+    assert smallest_pivot(np.array(a)) == pytest.approx(pivot, abs=1e-15)
+
+
+def test_the_inverse_factor_loses_no_digits_by_squaring():
+    """R's error grows with the root of the condition, not with it: the reason to factor A, not its inverse."""
+    layer = random_layer(0, 1, 30, 0, condition=1e14)
+    r = inverse_factor(layer.A)
+    relative = np.linalg.norm(np.linalg.solve(r, np.eye(30)) @ np.linalg.solve(r, np.eye(30)).T - layer.A)
+    assert relative <= 1e-13

@@ -1,0 +1,163 @@
+"""Patterns: how they are written, how many zeros they give, and what they refuse."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moonshot.patterns import NM, PatternError, PatternMismatchError, Unstructured, as_pattern
+
+
+@pytest.mark.parametrize(
+    ("written", "pattern"),
+    [
+        (0.5, Unstructured(0.5)),
+        (0, Unstructured(0)),
+        (1, Unstructured(1)),
+        (np.float32(0.5), Unstructured(0.5)),
+        ("0.5", Unstructured(0.5)),
+        (".5", Unstructured(0.5)),
+        ("0", Unstructured(0)),
+        ("50%", Unstructured(0.5)),
+        ("62.5 %", Unstructured(0.625)),
+        (" 100% ", Unstructured(1)),
+        ("2:4", NM(2, 4)),
+        (" 1 : 4 ", NM(1, 4)),
+        ("0:4", NM(0, 4)),
+        ("4:4", NM(4, 4)),
+        ("16:32", NM(16, 32)),
+        (NM(2, 4), NM(2, 4)),
+        (Unstructured(0.3, "row"), Unstructured(0.3, "row")),
+    ],
+)
+def test_spellings(written, pattern):
+    assert as_pattern(written) == pattern
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.625), NM(2, 4), Unstructured(0)])
+def test_what_a_pattern_prints_is_read_back(pattern):
+    assert as_pattern(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["2:0", "0:0", "4:2", "5:4", "-2:4", "2:4:8", "2:", "abc", "", "-0.1", "-50%", "1.5", "150%", "1e-1", "nan"]
+    + [-0.1, 1.5, 50, math.nan, math.inf],
+)
+def test_contradictory_patterns_are_refused(written):
+    with pytest.raises(PatternError):
+        as_pattern(written)
+
+
+@pytest.mark.parametrize("written", [True, False, None, [2, 4], (2, 4), b"2:4", 1j, NM, {"n": 2}])
+def test_what_is_no_pattern_is_refused(written):
+    with pytest.raises(TypeError, match='a pattern is 0.5, "50%", "2:4"'):
+        as_pattern(written)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Unstructured("0.5"), TypeError, "sparsity must be a number from 0 to 1"),
+        (lambda: Unstructured(True), TypeError, "sparsity must be a number from 0 to 1"),
+        (lambda: Unstructured(50), PatternError, 'write "50%" for a percentage'),
+        (lambda: Unstructured(0.5, "column"), PatternError, 'scope must be "layer" or "row"'),
+        (lambda: NM(2.0, 4), TypeError, "n of an N:M pattern must be an integer"),
+        (lambda: NM(1, True), TypeError, "m of an N:M pattern must be an integer"),
+        (lambda: NM(4, 2), PatternError, "keeps n of every m"),
+    ],
+)
+def test_constructors_say_what_is_wrong(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (3, 8), (5, 12)]
+SPARSITIES = [0, 0.1, 0.25, 1 / 3, 0.5, 0.625, 0.9, 0.999, 1]
+
+
+def score_sets(shape):
+    """Scores without ties, with some and with nothing else."""
+    rng = np.random.default_rng(0)
+    return [rng.random(shape), rng.integers(0, 3, shape).astype(float), np.zeros(shape), np.full(shape, np.inf)]
+
+
+@pytest.mark.parametrize("scope", ["layer", "row"])
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unstructured_zeros_are_exact_with_and_without_ties(backend, shape, sparsity, scope):
+    pattern, (m, d) = Unstructured(sparsity, scope), shape
+    expected = m * round(sparsity * d) if scope == "row" else round(sparsity * m * d)
+    assert pattern.zeros(shape) == expected
+    for scores in score_sets(shape):
+        mask = pattern.keep(backend.array(scores))
+        pattern.check(mask)
+        kept = backend.numpy(mask)
+        assert kept.dtype == bool and kept.size - kept.sum() == expected
+        if scope == "row":
+            assert (d - kept.sum(axis=1) == round(sparsity * d)).all()
+        groups = zip(scores, kept, strict=True) if scope == "row" else [(scores, kept)]
+        for values, chosen in groups:
+            assert not chosen.any() or chosen.all() or values[chosen].min() >= values[~chosen].max()
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (1, 4), (2, 4), (4, 4), (1, 1), (1, 12), (3, 6)])
+def test_groups_keep_n_of_every_m_with_and_without_ties(backend, n, m):
+    pattern = NM(n, m)
+    for scores in score_sets((5, 12)):
+        mask = pattern.keep(backend.array(scores))
+        pattern.check(mask)
+        groups, values = backend.numpy(mask).reshape(-1, m), scores.reshape(-1, m)
+        assert (groups.sum(axis=1) == n).all()
+        assert pattern.zeros((5, 12)) == groups.size - groups.sum()
+        for group, score in zip(groups, values, strict=True):
+            assert n in (0, m) or score[group].min() >= score[~group].max()
+
+
+@given(st.floats(0, 1), st.integers(1, 9), st.integers(1, 40), st.integers(1, 40))
+def test_a_budget_handed_out_in_parts_adds_up_and_is_even(sparsity, m, d, block):
+    pattern = Unstructured(sparsity)
+    stops = [*range(0, d, block), d]
+    through = [pattern.zeros_through(m * stop, m * d) for stop in stops]
+    assert through[0] == 0 and through[-1] == pattern.zeros((m, d))
+    for start, stop, before, after in zip(stops, stops[1:], through, through[1:], strict=False):
+        assert 0 <= after - before <= m * (stop - start)
+        assert abs(after - before - sparsity * m * (stop - start)) <= 2
+
+
+@pytest.mark.parametrize("inputs", [1, 3, 6, 4095])
+def test_groups_that_do_not_divide_the_inputs_are_refused(inputs):
+    for use in (
+        lambda: NM(2, 4).validate((2, inputs)),
+        lambda: NM(2, 4).keep(np.ones((2, inputs))),
+        lambda: NM(2, 4).check(np.ones((2, inputs), bool)),
+    ):
+        with pytest.raises(PatternError, match=f"divisible by 4, this layer has {inputs}: leave the layer out"):
+            use()
+
+
+@pytest.mark.parametrize("array", [np.asarray, torch.tensor], ids=["numpy", "torch"])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, "row"), NM(2, 4)], ids=str)
+def test_a_mask_off_by_one_is_caught(pattern, array):
+    mask = pattern.keep(np.random.default_rng(0).random((4, 8)))
+    pattern.check(array(mask))
+    for cell in [(0, 0), (3, 7), (2, 4)]:
+        wrong = mask.copy()
+        wrong[cell] ^= True
+        with pytest.raises(PatternMismatchError, match=str(pattern)):
+            pattern.check(array(wrong))
+
+
+@pytest.mark.parametrize("array", [np.asarray, torch.tensor], ids=["numpy", "torch"])
+def test_the_right_number_of_zeros_in_the_wrong_place_is_caught(array):
+    mask = np.zeros((2, 8), bool)
+    mask[0] = True
+    Unstructured(0.5).check(array(mask))
+    with pytest.raises(PatternMismatchError, match="the same number of zeros in every row"):
+        Unstructured(0.5, "row").check(array(mask))
+    mask = np.array([[1, 1, 1, 0, 1, 0, 0, 0]], bool)
+    with pytest.raises(PatternMismatchError, match="does not keep 2"):
+        NM(2, 4).check(array(mask))
