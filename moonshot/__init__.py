@@ -1,0 +1,53 @@
+"""One-shot pruning of trained networks on one combinatorial quadratic made of several objectives.
+
+    objective = 0.7 * ms.Reconstruction() + 0.3 * ms.Fisher()
+    report = ms.prune(model, calibration, "2:4", objective=objective)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from moonshot.linalg import NotPositiveDefiniteError, RowHessian
+from moonshot.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
+from moonshot.patterns import NM, Pattern, Unstructured, as_pattern
+from moonshot.problem import Problem, Result, Status
+from moonshot.solvers import ADMM, Answer, Magnitude, Solver, SparseGPT, Wanda, solve
+
+if TYPE_CHECKING:
+    from moonshot.pruning import prune
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ADMM",
+    "NM",
+    "Answer",
+    "Fisher",
+    "Magnitude",
+    "NotPositiveDefiniteError",
+    "Objective",
+    "Observation",
+    "Pattern",
+    "Problem",
+    "Quadratic",
+    "Reconstruction",
+    "Result",
+    "RowHessian",
+    "Solver",
+    "SparseGPT",
+    "Status",
+    "TokenFisher",
+    "Unstructured",
+    "Wanda",
+    "as_pattern",
+    "prune",
+    "solve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`prune` needs torch, which is imported only for those who use it."""
+    if name == "prune":
+        from moonshot.pruning import prune
+
+        return prune
+    raise AttributeError(f"module 'moonshot' has no attribute {name!r}")

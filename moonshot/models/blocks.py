@@ -1,0 +1,152 @@
+"""A model as a chain of blocks: find them, cut the model open at their boundaries, run one alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelError(ValueError):
+    """A model that cannot be pruned as it is."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block in one batch, apart from the hidden states, and how it returns them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, block) of the model's decoder blocks: its largest list of modules of one class that holds Linears."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("the model is on the meta device and holds no weights: load it first")
+    candidates = [
+        (sum(p.numel() for p in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len({type(block) for block in module}) == 1
+        and any(isinstance(inner, nn.Linear) for inner in module.modules())
+    ]
+    if not candidates:
+        raise ModelError(
+            f"{type(model).__name__} has no list of decoder blocks with Linear layers: give a decoder such as Llama"
+        )
+    _, name, blocks = max(candidates, key=lambda candidate: candidate[0])
+    return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
+
+
+def linear_layers(blocks: list[tuple[str, nn.Module]]) -> dict[str, nn.Linear]:
+    """{name in the model: layer} of every Linear in the blocks."""
+    return {
+        f"{prefix}.{name}": module
+        for prefix, block in blocks
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+@contextmanager
+def in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Half-precision parameters as float32 inside, back in their dtype outside. Ties stay tied."""
+    halves = [(p, p.dtype) for p in dict.fromkeys(parameters) if p.is_floating_point() and p.itemsize < 4]
+    for parameter, _ in halves:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in halves:
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside; every module's mode as it was outside."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _patched(blocks: list[nn.Module], forwards: list[Callable]) -> Iterator[None]:
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+class Chain:
+    """A model cut at its blocks' boundaries, everything between them computed in float32.
+
+    loss: (model, batch) -> scalar. Hidden states are the blocks' first argument and first (or only) result.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], loss: Callable[..., Tensor]):
+        self.model, self.blocks, self.loss = model, blocks, loss
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        self._outside = [p for p in model.parameters() if id(p) not in inside]
+        self._returns_tuple = False
+
+    @torch.no_grad()
+    def enter(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Call]]:
+        """The first block's hidden states, and every block's other arguments, for one batch."""
+        first: list[Tensor] = []
+        calls: list[Call] = []
+
+        def record(hidden, *args, **kwargs):
+            first.append(hidden)
+            calls.append(Call(args, _without_cache(kwargs)))
+            return (hidden,) if self._returns_tuple else hidden
+
+        with in_float32(self._outside), _patched(self.blocks, [record] * len(self.blocks)):
+            try:
+                self.loss(self.model, batch)
+            except (TypeError, IndexError, AttributeError):
+                if self._returns_tuple or not calls:
+                    raise
+                self._returns_tuple = True
+                first.clear()
+                calls.clear()
+                self.loss(self.model, batch)
+        if len(calls) != len(self.blocks):
+            raise ModelError(
+                f"the loss called {len(calls)} of {len(self.blocks)} blocks: it must run the whole model once"
+            )
+        return first[0], calls
+
+    def leave(self, batch: dict[str, Tensor], hidden: Tensor) -> tuple[float, Tensor]:
+        """The loss of one batch from the last block's output, and its gradient there."""
+        leaf = hidden.detach().float().requires_grad_()
+
+        def replace(_hidden, *args, **kwargs):
+            return (leaf,) if self._returns_tuple else leaf
+
+        with in_float32(self._outside), _patched(self.blocks, [replace] * len(self.blocks)):
+            loss = self.loss(self.model, batch)
+            if loss.ndim or not bool(torch.isfinite(loss)):
+                raise ModelError(f"the loss must be a finite scalar, got {loss.detach()}")
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return float(loss), gradient
+
+    def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
+        """One block alone; its parameters must be in float32 (see `in_float32`)."""
+        output = self.blocks[index](hidden.float(), *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    cleaned = {name: value for name, value in kwargs.items() if "past_key_value" not in name}
+    return {**cleaned, "use_cache": False} if "use_cache" in cleaned else cleaned

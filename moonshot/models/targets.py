@@ -1,0 +1,47 @@
+"""Which layers to prune: names, globs and `re:` expressions."""
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+
+class TargetError(ValueError):
+    """A target or ignore expression that matches no layer."""
+
+
+def select(
+    names: Iterable[str], targets: str | Iterable[str] | None, ignore: str | Iterable[str] = ()
+) -> list[str]:
+    """The layers among `names` that match a target and no ignore, in order.
+
+    An expression is a full name, the end of one after a dot ("q_proj"), a glob ("*.mlp.*") or `re:` with a
+    regular expression that must match the whole name. No targets: every layer. An expression that matches
+    nothing is an error.
+    """
+    names = list(names)
+    chosen = set(names) if targets is None else _matching(names, targets, "target")
+    left_out = _matching(names, ignore, "ignore")
+    selected = [name for name in names if name in chosen and name not in left_out]
+    if not selected:
+        raise TargetError("no layer is left to prune: every target is ignored")
+    return selected
+
+
+def _matching(names: list[str], expressions: str | Iterable[str], kind: str) -> set[str]:
+    matched: set[str] = set()
+    for expression in [expressions] if isinstance(expressions, str) else expressions:
+        found = {name for name in names if _matches(expression, name)}
+        if not found:
+            examples = ", ".join(names[:4])
+            raise TargetError(f"the {kind} {expression!r} matches no layer; layers are {examples}, ...")
+        matched |= found
+    return matched
+
+
+def _matches(expression: str, name: str) -> bool:
+    if expression.startswith("re:"):
+        try:
+            return re.fullmatch(expression[3:], name) is not None
+        except re.error as error:
+            raise TargetError(f"{expression!r} is not a regular expression: {error}") from error
+    return name == expression or name.endswith("." + expression) or fnmatchcase(name, expression)

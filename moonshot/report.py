@@ -1,0 +1,60 @@
+"""What `prune` did, layer by layer: as a table, as JSON."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: pattern and achieved sparsity, the objective relative to an empty layer, each term's share."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    sparsity: float
+    relative: float
+    terms: dict[str, float]
+    damping: float
+    status: str
+    seconds: float
+
+
+@dataclass
+class Report:
+    """A pruned model: its layers by name, the recipe that made it, and what that took.
+
+    sparsity: fraction of zeros over the pruned layers. seconds: wall-clock; peak_memory: bytes resident at most.
+    """
+
+    recipe: dict[str, str | int | float]
+    versions: dict[str, str]
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        sizes = {name: layer.shape[0] * layer.shape[1] for name, layer in self.layers.items()}
+        zeros = sum(layer.sparsity * sizes[name] for name, layer in self.layers.items())
+        return zeros / max(sum(sizes.values()), 1)
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "sparsity": self.sparsity}, indent=2)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        width = max([len(name) for name in self.layers] + [5])
+        lines = [f"{'layer':{width}}  {'shape':>13}  pattern  zeros %  relative  seconds  status"]
+        lines += [
+            f"{layer.name:{width}}  {layer.shape[0]:>5} x {layer.shape[1]:<5}  {layer.pattern:>7}  "
+            f"{100 * layer.sparsity:7.2f}  {layer.relative:8.5f}  {layer.seconds:7.2f}  {layer.status}"
+            for layer in self.layers.values()
+        ]
+        lines.append(
+            f"{len(self.layers)} layers, {100 * self.sparsity:.2f} % zeros, {self.seconds:.1f} s, "
+            f"peak memory {self.peak_memory / 2**20:.0f} MiB"
+        )
+        return "\n".join(lines)
