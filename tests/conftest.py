@@ -1,10 +1,18 @@
 """Hypothesis runs the same examples every time; `backend` runs a test on every kind of array there is."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes are parallel already; threads of each only get in the way
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+
 import hypothesis
 import numpy as np
 import pytest
 
-hypothesis.settings.register_profile("moonshot", derandomize=True, deadline=None, max_examples=40, print_blob=False)
+hypothesis.settings.register_profile(
+    "moonshot", derandomize=True, deadline=None, max_examples=40, print_blob=False
+)
 hypothesis.settings.load_profile("moonshot")
 
 

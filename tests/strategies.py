@@ -47,9 +47,9 @@ def random_layer(seed, m, d, n, condition=1e3):
 
 
 @st.composite
-def layers(draw, *, columns=st.integers(1, 16), max_rows=5, max_condition=1e8):
+def layers(draw, *, max_columns=16, max_rows=5, max_condition=1e8):
     """Layers with no factors, fewer than inputs, as many and more."""
-    d = draw(columns)
+    d = draw(st.integers(1, max_columns))
     n = draw(st.sampled_from(sorted({0, 1, max(d - 1, 1), d, d + 3})))
     condition = 10 ** draw(st.floats(1, np.log10(max_condition)))
     return random_layer(draw(st.integers(0, 2**32 - 1)), draw(st.integers(1, max_rows)), d, n, condition)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import layers, random_layer, with_condition
 
 from moonshot.linalg.factor import (
     NotPositiveDefiniteError,
@@ -16,6 +15,7 @@ from moonshot.linalg.factor import (
     inverse_factor,
     smallest_pivot,
 )
+from strategies import layers, random_layer, with_condition
 
 
 @given(layers(max_condition=1e8))

@@ -104,7 +104,9 @@ def test_a_sweep_leaves_the_columns_outside_alone(kernels, n):
     after = {name: array.copy() for name, array in before.items()}
     kernels.sweep(*(after[name] for name in ("a", "r", "p", "t", "residual", "keep", "z")), 2, 5)
     for name in ("a", "z"):
-        np.testing.assert_array_equal(np.delete(after[name], [2, 3, 4], 1), np.delete(before[name], [2, 3, 4], 1))
+        np.testing.assert_array_equal(
+            np.delete(after[name], [2, 3, 4], 1), np.delete(before[name], [2, 3, 4], 1)
+        )
         assert (after[name] != before[name]).any()
     for name in ("r", "p", "t", "keep"):
         np.testing.assert_array_equal(after[name], before[name])

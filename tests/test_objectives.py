@@ -10,6 +10,7 @@ import torch
 
 from moonshot.linalg import NotPositiveDefiniteError
 from moonshot.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
+from moonshot.problem import quadratic_loss
 
 R, F, T = Reconstruction(), Fisher(), TokenFisher()
 M, D, TOKENS, SAMPLES = 3, 6, 20, 4
@@ -126,7 +127,9 @@ def test_terms_that_differ_in_a_parameter_do_not_merge():
 def test_zero_weights_are_dropped_and_their_data_not_needed():
     objective = 1 * R + 0 * F
     assert objective.weighted_terms == ((1.0, R),)
-    assert [term.name for term in objective.problem(WEIGHT, inputs=observed()["inputs"]).terms] == ["Reconstruction"]
+    assert [term.name for term in objective.problem(WEIGHT, inputs=observed()["inputs"]).terms] == [
+        "Reconstruction"
+    ]
 
 
 def test_all_weights_zero_is_refused():
@@ -169,6 +172,13 @@ def test_the_problem_is_as_written(objective, fraction):
     assert_problem_is_as_written(objective, observed(), fraction)
 
 
+@pytest.mark.parametrize("term", [R, F, T], ids=lambda t: t.name)
+def test_a_term_is_in_the_units_of_its_definition(term):
+    quadratic = term.quadratic(term.accumulate(None, Observation(**observed())), WEIGHT)
+    loss = quadratic_loss(PRUNED - WEIGHT, quadratic.shared, quadratic.factors)
+    assert loss == pytest.approx(losses(observed(), PRUNED)[term.name], rel=1e-10)
+
+
 @pytest.mark.parametrize("factored", [False, True])
 def test_a_term_with_another_centre(factored):
     for objective in (R + Pulled(0.5, factored), 0.3 * F + 0.5 * Pulled(0.5, factored) + 0.2 * T):
@@ -206,7 +216,11 @@ def test_units_cancel():
 def test_batches_add_up_to_everything_at_once(term):
     seen = observed(samples=5)
     observation, statistic = Observation(**seen), None
-    for tokens, samples in [(slice(0, 1), slice(0, 2)), (slice(1, 13), slice(2, 3)), (slice(13, 20), slice(3, 5))]:
+    for tokens, samples in [
+        (slice(0, 1), slice(0, 2)),
+        (slice(1, 13), slice(2, 3)),
+        (slice(13, 20), slice(3, 5)),
+    ]:
         statistic = term.accumulate(
             statistic,
             Observation(seen["inputs"][tokens], seen["output_gradients"][tokens], seen["gradients"][samples]),
@@ -235,7 +249,9 @@ def test_torch_tensors_give_the_same_problem(dtype):
     rounded = {name: tensor.double().numpy() for name, tensor in seen.items()}
     twin = (R + F + T).problem(weight.double().numpy(), **rounded)
     pruned = torch.tensor(PRUNED)
-    assert problem.value(pruned) == pytest.approx(twin.value(PRUNED), rel=1e-12 if dtype == torch.float64 else 1e-4)
+    assert problem.value(pruned) == pytest.approx(
+        twin.value(PRUNED), rel=1e-12 if dtype == torch.float64 else 1e-4
+    )
 
 
 # damping
@@ -306,14 +322,29 @@ REFUSED = {
     "no inputs": (R, {"inputs": None}, ValueError, "Reconstruction needs inputs: pass inputs="),
     "no gradients": (F, {"gradients": None}, ValueError, "Fisher needs gradients: pass gradients="),
     "no output gradients": (T, {"output_gradients": None}, ValueError, "TokenFisher needs output_gradients"),
-    "inputs of other width": (R, {"inputs": np.ones((4, D + 1))}, ValueError, "inputs have 7 columns, the weight has 6"),
+    "inputs of other width": (
+        R,
+        {"inputs": np.ones((4, D + 1))},
+        ValueError,
+        "inputs have 7 columns, the weight has 6",
+    ),
     "inputs not flattened": (R, {"inputs": np.ones((2, 4, D))}, ValueError, "inputs must have 2 dimensions"),
     "empty inputs": (R, {"inputs": np.ones((0, D))}, ValueError, "inputs is empty: give more calibration data"),
     "inputs with NaN": (R, {"inputs": np.full((4, D), nan)}, ValueError, "inputs holds NaN or infinity"),
     "inputs with infinity": (R, {"inputs": np.full((4, D), inf)}, ValueError, "inputs holds NaN or infinity"),
     "inputs a list": (R, {"inputs": [[1.0] * D]}, TypeError, "convert it with numpy.asarray first"),
-    "gradients of other rows": (F, {"gradients": np.ones((2, M + 1, D))}, ValueError, r"gradients must be \(n, m, d\)"),
-    "gradients of one sample": (F, {"gradients": np.ones((M, D))}, ValueError, "gradients must have 3 dimensions"),
+    "gradients of other rows": (
+        F,
+        {"gradients": np.ones((2, M + 1, D))},
+        ValueError,
+        r"gradients must be \(n, m, d\)",
+    ),
+    "gradients of one sample": (
+        F,
+        {"gradients": np.ones((M, D))},
+        ValueError,
+        "gradients must have 3 dimensions",
+    ),
     "empty gradients": (F, {"gradients": np.ones((0, M, D))}, ValueError, "gradients is empty"),
     "gradients with NaN": (F, {"gradients": np.full((2, M, D), nan)}, ValueError, "gradients holds NaN"),
     "tokens that differ": (T, {"output_gradients": np.ones((3, M))}, ValueError, "they must agree"),

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from strategies import DEGENERATE, Layer, layers, random_layer, with_condition
 
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.problem import Problem
+from strategies import DEGENERATE, Layer, layers, random_layer, with_condition
 
 
 def backward_error(layer, x, b):
@@ -28,7 +28,9 @@ def assert_agrees_with_dense(layer):
     scale = np.max(abs(hessians))
     products = np.einsum("ijk,ik->ij", hessians, v)
     np.testing.assert_allclose(hessian.matvec(v), products, rtol=1e-11, atol=1e-12 * scale)
-    np.testing.assert_allclose(hessian.quadratic(v), np.sum(v * products, axis=1), rtol=1e-11, atol=1e-13 * scale)
+    np.testing.assert_allclose(
+        hessian.quadratic(v), np.sum(v * products, axis=1), rtol=1e-11, atol=1e-13 * scale
+    )
     diagonals = np.broadcast_to(hessian.diagonal(), v.shape)
     np.testing.assert_allclose(diagonals, np.diagonal(hessians, axis1=1, axis2=2), rtol=1e-13)
     assert backward_error(layer, hessian.solve(v), v) <= 1e-13
@@ -64,7 +66,9 @@ def test_solve_is_backward_stable_for_light_and_heavy_factors(n, scale):
     assert backward_error(layer, layer.hessian.solve(layer.weight), layer.weight) <= 1e-13
 
 
-@pytest.mark.xfail(strict=True, reason="solve returns a wrong answer without a word: Woodbury loses all its digits")
+@pytest.mark.xfail(
+    strict=True, reason="solve returns a wrong answer without a word: Woodbury loses all its digits"
+)
 def test_solve_is_right_or_refuses():
     layer = random_layer(12, 5, 12, 12, condition=1e8)
     layer = Layer(layer.weight, layer.A, 1e4 * layer.U)
@@ -146,17 +150,32 @@ BAD = {
     "A empty": (np.empty((0, 0)), None, ValueError, r"square matrix \(d, d\)"),
     "A asymmetric": (np.triu(np.ones((3, 3))), None, ValueError, r"pass \(A \+ A\.T\) / 2"),
     "A with NaN": (EYE * np.nan, None, ValueError, "NaN or infinity: look at the calibration data"),
-    "A with infinity": (np.diag([1, 1, np.inf]), None, ValueError, "NaN or infinity: look at the calibration data"),
+    "A with infinity": (
+        np.diag([1, 1, np.inf]),
+        None,
+        ValueError,
+        "NaN or infinity: look at the calibration data",
+    ),
     "A with both infinities": (np.diag([1, -np.inf, np.inf]), None, ValueError, "NaN or infinity"),
     "A complex": (EYE * 1j, None, TypeError, "A must hold real numbers: pass a floating-point array"),
     "A a complex tensor": (torch.eye(3) * 1j, None, TypeError, "A must hold real numbers"),
     "A of text": (np.full((3, 3), "x"), None, TypeError, "A must hold real numbers"),
     "A a list": (EYE.tolist(), None, TypeError, "convert it with numpy.asarray first"),
     "A None": (None, None, TypeError, "convert it with numpy.asarray first"),
-    "A on meta": (torch.eye(3, device="meta"), None, ValueError, "meta device and holds no data: load it first"),
+    "A on meta": (
+        torch.eye(3, device="meta"),
+        None,
+        ValueError,
+        "meta device and holds no data: load it first",
+    ),
     "U a matrix": (EYE, np.ones((2, 3)), ValueError, r"U must be \(m, d, n\) with d = 3"),
     "U with n first": (EYE, np.ones((2, 4, 3)), ValueError, r"U must be \(m, d, n\) with d = 3"),
-    "U with NaN": (EYE, np.full((2, 3, 1), np.nan), ValueError, "U holds NaN or infinity: look at the gradients"),
+    "U with NaN": (
+        EYE,
+        np.full((2, 3, 1), np.nan),
+        ValueError,
+        "U holds NaN or infinity: look at the gradients",
+    ),
     "U without rows": (EYE, np.ones((0, 3, 1)), ValueError, "U has no rows: pass U=None"),
     "U complex": (EYE, np.ones((2, 3, 1)) * 1j, TypeError, "U must hold real numbers"),
     "U a list": (EYE, [[[1.0]] * 3], TypeError, "convert it with numpy.asarray first"),

@@ -1,11 +1,10 @@
-"""solve: every solver on every kind of problem and pattern, graded by `solve` and never by the solver itself."""
+"""solve: every solver on every kind of problem and pattern, graded by `solve` alone."""
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from strategies import DEGENERATE, Layer, random_layer
 
 import moonshot.solvers as package
 from moonshot.linalg import RowHessian
@@ -13,6 +12,7 @@ from moonshot.objectives import Fisher, Reconstruction
 from moonshot.patterns import NM, PatternError, Unstructured
 from moonshot.problem import Problem, Status
 from moonshot.solvers import Answer, Magnitude, NotSupportedError, Solver, SolverError, SparseGPT, solve
+from strategies import DEGENERATE, Layer, random_layer
 
 # Solvers that take arguments, by name; every other solver that the package names is made without any.
 ARGUMENTS = {"Swaps": lambda solver: solver(Magnitude())}
@@ -182,7 +182,8 @@ def test_terms_are_reported_without_damping():
     moved = result.weight - weight
     terms = {
         "Reconstruction": np.sum((x @ moved.T) ** 2) / np.sum((x @ weight.T) ** 2),
-        "Fisher": np.sum(np.einsum("sij,ij->si", g, moved) ** 2) / np.sum(np.einsum("sij,ij->si", g, weight) ** 2),
+        "Fisher": np.sum(np.einsum("sij,ij->si", g, moved) ** 2)
+        / np.sum(np.einsum("sij,ij->si", g, weight) ** 2),
     }
     assert result.terms == pytest.approx(terms, rel=1e-10)
     assert result.value > 0.7 * terms["Reconstruction"] + 0.3 * terms["Fisher"]
@@ -226,7 +227,10 @@ WRONG = {
         lambda w, k, c: Answer(spoiled(w, tuple(np.argwhere(~k)[-1]), 1e-30), k),
         "not zero outside its mask",
     ),
-    "NaN": (lambda w, k, c: Answer(spoiled(w, (0, 0), np.nan), k), "returned NaN or infinity: raise dampening_frac"),
+    "NaN": (
+        lambda w, k, c: Answer(spoiled(w, (0, 0), np.nan), k),
+        "returned NaN or infinity: raise dampening_frac",
+    ),
     "infinity": (lambda w, k, c: Answer(spoiled(w, (1, 1), np.inf), k), "returned NaN or infinity"),
     "one row": (lambda w, k, c: Answer(w[:1], k[:1]), "returned a weight of shape"),
     "transposed": (lambda w, k, c: Answer(w.T, k.T), "returned a weight of shape"),
@@ -245,7 +249,9 @@ def test_a_wrong_solver_is_caught(name, pattern):
 
 def test_the_same_solver_unspoiled_passes():
     result = solve(random_layer(0, 4, 8, 3).problem, 0.5, Wrong(lambda w, k, c: Answer(w, k, start=w)))
-    np.testing.assert_array_equal(result.weight, solve(random_layer(0, 4, 8, 3).problem, 0.5, Magnitude()).weight)
+    np.testing.assert_array_equal(
+        result.weight, solve(random_layer(0, 4, 8, 3).problem, 0.5, Magnitude()).weight
+    )
 
 
 class Fussy(Wrong):
@@ -254,7 +260,9 @@ class Fussy(Wrong):
 
 
 def test_what_a_solver_does_not_support_it_says():
-    with pytest.raises(NotSupportedError, match="wrong is not compatible with this problem: missing a gradient"):
+    with pytest.raises(
+        NotSupportedError, match="wrong is not compatible with this problem: missing a gradient"
+    ):
         solve(random_layer(0, 4, 8, 3).problem, 0.5, Fussy(None))
 
 

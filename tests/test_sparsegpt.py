@@ -1,13 +1,13 @@
-"""SparseGPT with per-row Hessians is SparseGPT on every row's explicit Hessian, computed in extended precision."""
+"""SparseGPT with per-row Hessians is SparseGPT on every row's explicit Hessian, in extended precision."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DEGENERATE, Layer, random_layer
 
 from moonshot.patterns import NM, Unstructured
 from moonshot.solvers import SparseGPT, solve
+from strategies import DEGENERATE, Layer, random_layer
 
 
 def inverse_factor(hessian):

@@ -104,6 +104,11 @@ def half_product(factors: Array, r: Array) -> Array:
 def capacitance(p: Array, weights: Array | None = None) -> Array:
     """`I + P_i' diag(weights) P_i` for every row, (m, n, n); p: (n, m, d), weights: (d,)."""
     xp = namespace(p)
+    if is_numpy(p):
+        from moonshot.linalg import kernels_cpu
+
+        weights = np.ones(p.shape[2], p.dtype) if weights is None else weights
+        return kernels_cpu.capacitance(p, weights)
     by_row = xp.permute_dims(p, (1, 0, 2))
     scaled = by_row if weights is None else by_row * weights
     return scaled @ xp.permute_dims(p, (1, 2, 0)) + eye_like(p, p.shape[0])

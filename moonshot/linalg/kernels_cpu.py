@@ -168,3 +168,36 @@ def combine(factors, coefficients):
             for j in range(d):
                 out[i, j] += factors[k, i, j] * coefficient
     return out
+
+
+@njit(parallel=True, fastmath=_FAST, cache=True)
+def capacitance(p, weights):
+    n, m, d = p.shape
+    out = np.empty((m, n, n), p.dtype)
+    for i in prange(m):
+        for k in range(n):
+            for q in range(k + 1):
+                total = p.dtype.type(1 if k == q else 0)
+                for j in range(d):
+                    total += p[k, i, j] * p[q, i, j] * weights[j]
+                out[i, k, q] = total
+                out[i, q, k] = total
+    return out
+
+
+@njit(parallel=True, fastmath=_FAST, cache=True)
+def correct(y, factors, weights, inverses):
+    n, m, d = factors.shape
+    for i in prange(m):
+        projected = np.empty(n, y.dtype)
+        for k in range(n):
+            total = y.dtype.type(0)
+            for j in range(d):
+                total += factors[k, i, j] * y[i, j]
+            projected[k] = total
+        for k in range(n):
+            coefficient = y.dtype.type(0)
+            for q in range(n):
+                coefficient += inverses[i, k, q] * projected[q]
+            for j in range(d):
+                y[i, j] -= factors[k, i, j] * weights[j] * coefficient

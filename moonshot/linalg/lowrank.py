@@ -23,3 +23,19 @@ def combine(factors: Array, coefficients: Array) -> Array:
     for u, c in zip(factors[1:], coefficients[1:], strict=True):
         product = product + u * c[:, None]
     return product
+
+
+def correct(y: Array, factors: Array, weights: Array, inverses: Array) -> Array:
+    """`y_i - D U_i C_i^-1 U_i' y_i` with D = diag(weights): the Woodbury correction. y may be overwritten.
+
+    y: (m, d); factors: (n, m, d); weights: (d,); inverses: (m, n, n), of the capacitance matrices.
+    """
+    if is_numpy(factors):
+        from moonshot.linalg import kernels_cpu
+
+        kernels_cpu.correct(y, factors, weights, inverses)
+        return y
+    xp = namespace(y)
+    projected = xp.permute_dims(project(factors, y), (1, 0))[:, :, None]
+    coefficients = xp.permute_dims((inverses @ projected)[:, :, 0], (1, 0))
+    return y - combine(factors, coefficients) * weights

@@ -139,7 +139,7 @@ class Chain:
             if loss.ndim or not bool(torch.isfinite(loss)):
                 raise ModelError(f"the loss must be a finite scalar, got {loss.detach()}")
             (gradient,) = torch.autograd.grad(loss, leaf)
-        return float(loss), gradient
+        return float(loss.detach()), gradient
 
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """One block alone; its parameters must be in float32 (see `in_float32`)."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from moonshot.linalg.backend import Array, as_dtype, is_numpy, namespace
-from moonshot.linalg.factor import capacitance, capacitance_solve, cholesky, eigenbasis
-from moonshot.linalg.lowrank import combine, project
+from moonshot.linalg.factor import capacitance, eigenbasis
+from moonshot.linalg.lowrank import combine, correct, project
 from moonshot.patterns import Pattern
 from moonshot.problem import Problem, Status
 from moonshot.solvers.base import Answer
@@ -121,13 +121,8 @@ def _shifted_inverse(state: _State, rho: float):
             dense = (basis * shrink) @ basis.T
             return lambda b: b @ dense
         return lambda b: ((b @ basis) * shrink) @ basis.T
-    lower = cholesky(capacitance(rotated, shrink), "a capacitance matrix")
-
-    def apply(b: Array) -> Array:
-        y = (b @ basis) * shrink
-        return (y - combine(rotated, capacitance_solve(lower, project(rotated, y))) * shrink) @ basis.T
-
-    return apply
+    inverses = namespace(basis).linalg.inv(capacitance(rotated, shrink))
+    return lambda b: correct((b @ basis) * shrink, rotated, shrink, inverses) @ basis.T
 
 
 def _matvec(state: _State, x: Array) -> Array:

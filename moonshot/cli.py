@@ -1,0 +1,193 @@
+"""The command line: `moonshot demo`, `moonshot prune`, `moonshot eval`."""
+
+import re
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Prune trained networks in one shot, and say how good the answer is.",
+)
+console = Console()
+
+
+class SolverName(str, Enum):
+    """The solvers by their names on the command line."""
+
+    magnitude = "magnitude"
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
+    admm = "admm"
+
+
+Model = Annotated[str, typer.Argument(help="A folder or hub name that transformers loads.")]
+Data = Annotated[str, typer.Option(help="A text file, a folder of them, or a datasets name[:config[:split]].")]
+Seqlen = Annotated[int, typer.Option(help="Tokens a sample.")]
+Seed = Annotated[int, typer.Option(help="Seed of the calibration samples and random signs.")]
+
+
+@app.command()
+def demo(
+    save: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("moonshot-demo"), seed: Seed = 0
+) -> None:
+    """Prune a small trained Llama by every method and compare held-out perplexities."""
+    from moonshot.comparison import compare
+
+    with console.status("loading") as status:
+        comparison = compare(seed=seed, on_step=lambda step: status.update(step))
+    dense = comparison.dense
+    patterns = list(comparison.rows[0].perplexities)
+    table = Table(title=f"Held-out perplexity, context {dense.context}, {dense.windows} windows")
+    table.add_column("method")
+    for pattern in patterns:
+        table.add_column(pattern, justify="right")
+    table.add_row("dense", *[f"{dense.value:.2f}"] * len(patterns))
+    for row in comparison.rows:
+        table.add_row(row.method, *(f"{row.perplexities[pattern]:.2f}" for pattern in patterns))
+    console.print(table)
+    save.mkdir(parents=True, exist_ok=True)
+    comparison.plot(save / "demo.png")
+    console.print(f"picture: {save / 'demo.png'}")
+
+
+@app.command()
+def prune(
+    model: Model,
+    data: Data,
+    save: Annotated[Path, typer.Option(help="Folder to write, which must not exist.")],
+    pattern: Annotated[str | None, typer.Option(help='"2:4", "50%" or 0.5.')] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros, 0 to 1.")] = None,
+    objective: Annotated[
+        str, typer.Option(help='Such as "0.6 reconstruction + 0.4 fisher"; also token_fisher.')
+    ] = "0.6 reconstruction + 0.4 fisher",
+    solver: Annotated[SolverName, typer.Option(help="The method.")] = SolverName.admm,
+    nsamples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    seqlen: Seqlen = 2048,
+    seed: Seed = 0,
+    factors: Annotated[int, typer.Option(help="Random factors for per-sample gradients.")] = 16,
+    dampening_frac: Annotated[float, typer.Option(help="Ridge, as a fraction of the mean diagonal.")] = 0.01,
+    targets: Annotated[list[str] | None, typer.Option(help="Layers: names, globs, re:...")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone.")] = None,
+) -> None:
+    """Prune a causal language model and save it with its mask, recipe and report."""
+    from moonshot import pruning, storage
+    from moonshot.models.calibration import windows
+
+    chosen = _pattern(pattern, sparsity)
+    terms = parse_objective(objective)
+    if save.exists():
+        raise FileExistsError(f"{save} exists: choose another folder, or remove it first")
+    text = storage.read_text(data)
+    network, tokenizer = storage.load(model)
+    calibration = windows(tokenizer, text, nsamples, seqlen, seed)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("gradients", total=None)
+
+        def advance(layer, total: int) -> None:
+            progress.update(task, description=layer.name, total=total, advance=1)
+
+        report = pruning.prune(
+            network,
+            calibration,
+            chosen,
+            objective=terms,
+            solver=_solver(solver),
+            targets=targets,
+            ignore=ignore or (),
+            factors=factors,
+            dampening_frac=dampening_frac,
+            seed=seed,
+            on_layer=advance,
+        )
+    report.recipe.update(model=model, data=data)
+    console.print(str(report), highlight=False, soft_wrap=True)
+    storage.save(network, tokenizer, report, save)
+    console.print(f"saved: {save}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    seqlen: Seqlen = 2048,
+    nsamples: Annotated[int, typer.Option(help="Windows from the start of the text; 0 for all.")] = 0,
+) -> None:
+    """Print the perplexity of a causal language model on a text."""
+    from moonshot import storage
+    from moonshot.evaluation import perplexity
+    from moonshot.models.calibration import windows
+
+    text = storage.read_text(data)
+    network, tokenizer = storage.load(model)
+    available = len(tokenizer(text, verbose=False)["input_ids"]) // max(seqlen, 1)  # type: ignore[operator]
+    ids = windows(tokenizer, text, nsamples or max(available, 1), seqlen, None)
+    console.print(f"perplexity {perplexity(network, ids)}", highlight=False)
+
+
+def parse_objective(text: str):
+    """ "0.6 reconstruction + 0.4 fisher" as an objective; a missing weight is 1."""
+    from moonshot.objectives import Fisher, Objective, Reconstruction, TokenFisher
+
+    terms: dict[str, Objective] = {
+        "reconstruction": Reconstruction(),
+        "fisher": Fisher(),
+        "token_fisher": TokenFisher(),
+    }
+    total: Objective | None = None
+    for part in text.split("+"):
+        match = re.fullmatch(r"\s*([0-9.eE-]+)?\s*\*?\s*([a-z_]+)\s*", part)
+        if match is None or match[2] not in terms:
+            raise ValueError(f"cannot read {part.strip()!r} in the objective: terms are {', '.join(terms)}")
+        term = (float(match[1]) if match[1] else 1.0) * terms[match[2]]
+        total = term if total is None else total + term
+    return total
+
+
+def _pattern(pattern: str | None, sparsity: float | None):
+    from moonshot.patterns import as_pattern
+
+    if pattern is None and sparsity is None:
+        raise ValueError("say how much to prune: --pattern 2:4 or --sparsity 0.5")
+    if pattern is None:
+        return as_pattern(sparsity)  # type: ignore[arg-type]
+    chosen = as_pattern(pattern)
+    if sparsity is not None and abs(chosen.sparsity - sparsity) > 1e-9:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"--pattern {pattern} and --sparsity {sparsity:g} contradict each other (N:M keeps n of every m): "
+            "give one of them"
+        )
+    return chosen
+
+
+def _solver(name: SolverName):
+    from moonshot import ADMM, Magnitude, SparseGPT, Wanda
+
+    return {
+        SolverName.magnitude: Magnitude,
+        SolverName.wanda: Wanda,
+        SolverName.sparsegpt: SparseGPT,
+        SolverName.admm: ADMM,
+    }[name]()
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit code 1."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError) as error:
+        notes = " ".join(getattr(error, "__notes__", ()))
+        print(f"moonshot: {error} {notes}".rstrip(), file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("moonshot: interrupted, nothing was saved", file=sys.stderr)
+        sys.exit(130)

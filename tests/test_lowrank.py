@@ -1,0 +1,37 @@
+"""Products with the rows' factors against the sums they stand for."""
+
+import numpy as np
+import pytest
+
+from moonshot.linalg import lowrank
+from moonshot.linalg.backend import like, native
+
+rng = np.random.default_rng(0)
+FACTORS, X, COEFFICIENTS = rng.normal(size=(3, 4, 7)), rng.normal(size=(4, 7)), rng.normal(size=(3, 4))
+WEIGHTS, INVERSES = rng.uniform(size=7), rng.normal(size=(4, 3, 3))
+INVERSES = INVERSES + INVERSES.transpose(0, 2, 1)
+
+
+def computed(backend, function, *arguments, dtype="float64"):
+    arrays = [backend.array(array, dtype) for array in arguments]
+    if backend.name != "torch-cpu":  # which kernels_batched runs on for the tests, and NumPy otherwise
+        arrays = [native(array) for array in arrays]
+    return backend.numpy(like(function(*arrays), backend.array(X)))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_products(backend, dtype, tolerance):
+    expected = {
+        lowrank.project: ((FACTORS, X), np.einsum("kij,ij->ki", FACTORS, X)),
+        lowrank.combine: ((FACTORS, COEFFICIENTS), np.einsum("kij,ki->ij", FACTORS, COEFFICIENTS)),
+    }
+    for function, (arguments, value) in expected.items():
+        result = computed(backend, function, *arguments, dtype=dtype)
+        assert result.dtype == dtype
+        np.testing.assert_allclose(result, value, rtol=tolerance, atol=tolerance)
+
+
+def test_the_woodbury_correction(backend):
+    expected = X - WEIGHTS * np.einsum("kij,ikl,lin,in->ij", FACTORS, INVERSES, FACTORS, X)
+    result = computed(backend, lowrank.correct, X, FACTORS, WEIGHTS, INVERSES)
+    np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
