@@ -52,9 +52,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
 def concatenated(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
@@ -107,9 +105,7 @@ def main() -> None:
         )
     )
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=arguments.rate, betas=(0.9, 0.95), weight_decay=0.1
-    )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, arguments.rate, total_steps=arguments.steps, pct_start=0.05
     )

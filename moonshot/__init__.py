@@ -1,7 +1,7 @@
 """One-shot pruning of trained networks on one combinatorial quadratic made of several objectives.
 
-    objective = 0.7 * ms.Reconstruction() + 0.3 * ms.Fisher()
-    report = ms.prune(model, calibration, "2:4", objective=objective)
+objective = 0.7 * ms.Reconstruction() + 0.3 * ms.Fisher()
+report = ms.prune(model, calibration, "2:4", objective=objective)
 """
 
 from typing import TYPE_CHECKING, Any

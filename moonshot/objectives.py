@@ -5,7 +5,6 @@ statistic, and what quadratic that statistic is. `0.7 * Reconstruction() + 0.3 *
 so is each term alone. A new term is one subclass of `Objective` (docs/extending.md has an example).
 """
 
-from abc import ABC
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from numbers import Real
@@ -59,7 +58,7 @@ class Quadratic:
     centre: Array | None = None
 
 
-class Objective(ABC):
+class Objective:
     """A non-negative weighted sum of terms. A subclass with `accumulate` and `quadratic` is a term itself.
 
     needs: the observations that a term reads, out of OBSERVATIONS.
@@ -112,9 +111,7 @@ class Objective(ABC):
         statistics = [term.accumulate(None, observation) for _, term in self.weighted_terms]
         return self.assemble(weight, statistics, dampening_frac=dampening_frac)
 
-    def assemble(
-        self, weight: Array, statistics: list[Any], *, dampening_frac: float = 0.01
-    ) -> Problem:
+    def assemble(self, weight: Array, statistics: list[Any], *, dampening_frac: float = 0.01) -> Problem:
         """The pruning problem of one layer from one statistic for each of `weighted_terms`.
 
             F(V) = sum_t weight_t q_t(V) / q_t(0) + delta ||V - W||^2
@@ -135,9 +132,7 @@ class Objective(ABC):
         if all(term.centre is w for term in terms):
             return Problem(weight, hessian, terms=tuple(terms), damping=damping)
         centre, constant = _common_centre(terms, hessian, w, ridge)
-        return Problem(
-            weight, hessian, centre=centre, constant=constant, terms=tuple(terms), damping=damping
-        )
+        return Problem(weight, hessian, centre=centre, constant=constant, terms=tuple(terms), damping=damping)
 
 
 @dataclass(frozen=True)
@@ -239,9 +234,7 @@ def _summands(objective: Objective) -> tuple[tuple[float, Objective], ...]:
     if not isinstance(objective, WeightedSum):
         return ((1.0, objective),)
     return tuple(
-        (factor * weight, term)
-        for factor, summand in objective.summands
-        for weight, term in _summands(summand)
+        (factor * weight, term) for factor, summand in objective.summands for weight, term in _summands(summand)
     )
 
 
@@ -294,9 +287,7 @@ def _total_factors(terms: list[Term]) -> Array | None:
     return namespace(factors[0]).concat(factors, axis=2)
 
 
-def _damped(
-    shared: Array, factors: Array | None, fraction: float
-) -> tuple[RowHessian, float, float]:
+def _damped(shared: Array, factors: Array | None, fraction: float) -> tuple[RowHessian, float, float]:
     """(Hessian with the ridge added, fraction used, ridge)."""
     xp = namespace(shared)
     d = shared.shape[0]
@@ -307,9 +298,7 @@ def _damped(
         mean_diagonal, fraction = 1.0, 1.0
     for _ in range(_DAMPING_STEPS + 1):
         ridge = fraction * mean_diagonal
-        hessian = RowHessian(
-            (shared + shared.T) / 2 + ridge * eye_like(shared, d), factors
-        )
+        hessian = RowHessian((shared + shared.T) / 2 + ridge * eye_like(shared, d), factors)
         try:
             hessian.inverse_factor  # noqa: B018 - computed here, used by the solvers
             return hessian, fraction, ridge
@@ -319,9 +308,7 @@ def _damped(
     raise failure
 
 
-def _common_centre(
-    terms: list[Term], hessian: RowHessian, weight: Array, ridge: float
-) -> tuple[Array, float]:
+def _common_centre(terms: list[Term], hessian: RowHessian, weight: Array, ridge: float) -> tuple[Array, float]:
     """Minimiser and minimum of terms with different centres, the ridge centred on the weight.
 
     With q_t(x) = (x - c_t)' H_t (x - c_t) the sum is (x - c)' H (x - c) + const,

@@ -152,6 +152,6 @@ def as_pattern(pattern: "Pattern | str | float") -> Pattern:
         raise PatternError(f'cannot read the pattern {pattern!r}: write 0.5, "50%" or "2:4"')
     if isinstance(pattern, Real) and not isinstance(pattern, bool):
         return Unstructured(float(pattern))
-    if isinstance(pattern, Pattern):
+    if isinstance(pattern, Pattern) and not isinstance(pattern, type):
         return pattern
     raise TypeError(f'a pattern is 0.5, "50%", "2:4", Unstructured or NM, got {pattern!r}')

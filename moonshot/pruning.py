@@ -78,13 +78,24 @@ def prune(
         versions=_versions(),
     )
     begin = time.perf_counter()
-    originals = {name: layer.weight.detach().clone() for name, layer in linear_layers(blocks).items()
-                 if name in patterns}
+    originals = {
+        name: layer.weight.detach().clone() for name, layer in linear_layers(blocks).items() if name in patterns
+    }
     try:
         with evaluating(model):
             _prune_blocks(
-                model, blocks, batches, patterns, objective, solver, factors, dampening_frac, signs,
-                loss, report, on_layer,
+                model,
+                blocks,
+                batches,
+                patterns,
+                objective,
+                solver,
+                factors,
+                dampening_frac,
+                signs,
+                loss,
+                report,
+                on_layer,
             )
     except BaseException:
         for name, layer in linear_layers(blocks).items():
@@ -122,21 +133,24 @@ def _prune_blocks(
         gradients = block_gradients(chain, batches, list(pruned), calls)
         dense = list(pruned)
     for index, (prefix, block) in enumerate(blocks):
-        layers = {
-            name: layer for name, layer in linear_layers([(prefix, block)]).items() if name in patterns
-        }
+        layers = {name: layer for name, layer in linear_layers([(prefix, block)]).items() if name in patterns}
         with in_float32(list(block.parameters())):
             statistics = BlockStatistics(layers, objective, factors, len(signs))
             at_output = None if gradients is None else gradients[index]
-            observe_block(
-                chain, index, statistics, batches, calls, pruned, dense, at_output, signs
-            )
+            observe_block(chain, index, statistics, batches, calls, pruned, dense, at_output, signs)
             if gradients is not None:
                 gradients[index] = []
             for name, layer in layers.items():
                 _prune_layer(
-                    name, layer, dtype, statistics.pop(name), patterns[name], objective, solver,
-                    dampening_frac, report,
+                    name,
+                    layer,
+                    dtype,
+                    statistics.pop(name),
+                    patterns[name],
+                    objective,
+                    solver,
+                    dampening_frac,
+                    report,
                 )
                 if on_layer is not None:
                     on_layer(report.layers[name], len(patterns))
@@ -197,7 +211,9 @@ def _patterns(
     layers = linear_layers(blocks)
     if isinstance(pattern, Mapping):
         if unknown := [name for name in pattern if name not in layers]:
-            raise TargetError(f"no such layer: {', '.join(unknown)}; layers are {', '.join(list(layers)[:4])}, ...")
+            raise TargetError(
+                f"no such layer: {', '.join(unknown)}; layers are {', '.join(list(layers)[:4])}, ..."
+            )
         names = select(list(pattern), targets, ignore)
         patterns = {name: as_pattern(pattern[name]) for name in names}
     else:

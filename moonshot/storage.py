@@ -27,7 +27,7 @@ def save(model: nn.Module, tokenizer: object, report: Report, folder: str | Path
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
         layers = dict(model.named_modules())
@@ -38,7 +38,9 @@ def save(model: nn.Module, tokenizer: object, report: Report, folder: str | Path
         temporary.chmod(0o755)
         os.rename(temporary, final)
     except OSError as error:
-        raise OSError(f"could not save to {final}: {error}; free some space or choose another folder") from error
+        raise OSError(
+            f"could not save to {final}: {error}; free some space or choose another folder"
+        ) from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -51,7 +53,7 @@ def load(name: str) -> tuple[nn.Module, object]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"cannot load a causal language model from {name!r}: {first}") from error
@@ -82,7 +84,7 @@ def read_text(data: str) -> str:
 def _dataset_text(data: str) -> str:
     from datasets import load_dataset
 
-    name, configuration, split = (data.split(":") + ["", ""])[:3]
+    name, configuration, split = [*data.split(":"), "", ""][:3]
     try:
         dataset = load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:  # the library has no common base class for what it raises

@@ -11,18 +11,21 @@ from moonshot.linalg.backend import (
     like,
     namespace,
     native,
+    triangular_solve,
 )
-from moonshot.linalg.lowrank import combine, project
 from moonshot.linalg.factor import (
+    NotPositiveDefiniteError,
     capacitance,
     capacitance_solve,
     cholesky,
     half_product,
     inverse_factor,
 )
+from moonshot.linalg.lowrank import combine, project
 
 _SYMMETRY = {"float32": 1e-4, "float64": 1e-9}  # largest |A - A'| accepted, relative to max |A|
 _REFINEMENTS = 10
+_LOST = 1e-12  # the backward error at which a row is solved densely
 
 
 class RowHessian:
@@ -135,7 +138,27 @@ class RowHessian:
             best = xp.where(better[:, None], candidate, best)
             residual = xp.where(better[:, None], candidate_residual, residual)
             error = xp.where(better, candidate_error, error)
+        reach = self._trace() * xp.max(xp.abs(best), axis=1) + xp.max(xp.abs(b), axis=1)
+        for i in xp.nonzero(error > _LOST * reach)[0].tolist():  # Woodbury lost its digits in these rows
+            best[i] = self._dense_solve(i, b[i])
         return like(best, B)
+
+    def _trace(self) -> Array:
+        """Traces of the H_i, (m,) or a scalar: bounds of their norms."""
+        xp = namespace(self.A)
+        trace = xp.sum(xp.linalg.diagonal(self.A))
+        if self.factors is not None:
+            trace = trace + xp.sum(as_dtype(self.factors, "float64") ** 2, axis=(0, 2))
+        return trace
+
+    def _dense_solve(self, i: int, b: Array) -> Array:
+        """H_i^-1 b for one row by the Cholesky factor of H_i itself, scaled to a unit diagonal."""
+        h = native(self.row(i))
+        xp = namespace(h)
+        scale = 1 / xp.sqrt(xp.linalg.diagonal(h))
+        lower = cholesky(h * scale[:, None] * scale, f"the Hessian of row {i}")
+        half = triangular_solve(lower, (b * scale)[:, None], lower=True)
+        return triangular_solve(lower.T, half, lower=False)[:, 0] * scale
 
     def inverse_diagonal(self) -> Array:
         """Diagonals of the H_i^-1: (m, d), or (1, d) where all rows share them."""
@@ -149,6 +172,10 @@ class RowHessian:
                 column = p[k] - sum(lower[:, k, j, None] * p[j] for j in range(k)) if k else p[0]
                 p[k] = column / lower[:, k, k, None]
                 diagonal = diagonal - (p[k] @ r) ** 2
+            if float(xp.min(diagonal)) <= 0:
+                raise NotPositiveDefiniteError(
+                    "a row's Hessian, to working precision,", float(xp.min(diagonal))
+                )
         return like(diagonal, self._kind)
 
     def row(self, i: int) -> Array:

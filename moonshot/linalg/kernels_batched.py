@@ -11,7 +11,7 @@ mu_j is the best z_j if column j is kept, and `value^2 / (R_jj^2 phi_j)` what pr
 Shapes: a, keep, z, phi (m, d); r (d, d); p (n, m, d); t (m, d, n); residual (m, n). n may be 0.
 """
 
-from moonshot.linalg.backend import Array, asarray_like, eye_like, namespace, smallest
+from moonshot.linalg.backend import Array, asarray_like, eye_like, namespace, smallest, zeros_like_shape
 
 
 def gains(p: Array) -> tuple[Array, Array]:
@@ -24,8 +24,8 @@ def gains(p: Array) -> tuple[Array, Array]:
     n, m, d = p.shape
     columns = xp.permute_dims(p, (2, 1, 0))  # (d, m, n)
     t = xp.empty_like(columns)
-    phi = xp.empty_like(columns[:, :, 0]) if n else xp.ones_like(p, shape=(d, m))
-    inverse = eye_like(p, n)[None] + xp.zeros_like(p[0, :, :1, None])
+    phi = zeros_like_shape(p, (d, m))
+    inverse = eye_like(p, n)[None] + zeros_like_shape(p, (m, 1, 1))
     for j in range(d - 1, -1, -1):
         u = (inverse @ columns[j][:, :, None])[:, :, 0]
         phi[j] = 1 / (1 + xp.sum(u * columns[j], axis=1))
@@ -34,9 +34,7 @@ def gains(p: Array) -> tuple[Array, Array]:
     return xp.permute_dims(t, (1, 0, 2)), xp.permute_dims(phi, (1, 0))
 
 
-def scores(
-    a: Array, r: Array, p: Array, t: Array, phi: Array, residual: Array, start: int, stop: int
-) -> Array:
+def scores(a: Array, r: Array, p: Array, t: Array, phi: Array, residual: Array, start: int, stop: int) -> Array:
     """What pruning each of the columns start..stop costs when the columns before are fixed, (m, stop - start).
 
     If every column from here on were kept, their z would be the mu_j found one after the other.

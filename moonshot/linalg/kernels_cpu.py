@@ -120,9 +120,7 @@ def sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, kept, group):
                     if keep[i, first + j] and (smallest < 0 or value[j] < value[smallest]):
                         smallest = j
                 keep[i, first + smallest] = False
-            _sweep_row(
-                a[i], r, columns, t[i], residual[i], keep[i], z[i], start, first, first + group, stop, n
-            )
+            _sweep_row(a[i], r, columns, t[i], residual[i], keep[i], z[i], start, first, first + group, stop, n)
 
 
 @njit(fastmath=_FAST, inline="always")

@@ -29,9 +29,7 @@ def block_gradients(
     boundaries = [hidden]
     for k, block in enumerate(chain.blocks):
         with torch.no_grad(), in_float32(list(block.parameters())):
-            boundaries.append(
-                [chain.run(k, h, calls[b][k]).to(h.dtype) for b, h in enumerate(boundaries[k])]
-            )
+            boundaries.append([chain.run(k, h, calls[b][k]).to(h.dtype) for b, h in enumerate(boundaries[k])])
     kept = torch.bfloat16 if hidden[0].dtype == torch.float16 else hidden[0].dtype
     for b, batch in enumerate(batches):
         _, gradient = chain.leave(batch, boundaries[-1][b])
@@ -138,6 +136,11 @@ def observe_block(
     pruned: the block's inputs in the partly pruned model, dense: in the dense one, where the gradients belong;
     after the call `dense` holds the dense block's outputs.
     """
+    if not statistics.layers:
+        with torch.no_grad():
+            for b, hidden in enumerate(dense):
+                dense[b] = chain.run(index, hidden, calls[b][index]).to(hidden.dtype)
+        return
     first = 0
     for b, batch in enumerate(batches):
         mask = token_mask(batch)
@@ -146,20 +149,16 @@ def observe_block(
         deltas: dict[str, Tensor] = {}
         if gradients is not None:
             leaf = dense[b].float().requires_grad_()
-            with _recording(statistics.layers, dense_inputs, outputs := {}):
+            outputs: dict[str, Tensor] = {}
+            with _recording(statistics.layers, dense_inputs, outputs):
                 output = chain.run(index, leaf, call)
-            found = torch.autograd.grad(
-                output, list(outputs.values()), gradients[b].float(), allow_unused=True
-            )
+            found = torch.autograd.grad(output, list(outputs.values()), gradients[b].float(), allow_unused=True)
             for (name, out), delta in zip(outputs.items(), found, strict=True):
                 deltas[name] = torch.zeros_like(out) if delta is None else delta
             dense[b] = output.detach().to(dense[b].dtype)
         inputs: dict[str, Tensor] = {}
-        if gradients is not None and pruned is dense:
-            inputs = dense_inputs
-        else:
-            with torch.no_grad(), _recording(statistics.layers, inputs, {}):
-                chain.run(index, pruned[b], call)
+        with torch.no_grad(), _recording(statistics.layers, inputs, {}):
+            chain.run(index, pruned[b], call)
         statistics.observe(inputs, deltas, dense_inputs, mask, signs[first : first + len(mask)])
         first += len(mask)
 

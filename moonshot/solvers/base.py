@@ -53,9 +53,7 @@ class Solver(Protocol):
         """The answer for one pattern."""
 
 
-def solve(
-    problem: Problem, pattern: Pattern | str | float, solver: Solver, *, state: Any = None
-) -> Result:
+def solve(problem: Problem, pattern: Pattern | str | float, solver: Solver, *, state: Any = None) -> Result:
     """Prune one layer to a pattern and say how good the answer is.
 
     state: what `solver.init(problem)` returned, to share one factorisation among patterns.
@@ -104,24 +102,22 @@ def solve(
     )
 
 
-def _checked(
-    answer: Answer, problem: Problem, pattern: Pattern, solver: Solver
-) -> tuple[Array, Array]:
+def _checked(answer: Answer, problem: Problem, pattern: Pattern, solver: Solver) -> tuple[Array, Array]:
     weight, mask = answer.weight, answer.mask
     for name, array in (("weight", weight), ("mask", mask)):
         if tuple(array.shape) != problem.shape:
             raise SolverError(
                 f"{solver.name} returned a {name} of shape {tuple(array.shape)}, the layer is {problem.shape}"
             )
+    xp = namespace(weight)
+    if mask.dtype != xp.bool:
+        raise SolverError(f"{solver.name} returned a mask of {mask.dtype}, it must be of booleans")
     if not all_finite(weight):
-        raise SolverError(
-            f"{solver.name} returned NaN or infinity: raise dampening_frac, or use float64"
-        )
+        raise SolverError(f"{solver.name} returned NaN or infinity: raise dampening_frac, or use float64")
     try:
         pattern.check(mask)
     except PatternMismatchError as error:
         raise SolverError(f"{solver.name} missed its pattern: {error}") from error
-    xp = namespace(weight)
     if bool(xp.any((weight != 0) & ~mask)):
         raise SolverError(f"{solver.name} returned weights that are not zero outside its mask")
     return weight, mask

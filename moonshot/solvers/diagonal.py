@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moonshot.linalg.backend import Array, as_dtype, namespace
+from moonshot.linalg.backend import Array, as_dtype, namespace, native
 from moonshot.patterns import Pattern
 from moonshot.problem import Problem
 from moonshot.solvers.base import Answer
@@ -40,7 +40,7 @@ class Wanda:
 
     def init(self, problem: Problem) -> tuple[Array, Array]:
         xp = namespace(problem.centre)
-        scale = as_dtype(xp.sqrt(problem.hessian.diagonal()), problem.dtype)
+        scale = as_dtype(xp.sqrt(native(problem.hessian.diagonal())), problem.dtype)
         return problem.centre, abs(problem.centre) * scale
 
     def compute(self, state: tuple[Array, Array], pattern: Pattern) -> Answer:

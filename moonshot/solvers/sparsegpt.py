@@ -94,18 +94,14 @@ class SparseGPT:
     ) -> None:
         r, p, t, phi = state.r, state.p, state.t, state.phi
         if isinstance(pattern, NM):
-            state.kernels.sweep_groups(
-                a, r, p, t, phi, residual, keep, z, start, stop, pattern.n, pattern.m
-            )
+            state.kernels.sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, pattern.n, pattern.m)
             return
         cost = state.kernels.scores(a, r, p, t, phi, residual, start, stop)
         keep[:, start:stop] = _block_pattern(pattern, a.shape, start, stop, cost)
         state.kernels.sweep(a, r, p, t, residual, keep, z, start, stop)
 
 
-def _block_pattern(
-    pattern: Unstructured, shape: tuple[int, int], start: int, stop: int, cost: Array
-) -> Array:
+def _block_pattern(pattern: Unstructured, shape: tuple[int, int], start: int, stop: int, cost: Array) -> Array:
     """The mask of one block: its share of the budget, so that the blocks' shares add up exactly."""
     m, d = shape
     if pattern.scope == "row":

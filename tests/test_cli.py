@@ -1,0 +1,91 @@
+"""The command line, end to end on the shipped model, and its errors in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import moonshot
+from moonshot import cli
+
+DEMO = Path(moonshot.__file__).parent / "demo"
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["moonshot", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def prune_arguments(tmp_path, **changes):
+    options = {
+        "--pattern": "2:4",
+        "--data": DEMO / "calibration.txt",
+        "--save": tmp_path / "pruned",
+        "--solver": "sparsegpt",
+        "--nsamples": 4,
+        "--seqlen": 64,
+    } | {f"--{name}": value for name, value in changes.items()}
+    return [part for option in options.items() if option[1] is not None for part in option]
+
+
+def test_prune_then_eval(monkeypatch, tmp_path, capsys):
+    assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path)) == 0
+    folder = tmp_path / "pruned"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    for name, mask in load_file(folder / "masks.safetensors").items():
+        assert ((model.get_submodule(name).weight != 0) == mask).all()
+        assert (mask.reshape(-1, 4).sum(1) <= 2).all()
+    assert json.loads((folder / "report.json").read_text())["sparsity"] == 0.5
+    assert json.loads((folder / "recipe.json").read_text())["pattern"] == "2:4"
+    assert (
+        run(monkeypatch, "eval", folder, "--data", DEMO / "heldout.txt", "--seqlen", 64, "--nsamples", 4) == 0
+    )
+    assert "context 64, 4 windows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(sparsity=0.7), "contradict"),
+        (dict(pattern=None), "--sparsity 0.5"),
+        (dict(pattern="2;4"), "cannot read the pattern"),
+        (dict(pattern="3:7"), "divisible by 7"),
+        (dict(objective="0.5 hope"), "terms are"),
+        (dict(seqlen=10**7), "give more text"),
+        (dict(targets="nothing"), "matches no layer"),
+        (dict(ignore="nothing"), "matches no layer"),
+        (dict(save=DEMO), "exists"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(monkeypatch, tmp_path, capsys, changes, words):
+    assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path, **changes)) == 1
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("moonshot:")]
+    assert len(lines) == 1 and words in lines[0] and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_is_not_text(monkeypatch, tmp_path, capsys):
+    (tmp_path / "data.txt").write_bytes(b"\xff\xfe\xff")
+    assert run(monkeypatch, "eval", DEMO / "model", "--data", tmp_path / "data.txt") == 1
+    assert "not UTF-8" in capsys.readouterr().err
+    (tmp_path / "data.txt").write_text("  ")
+    assert run(monkeypatch, "eval", DEMO / "model", "--data", tmp_path / "data.txt") == 1
+    assert "holds no text" in capsys.readouterr().err
+
+
+def test_compare_counts_every_method(monkeypatch, tmp_path):
+    from moonshot.comparison import METHODS, compare
+
+    result = compare(("70%",), samples=8, context=64, held_out=8)
+    values = {row.method: row.perplexities["70%"] for row in result.rows}
+    assert len(values) == len(METHODS)
+    assert result.dense.value < values["ADMM"] < values["SparseGPT"] < values["magnitude"]
+    result.plot(tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

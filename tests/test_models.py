@@ -1,0 +1,238 @@
+"""`prune` on small random decoders: blocks, statistics, padding, dtypes, saving."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+import moonshot as ms
+from moonshot.models.blocks import Chain, ModelError, find_blocks, linear_layers
+from moonshot.models.calibration import CalibrationError, as_batches, language_model_loss
+from moonshot.models.replay import block_gradients
+from moonshot.models.targets import TargetError
+from moonshot.storage import save
+from tests.examples.diagonal_saliency import DiagonalSaliency
+from tests.examples.normalised_reconstruction import NormalisedReconstruction
+
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    pad_token_id=0,
+)
+JOINT = 0.5 * ms.Reconstruction() + 0.3 * ms.Fisher() + 0.2 * ms.TokenFisher()
+
+
+def decoder(config=LlamaConfig, dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(**(SIZES | changes)), dtype=dtype)
+
+
+def tokens(samples=6, length=16):
+    return torch.randint(1, 61, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, MistralConfig, GemmaConfig])
+@pytest.mark.parametrize("solver", [ms.SparseGPT(), ms.ADMM()])
+def test_decoders_get_exactly_their_pattern(config, solver):
+    model = decoder(config)
+    before = weights(model)
+    report = ms.prune(model, tokens(), "2:4", objective=JOINT, solver=solver)
+    assert len(report.layers) == 14
+    layers = linear_layers(find_blocks(model))
+    for name, layer in layers.items():
+        assert ((layer.weight.reshape(-1, 4) != 0).sum(1) == 2).all()
+        assert 0 < report.layers[name].relative < 1
+    untouched = set(before) - {f"{name}.weight" for name in layers}
+    assert all(torch.equal(before[name], dict(model.named_parameters())[name]) for name in untouched)
+
+
+def test_block_gradients_are_those_of_one_backward_pass():
+    model = decoder()
+    blocks = [block for _, block in find_blocks(model)]
+    chain = Chain(model, blocks, language_model_loss)
+    batch = as_batches(tokens())[0]
+    hidden, calls = chain.enter(batch)
+    (found,) = zip(*block_gradients(chain, [batch], [hidden], [calls]), strict=True)
+    outputs = []
+    handles = [b.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for b in blocks]
+    loss = language_model_loss(model, batch) * len(batch["input_ids"])
+    expected = torch.autograd.grad(loss, outputs)
+    for handle in handles:
+        handle.remove()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_of_the_first_block_are_those_of_the_dense_model():
+    model, ids = decoder(), tokens(4)
+    name = "model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(name)
+    seen = {}
+    handle = layer.register_forward_hook(lambda _m, args, _out: seen.update(x=args[0].detach()))
+    gradients = []
+    for sample in ids:
+        model.zero_grad()
+        language_model_loss(model, {"input_ids": sample[None]}).backward()
+        gradients.append(layer.weight.grad.clone())
+    model(input_ids=ids)
+    handle.remove()
+    objective = 0.5 * ms.Reconstruction() + 0.5 * ms.Fisher()
+    problem = objective.problem(
+        layer.weight.detach(), inputs=seen["x"].flatten(0, 1), gradients=torch.stack(gradients)
+    )
+    expected = ms.solve(problem, "2:4", ms.SparseGPT())
+    report = ms.prune(model, ids, {name: "2:4"}, objective=objective, solver=ms.SparseGPT())
+    assert report.layers[name].relative == pytest.approx(expected.relative, rel=1e-4)
+    torch.testing.assert_close(layer.weight.detach(), expected.weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_for_nothing(side):
+    ids = tokens(5, 12)
+    padding = torch.zeros(5, 4, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    parts = (padding, ids) if side == "left" else (ids, padding)
+    masks = (padding, mask) if side == "left" else (mask, padding)
+    padded = [{"input_ids": torch.cat(parts, 1), "attention_mask": torch.cat(masks, 1)}]
+    if side == "left":
+        padded[0]["position_ids"] = (padded[0]["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    plain, other = decoder(), decoder()
+    a = ms.prune(plain, ids, "2:4", objective=JOINT)
+    b = ms.prune(other, padded, "2:4", objective=JOINT)
+    for name in a.layers:
+        assert a.layers[name].relative == pytest.approx(b.layers[name].relative, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_tied_model_round_trips(tmp_path, dtype):
+    model = decoder(dtype=dtype, tie_word_embeddings=True)
+    report = ms.prune(model, tokens(), "50%", objective=JOINT)
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    folder = save(model, None, report, tmp_path / "pruned")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, loaded(tokens()).logits)
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    with pytest.raises(FileExistsError, match="another folder"):
+        save(model, None, report, folder)
+
+
+def test_a_failed_save_leaves_nothing(tmp_path):
+    model = decoder()
+    report = ms.prune(model, tokens(), "50%", solver=ms.Magnitude())
+
+    class FullDisk:
+        def save_pretrained(self, folder):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="free some space"):
+        save(model, FullDisk(), report, tmp_path / "pruned")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_seed_gives_the_same_model():
+    first, second = decoder(), decoder()
+    for model in (first, second):
+        ms.prune(model, tokens(), "70%", objective=JOINT, seed=3, factors=2)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_targets_and_ignore():
+    report = ms.prune(
+        decoder(), tokens(), "50%", targets=["*.mlp.*", "q_proj"], ignore="re:.*layers\\.1\\..*",
+        solver=ms.Wanda(), objective=ms.Reconstruction(),
+    )  # fmt: skip
+    assert {name.split(".")[-1] for name in report.layers} == {"q_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all(".layers.0." in name for name in report.layers)
+
+
+def test_examples_of_the_documentation():
+    objective = 0.5 * NormalisedReconstruction() + 0.5 * ms.Fisher()
+    report = ms.prune(decoder(), tokens(), "50%", objective=objective, solver=DiagonalSaliency())
+    assert report.sparsity == 0.5
+    assert set(next(iter(report.layers.values())).terms) == {"NormalisedReconstruction", "Fisher"}
+
+
+@pytest.mark.parametrize("sparsity", [0, 1])
+def test_extreme_sparsities(sparsity):
+    model = decoder()
+    before = weights(model)
+    ms.prune(model, tokens(), sparsity, objective=JOINT)
+    for name, layer in linear_layers(find_blocks(model)).items():
+        expected = before[f"{name}.weight"] * (1 - sparsity)
+        torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (dict(calibration=tokens()[:0]), CalibrationError, "empty"),
+        (dict(calibration=[]), CalibrationError, "empty"),
+        (dict(calibration="text"), TypeError, "tokenize"),
+        (dict(calibration=[{"labels": tokens()}]), CalibrationError, "input_ids"),
+        (dict(calibration=torch.rand(2, 4)), CalibrationError, "integers"),
+        (dict(targets="nothing"), TargetError, "matches no layer"),
+        (dict(ignore="nothing"), TargetError, "matches no layer"),
+        (dict(pattern={"nothing": 0.5}), TargetError, "no such layer"),
+        (dict(pattern="2:5"), ValueError, "divisible by 5"),
+        (dict(pattern=1.5), ValueError, "fraction of zeros"),
+        (dict(objective="auto?"), TypeError, "objective must be"),
+        (dict(solver=ms.ADMM), TypeError, "instance"),
+        (dict(factors=0), ValueError, "positive"),
+        (dict(loss=lambda model, batch: model(**batch).logits.sum() * float("nan")), ModelError, "finite"),
+    ],
+)
+def test_bad_input_is_refused_and_changes_nothing(change, error, words):
+    model = decoder()
+    before = weights(model)
+    arguments = dict(calibration=tokens(), pattern="2:4") | change
+    with pytest.raises(error, match=words):
+        ms.prune(model, **arguments)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_a_failure_halfway_restores_the_model():
+    model = decoder()
+    before = weights(model)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = np.nan
+    before["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        ms.prune(model, tokens(), "2:4", objective=ms.Reconstruction(), solver=ms.Magnitude())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(before[name].nan_to_num(9), parameter.nan_to_num(9))
+
+
+def test_meta_device_and_models_without_blocks_are_refused():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
+    with pytest.raises(ModelError, match="meta device"):
+        ms.prune(model, tokens(), 0.5)
+    with pytest.raises(ModelError, match="decoder"):
+        ms.prune(torch.nn.Linear(3, 3), tokens(), 0.5)
+
+
+def test_the_report_is_saved_as_json(tmp_path):
+    model = copy.deepcopy(decoder())
+    report = ms.prune(model, tokens(), 0.5, solver=ms.Magnitude(), objective=ms.Reconstruction())
+    report.save(tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    assert '"sparsity": 0.5' in text and "q_proj" in str(report)
