@@ -6,19 +6,37 @@ factors a block at a time so that reads are contiguous.
 """
 
 import os
+from collections.abc import Callable
+from functools import wraps
+from threading import Lock
 
-# An idle OpenMP thread spins by default and keeps the BLAS's own threads off the cores between two kernels,
-# which made ADMM on joint Hessians four times slower. Read once, when numba first runs a kernel.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import numba
+import numpy as np
+from numba import njit, prange
 
-import numpy as np  # noqa: E402
-from numba import njit, prange  # noqa: E402
+# numba's own threads sleep between kernels. OpenMP's spin, and keep the BLAS's and torch's off the cores: ADMM on
+# joint Hessians took more than twice as long. They serve one caller at a time, hence the lock.
+if "NUMBA_THREADING_LAYER" not in os.environ:
+    numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
+_ONE_CALLER = Lock()
 
 _FAST = {"reassoc", "contract", "nsz", "arcp"}  # NaN and infinity keep their meaning
 _CHUNK = 64
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+def _kernel(function: Callable) -> Callable:
+    """Compile a function with parallel loops over rows, and let one thread call it at a time."""
+    compiled = njit(parallel=True, fastmath=_FAST, cache=True)(function)
+
+    @wraps(function)
+    def run(*arguments):
+        with _ONE_CALLER:
+            return compiled(*arguments)
+
+    return run
+
+
+@_kernel
 def gains(p):
     n, m, d = p.shape
     t = np.empty((m, d, n), p.dtype)
@@ -63,7 +81,7 @@ def _load(p, i, start, stop):
     return columns
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@_kernel
 def scores(a, r, p, t, phi, residual, start, stop):
     n, m = residual.shape[1], residual.shape[0]
     width = stop - start
@@ -87,7 +105,7 @@ def scores(a, r, p, t, phi, residual, start, stop):
     return out
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@_kernel
 def sweep(a, r, p, t, residual, keep, z, start, stop):
     m, n = residual.shape
     for i in prange(m):
@@ -95,7 +113,7 @@ def sweep(a, r, p, t, residual, keep, z, start, stop):
         _sweep_row(a[i], r, columns, t[i], residual[i], keep[i], z[i], start, start, stop, stop, n)
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@_kernel
 def sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, kept, group):
     m, n = residual.shape
     for i in prange(m):
@@ -149,7 +167,7 @@ def _sweep_row(a, r, columns, t, residual, keep, z, block, start, stop, last, n)
             a[j] = a.dtype.type(0)
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@_kernel
 def project(factors, x):
     n, m, d = factors.shape
     out = np.empty((n, m), x.dtype)
@@ -162,7 +180,7 @@ def project(factors, x):
     return out
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@_kernel
 def combine(factors, coefficients):
     n, m, d = factors.shape
     out = np.zeros((m, d), coefficients.dtype)
@@ -174,7 +192,7 @@ def combine(factors, coefficients):
     return out
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@_kernel
 def capacitance(p, weights):
     n, m, d = p.shape
     out = np.empty((m, n, n), p.dtype)
@@ -189,7 +207,7 @@ def capacitance(p, weights):
     return out
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@_kernel
 def correct(y, factors, weights, inverses):
     n, m, d = factors.shape
     for i in prange(m):
