@@ -29,8 +29,8 @@ class SparseGPT:
     of the layer is updated by one matrix product; rounded up to whole N:M groups.
 
     Unstructured budgets are met exactly, spread evenly over the blocks. With factors in the Hessian the sweep is
-    that of SparseGPT on each row's explicit Hessian, at a cost of n^2 + d / 2 multiply-adds a weight and factor
-    more; without, it is SparseGPT.
+    that of SparseGPT on each row's explicit Hessian, for n d / 2 + 2 n^2
+    multiply-adds a weight more; without, it is SparseGPT.
 
     Source: Frantar and Alistarh, SparseGPT (arXiv 2301.00774), algorithm 1; the recursion for the low-rank part is
     ours, see docs/mathematics.md.
