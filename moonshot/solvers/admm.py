@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moonshot.linalg.backend import Array, as_dtype, is_numpy, namespace
+from moonshot.linalg.backend import Array, as_dtype, namespace
 from moonshot.linalg.factor import capacitance, eigenbasis
 from moonshot.linalg.lowrank import combine, correct, project
 from moonshot.patterns import Pattern
@@ -82,7 +82,7 @@ class ADMM:
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         xp = namespace(state.target)
-        mask = pattern.keep(abs(state.target))
+        started = mask = pattern.keep(abs(state.target))
         start = xp.where(mask, state.target, xp.zeros_like(state.target))
         z, dual, rho = start, xp.zeros_like(start), self.rho
         inverse = _shifted_inverse(state, rho)
@@ -107,8 +107,7 @@ class ADMM:
             inverse = _shifted_inverse(state, rho)
         weight = _refit(state, z, mask, self.refits)
         if _loss(state, start) < _loss(state, weight):
-            weight, mask = start, start != 0  # never worse than where it started
-            mask = pattern.keep(abs(state.target))
+            weight, mask = start, started  # never worse than where it started
         return Answer(weight / state.scale, mask, status, done, start=start / state.scale)
 
 
@@ -117,10 +116,8 @@ def _shifted_inverse(state: _State, rho: float):
     shrink = 1 / (state.eigenvalues + rho)
     basis, rotated = state.basis, state.rotated
     if rotated is None:
-        if is_numpy(basis):
-            dense = (basis * shrink) @ basis.T
-            return lambda b: b @ dense
-        return lambda b: ((b @ basis) * shrink) @ basis.T
+        dense = (basis * shrink) @ basis.T
+        return lambda b: b @ dense
     inverses = namespace(basis).linalg.inv(capacitance(rotated, shrink))
     return lambda b: correct((b @ basis) * shrink, rotated, shrink, inverses) @ basis.T
 
