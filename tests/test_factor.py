@@ -36,7 +36,7 @@ def test_inverse_factor_on_every_backend(backend):
 def test_half_product(seed, d, n):
     rng = np.random.default_rng(seed)
     factors, r = rng.normal(size=(n, 2, d)), np.triu(rng.normal(size=(d, d)))
-    np.testing.assert_allclose(half_product(factors, r), np.einsum("jk,nmk->nmj", r, factors), atol=1e-11)
+    np.testing.assert_allclose(half_product(factors, r), np.einsum("jk,nmk->jnm", r, factors), atol=1e-11)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

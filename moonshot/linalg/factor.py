@@ -16,7 +16,10 @@ from moonshot.linalg.backend import (
     is_numpy,
     namespace,
     triangular_solve,
+    zeros_like_shape,
 )
+
+_STRIP = 128  # rows of a triangular matrix multiplied at once
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -85,20 +88,19 @@ def eigenbasis(a: Array) -> tuple[Array, Array]:
 
 
 def half_product(factors: Array, r: Array) -> Array:
-    """P (n, m, d) with `P_i = R U_i` for every row i, as blocked matrix products.
+    """P (d, n, m) with `P_i = R U_i` for every row i, as blocked matrix products.
 
     factors: (n, m, d), the U_i' stacked by factor; r: (d, d) upper triangular. Uses that R is triangular:
-    m n d^2 multiply-adds instead of 2 m n d^2.
+    little more than m n d^2 / 2 multiply-adds instead of m n d^2.
     """
     xp = namespace(factors)
     n, m, d = factors.shape
-    flat = factors.reshape(n * m, d)
-    product = xp.empty_like(flat)
-    width = max(128, -(-d // 8))
-    for start in range(0, d, width):
-        stop = min(start + width, d)
-        product[:, start:stop] = flat[:, start:] @ r[start:stop, start:].T
-    return product.reshape(n, m, d)
+    columns = factors.reshape(n * m, d).T
+    product = zeros_like_shape(factors, (d, n * m))
+    for start in range(0, d, _STRIP):
+        stop = min(start + _STRIP, d)
+        xp.matmul(r[start:stop, start:], columns[start:], out=product[start:stop])
+    return product.reshape(d, n, m)
 
 
 def capacitance(p: Array, weights: Array | None = None) -> Array:

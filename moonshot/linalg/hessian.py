@@ -166,8 +166,7 @@ class RowHessian:
         xp = namespace(r)
         diagonal = xp.sum(r**2, axis=0)[None, :]
         if self.factors is not None:
-            p = half_product(as_dtype(self.factors, "float64"), r)
-            lower = cholesky(capacitance(p), "a capacitance matrix")
+            p, lower = self._half_product()
             for k in range(p.shape[0]):  # rows of L^-1 P' R, one k at a time: (m, d) each
                 column = p[k] - sum(lower[:, k, j, None] * p[j] for j in range(k)) if k else p[0]
                 p[k] = column / lower[:, k, k, None]
@@ -200,14 +199,19 @@ class RowHessian:
             product = product + combine(factors, project(factors, v))
         return product
 
+    def _half_product(self) -> tuple[Array, Array]:
+        """P (n, m, d), P_i = R U_i, and the Cholesky factors (m, n, n) of the capacitances I + P_i'P_i."""
+        p = half_product(as_dtype(self.factors, "float64"), self.inverse_factor)
+        p = contiguous(namespace(p).permute_dims(p, (1, 2, 0)))
+        return p, cholesky(capacitance(p), "a capacitance matrix")
+
     def _woodbury(self):
         """The map B -> H^-1 B as one application of the Woodbury identity."""
         r = self.inverse_factor
         if self.factors is None:
             return lambda b: (b @ r.T) @ r
         xp = namespace(r)
-        p = half_product(as_dtype(self.factors, "float64"), r)
-        lower = cholesky(capacitance(p), "a capacitance matrix")
+        p, lower = self._half_product()
 
         def apply(b: Array) -> Array:
             y = b @ r.T

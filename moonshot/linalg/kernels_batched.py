@@ -8,7 +8,8 @@ T_j = (I + sum_{k >= j} p_k p_k')^-1 and the residual `r = -sum_{k < j} p_k z_k`
 
 mu_j is the best z_j if column j is kept, and `value^2 / (R_jj^2 phi_j)` what pruning it costs.
 
-Shapes: a, keep, z, phi (m, d); r (d, d); p (n, m, d); t (m, d, n); residual (m, n). n may be 0.
+Shapes: a, keep, z, phi (d, m); r (d, d); p, t (d, n, m); residual (n, m). n may be 0. Columns come first, so that what
+a step of the sweep reads is contiguous.
 """
 
 from moonshot.linalg.backend import Array, asarray_like, eye_like, namespace, smallest, zeros_like_shape
@@ -21,34 +22,32 @@ def gains(p: Array) -> tuple[Array, Array]:
     not: `u = T_{j+1} p_j`, `phi_j = 1 / (1 + p_j' u)`, `t_j = phi_j u`, `T_j = T_{j+1} - phi_j u u'`.
     """
     xp = namespace(p)
-    n, m, d = p.shape
-    columns = xp.permute_dims(p, (2, 1, 0))  # (d, m, n)
-    t = xp.empty_like(columns)
-    phi = zeros_like_shape(p, (d, m))
+    d, n, m = p.shape
+    t, phi = xp.empty_like(p), zeros_like_shape(p, (d, m))
     inverse = eye_like(p, n)[None] + zeros_like_shape(p, (m, 1, 1))
     for j in range(d - 1, -1, -1):
-        u = (inverse @ columns[j][:, :, None])[:, :, 0]
-        phi[j] = 1 / (1 + xp.sum(u * columns[j], axis=1))
-        t[j] = u * phi[j][:, None]
-        inverse = inverse - u[:, :, None] * t[j][:, None, :]
-    return xp.permute_dims(t, (1, 0, 2)), xp.permute_dims(phi, (1, 0))
+        u = (inverse @ p[j].T[:, :, None])[:, :, 0]
+        phi[j] = 1 / (1 + xp.sum(u * p[j].T, axis=1))
+        t[j] = u.T * phi[j]
+        inverse = inverse - u[:, :, None] * t[j].T[:, None, :]
+    return t, phi
 
 
 def scores(a: Array, r: Array, p: Array, t: Array, phi: Array, residual: Array, start: int, stop: int) -> Array:
-    """What pruning each of the columns start..stop costs when the columns before are fixed, (m, stop - start).
+    """What pruning each of the columns start..stop costs when the columns before are fixed, (stop - start, m).
 
     If every column from here on were kept, their z would be the mu_j found one after the other.
     """
     xp = namespace(a)
-    value = a[:, start:stop]
-    if residual.shape[1]:
+    value = a[start:stop]
+    if residual.shape[0]:
         rest, mu = residual, []
         for j in range(start, stop):
-            mu.append(xp.sum(t[:, j] * rest, axis=1))
-            rest = rest - xp.permute_dims(p[:, :, j], (1, 0)) * mu[-1][:, None]
-        value = value + xp.stack(mu, axis=1) @ r[start:stop, start:stop]
-    pivots = xp.linalg.diagonal(r)[start:stop]
-    return value**2 / (pivots**2 * phi[:, start:stop])
+            mu.append(xp.sum(t[j] * rest, axis=0))
+            rest = rest - p[j] * mu[-1]
+        value = value + r[start:stop, start:stop].T @ xp.stack(mu)
+    pivots = xp.linalg.diagonal(r)[start:stop, None]
+    return value**2 / (pivots**2 * phi[start:stop])
 
 
 def sweep(
@@ -83,7 +82,7 @@ def sweep_groups(
     """Fix columns start..stop, keeping the `kept` best of each group as they stand when it is entered."""
     for first in range(start, stop, group):
         cost = scores(a, r, p, t, phi, residual, first, first + group)
-        keep[:, first : first + group] = ~smallest(cost, group - kept)
+        keep[first : first + group] = ~smallest(cost.T, group - kept).T
         _sweep(a, r, p, t, residual, keep, z, first, first + group, stop)
 
 
@@ -91,9 +90,8 @@ def _sweep(a, r, p, t, residual, keep, z, start, stop, last):
     xp = namespace(a)
     zero = asarray_like(0.0, a)
     for j in range(start, stop):
-        mu = xp.sum(t[:, j] * residual, axis=1)
-        step = xp.where(keep[:, j], mu, -a[:, j] / r[j, j])
-        z[:, j] = step
-        residual -= xp.permute_dims(p[:, :, j], (1, 0)) * step[:, None]
-        a[:, j:last] += step[:, None] * r[j, j:last]
-        a[:, j] = xp.where(keep[:, j], a[:, j], xp.astype(zero, a.dtype))
+        mu = xp.sum(t[j] * residual, axis=0)
+        z[j] = xp.where(keep[j], mu, -a[j] / r[j, j])
+        residual -= p[j] * z[j]
+        a[j:last] += r[j, j:last, None] * z[j]
+        a[j] = xp.where(keep[j], a[j], xp.astype(zero, a.dtype))

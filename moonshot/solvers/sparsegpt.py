@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, namespace, smallest
+from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, namespace, smallest, zeros_like_shape
 from moonshot.linalg.factor import half_product
 from moonshot.patterns import NM, Pattern, Unstructured
 from moonshot.problem import Problem
@@ -13,12 +13,14 @@ from moonshot.solvers.base import Answer
 
 @dataclass(frozen=True)
 class _State:
+    """Arrays of the layer with its columns first, as the sweep reads them."""
+
     kernels: ModuleType
-    weight: Array  # (m, d)
+    weight: Array  # (d, m)
     r: Array  # (d, d), A^-1 = R'R
-    p: Array  # (n, m, d), P_i = R U_i
-    t: Array  # (m, d, n)
-    phi: Array  # (m, d)
+    p: Array  # (d, n, m), P_i = R U_i
+    t: Array  # (d, n, m)
+    phi: Array  # (d, m)
 
 
 @dataclass(frozen=True)
@@ -50,60 +52,51 @@ class SparseGPT:
         return None
 
     def init(self, problem: Problem) -> _State:
-        weight, hessian = problem.centre, problem.hessian
-        m, d = weight.shape
+        hessian = problem.hessian
+        weight = contiguous(problem.centre.T)
         xp = namespace(weight)
         if is_numpy(weight):
-            from moonshot.linalg import kernels_cpu as kernels
+            from moonshot.linalg import kernels_sweep as kernels
         else:
             from moonshot.linalg import kernels_batched as kernels  # type: ignore[no-redef]
         r = as_dtype(hessian.inverse_factor, problem.dtype)
         if hessian.factors is None:
-            p = xp.zeros_like(weight)[None][:0]
-            t = xp.zeros_like(weight)[:, :, None][:, :, :0]
-            return _State(kernels, weight, r, p, t, xp.ones_like(weight))
+            none = zeros_like_shape(weight, (weight.shape[0], 0, weight.shape[1]))
+            return _State(kernels, weight, r, none, none, xp.ones_like(weight))
         p = half_product(as_dtype(hessian.factors, problem.dtype), r)
         return _State(kernels, weight, r, p, *kernels.gains(p))
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         xp = namespace(state.weight)
         a = xp.asarray(state.weight, copy=True)
-        keep = xp.ones_like(a, dtype=xp.bool)
-        z = xp.zeros_like(a)
-        residual = contiguous(a[:, :1] * xp.zeros_like(state.t[:, 0, :]))
-        m, d = a.shape
+        keep, z = xp.ones_like(a, dtype=xp.bool), xp.zeros_like(a)
+        residual = zeros_like_shape(a, state.t.shape[1:])
+        d = a.shape[0]
         group = pattern.m if isinstance(pattern, NM) else 1
         width = -(-self.block // group) * group
         for start in range(0, d, width):
             stop = min(start + width, d)
-            self._block(state, pattern, a, residual, keep, z, start, stop)
+            _sweep_block(state, pattern, a, residual, keep, z, start, stop)
             if stop < d:
-                a[:, stop:] += z[:, start:stop] @ state.r[start:stop, stop:]
-        return Answer(a, keep)
-
-    def _block(
-        self,
-        state: _State,
-        pattern: Any,
-        a: Array,
-        residual: Array,
-        keep: Array,
-        z: Array,
-        start: int,
-        stop: int,
-    ) -> None:
-        r, p, t, phi = state.r, state.p, state.t, state.phi
-        if isinstance(pattern, NM):
-            state.kernels.sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, pattern.n, pattern.m)
-            return
-        cost = state.kernels.scores(a, r, p, t, phi, residual, start, stop)
-        keep[:, start:stop] = _block_pattern(pattern, a.shape, start, stop, cost)
-        state.kernels.sweep(a, r, p, t, residual, keep, z, start, stop)
+                a[stop:] += state.r[start:stop, stop:].T @ z[start:stop]
+        return Answer(contiguous(a.T), contiguous(keep.T))
 
 
-def _block_pattern(pattern: Unstructured, shape: tuple[int, int], start: int, stop: int, cost: Array) -> Array:
-    """The mask of one block: its share of the budget, so that the blocks' shares add up exactly."""
-    m, d = shape
+def _sweep_block(
+    state: _State, pattern: Any, a: Array, residual: Array, keep: Array, z: Array, start: int, stop: int
+) -> None:
+    kernels, r, p, t, phi = state.kernels, state.r, state.p, state.t, state.phi
+    if isinstance(pattern, NM):
+        kernels.sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, pattern.n, pattern.m)
+        return
+    cost = kernels.scores(a, r, p, t, phi, residual, start, stop)
+    keep[start:stop] = _block_mask(pattern, a.shape, start, stop, cost.T).T
+    kernels.sweep(a, r, p, t, residual, keep, z, start, stop)
+
+
+def _block_mask(pattern: Unstructured, shape: tuple[int, int], start: int, stop: int, cost: Array) -> Array:
+    """The mask (m, stop - start) of one block: its share of the budget, so that the shares add up exactly."""
+    d, m = shape
     if pattern.scope == "row":
         zeros = pattern.zeros_through(stop, d) - pattern.zeros_through(start, d)
         return ~smallest(cost, zeros)
