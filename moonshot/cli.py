@@ -67,8 +67,8 @@ def prune(
     pattern: Annotated[str | None, typer.Option(help='"2:4", "50%" or 0.5.')] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros, 0 to 1.")] = None,
     objective: Annotated[
-        str, typer.Option(help='Such as "0.6 reconstruction + 0.4 fisher"; also token_fisher.')
-    ] = "0.6 reconstruction + 0.4 fisher",
+        str, typer.Option(help='Terms reconstruction, fisher, token_fisher with weights, or "auto".')
+    ] = "0.6 reconstruction + 0.2 token_fisher + 0.2 fisher",
     solver: Annotated[SolverName, typer.Option(help="The method.")] = SolverName.admm,
     nsamples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     seqlen: Seqlen = 2048,
@@ -135,7 +135,9 @@ def evaluate(
 
 
 def parse_objective(text: str):
-    """ "0.6 reconstruction + 0.4 fisher" as an objective; a missing weight is 1."""
+    """ "0.6 reconstruction + 0.4 fisher" as an objective; a missing weight is 1. "auto" stays what it is."""
+    if text.strip() == "auto":
+        return "auto"
     from moonshot.objectives import Fisher, Objective, Reconstruction, TokenFisher
 
     terms: dict[str, Objective] = {

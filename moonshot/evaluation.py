@@ -1,12 +1,13 @@
 """How good a language model is: perplexity, always with its context length."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from moonshot.models.blocks import evaluating
-from moonshot.models.calibration import language_model_loss
+from moonshot.models.calibration import Batch, language_model_loss, take
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,18 @@ def perplexity(model: nn.Module, ids: Tensor, batch_size: int = 8) -> Perplexity
         for part in ids.split(batch_size):
             total += float(language_model_loss(model, {"input_ids": part.to(device)})) * len(part)
     return Perplexity(float(torch.tensor(total / len(ids)).exp()), ids.shape[1], len(ids))
+
+
+@torch.no_grad()
+def sample_losses(
+    model: nn.Module, batches: list[Batch], loss: Callable[..., Tensor] = language_model_loss
+) -> Tensor:
+    """The loss of each sample (samples,), on the CPU."""
+    with evaluating(model):
+        return torch.stack(
+            [
+                loss(model, take(batch, [index])).float().cpu()
+                for batch in batches
+                for index in range(len(batch["input_ids"]))
+            ]
+        )

@@ -3,27 +3,53 @@
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moonshot.evaluation import sample_losses
 from moonshot.models.blocks import Chain, evaluating, find_blocks, in_float32, linear_layers
-from moonshot.models.calibration import as_batches, language_model_loss
+from moonshot.models.calibration import Batch, as_batches, count_samples, language_model_loss, set_aside
 from moonshot.models.replay import BlockStatistics, block_gradients, observe_block
 from moonshot.models.targets import TargetError, select
-from moonshot.objectives import Fisher, Objective, Reconstruction
+from moonshot.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.patterns import Pattern, as_pattern
 from moonshot.report import LayerReport, Report
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver, solve
+from moonshot.weighting import choose
 
-DEFAULT_OBJECTIVE = 0.6 * Reconstruction() + 0.4 * Fisher()
+DEFAULT_OBJECTIVE = 0.6 * Reconstruction() + 0.2 * TokenFisher() + 0.2 * Fisher()
+# What objective="auto" tries, the default first.
+CANDIDATES = (
+    DEFAULT_OBJECTIVE,
+    Reconstruction(),
+    0.8 * Reconstruction() + 0.2 * Fisher(),
+    0.5 * Reconstruction() + 0.5 * Fisher(),
+    0.5 * Reconstruction() + 0.5 * TokenFisher(),
+    0.2 * Reconstruction() + 0.4 * TokenFisher() + 0.4 * Fisher(),
+)
 
 PatternLike = Pattern | str | float
 Loss = Callable[[nn.Module, Any], Tensor]
+OnLayer = Callable[[LayerReport, int], None]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What is asked of every layer, apart from the objective."""
+
+    patterns: dict[str, Pattern]  # by layer name
+    solver: Solver
+    factors: int
+    dampening_frac: float
+    seed: int
+    loss: Loss
 
 
 def prune(
@@ -31,7 +57,7 @@ def prune(
     calibration: Any,
     pattern: PatternLike | Mapping[str, PatternLike],
     *,
-    objective: Objective = DEFAULT_OBJECTIVE,
+    objective: Objective | str = DEFAULT_OBJECTIVE,
     solver: Solver | None = None,
     targets: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] = (),
@@ -39,17 +65,19 @@ def prune(
     dampening_frac: float = 0.01,
     seed: int = 0,
     loss: Loss = language_model_loss,
-    on_layer: Callable[[LayerReport, int], None] | None = None,
+    on_layer: OnLayer | None = None,
 ) -> Report:
     """Prune the Linear layers of a decoder's blocks in place, and say how good every layer's answer is.
 
     calibration: token ids (samples, tokens), a list of batches, or a DataLoader (models.calibration.as_batches).
     pattern: one for all layers, or {layer name: pattern} for those to prune.
+    objective: what the layers' answers are judged by; "auto" tries those in CANDIDATES on three quarters of the
+    samples and takes the one that does best on the rest (weighting.choose), for seven times the time.
     targets, ignore: names, globs or `re:` expressions of layers (models.targets.select).
     factors: per-sample gradients are reduced to this many by random signs, without bias, for terms that need them.
-    seed: of the signs; the same seed gives the same model.
+    seed: of the signs and of the samples set aside; the same seed gives the same model.
     loss: (model, batch) -> scalar, the mean over the batch; the model's own next-token loss by default.
-    on_layer: called after each layer with its report and the number of layers in all.
+    on_layer: called after each layer with its report and the number of layers in all, trials included.
 
     Inputs come from the model with its earlier blocks pruned, gradients from the dense model. Weights keep
     their dtype; everything is computed in float32 or better. If it fails, the weights are as they were before.
@@ -58,18 +86,14 @@ def prune(
     _check(objective, solver, factors)
     batches = as_batches(calibration)
     blocks = find_blocks(model)
-    patterns = _patterns(model, blocks, pattern, targets, ignore)
-    samples = sum(len(batch["input_ids"]) for batch in batches)
+    recipe = _Recipe(_patterns(blocks, pattern, targets, ignore), solver, factors, dampening_frac, seed, loss)
     device = next(model.parameters()).device
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
-    generator = torch.Generator().manual_seed(seed)
-    signs = (torch.randint(0, 2, (samples,), generator=generator) * 2.0 - 1.0).to(device)
     report = Report(
         recipe={
-            "pattern": str(pattern) if not isinstance(pattern, Mapping) else "per layer",
-            "objective": objective.name,
+            "pattern": "per layer" if isinstance(pattern, Mapping) else str(pattern),
             "solver": repr(solver),
-            "samples": samples,
+            "samples": count_samples(batches),
             "tokens": sum(batch["input_ids"].numel() for batch in batches),
             "factors": factors,
             "dampening_frac": dampening_frac,
@@ -78,51 +102,60 @@ def prune(
         versions=_versions(),
     )
     begin = time.perf_counter()
-    originals = {
-        name: layer.weight.detach().clone() for name, layer in linear_layers(blocks).items() if name in patterns
-    }
-    try:
-        with evaluating(model):
-            _prune_blocks(
-                model,
-                blocks,
-                batches,
-                patterns,
-                objective,
-                solver,
-                factors,
-                dampening_frac,
-                signs,
-                loss,
-                report,
-                on_layer,
-            )
-    except BaseException:
-        for name, layer in linear_layers(blocks).items():
-            if name in originals:
-                layer.weight.data.copy_(originals[name])
-        raise
+    layers = [layer for name, layer in linear_layers(blocks).items() if name in recipe.patterns]
+    with _restored_on_failure(layers) as restore, evaluating(model):
+        trials = len(CANDIDATES) if isinstance(objective, str) else 0
+        total = (trials + 1) * len(layers)
+
+        def advance(layer: LayerReport) -> None:
+            if on_layer is not None:
+                on_layer(layer, total)
+
+        if isinstance(objective, str):
+            fitted, held_out = set_aside(batches, seed)
+
+            def held_out_losses(candidate: Objective) -> Tensor:
+                _prune_blocks(model, blocks, fitted, candidate, recipe, advance)
+                losses = sample_losses(model, held_out, loss)
+                restore()
+                return losses
+
+            objective, report.trials = choose(CANDIDATES, held_out_losses)
+        report.recipe["objective"] = objective.name
+        report.layers = _prune_blocks(model, blocks, batches, objective, recipe, advance)
     report.seconds = time.perf_counter() - begin
     report.peak_memory = _peak_memory()
     return report
 
 
+@contextmanager
+def _restored_on_failure(layers: list[nn.Linear]) -> Iterator[Callable[[], None]]:
+    """Put the layers' weights back if what runs inside fails; yields a function that does so at any time."""
+    originals = [layer.weight.detach().clone() for layer in layers]
+
+    def restore() -> None:
+        for layer, original in zip(layers, originals, strict=True):
+            layer.weight.data.copy_(original)
+
+    try:
+        yield restore
+    except BaseException:
+        restore()
+        raise
+
+
 def _prune_blocks(
     model: nn.Module,
     blocks: list[tuple[str, nn.Module]],
-    batches: list[dict[str, Tensor]],
-    patterns: dict[str, Pattern],
+    batches: list[Batch],
     objective: Objective,
-    solver: Solver,
-    factors: int,
-    dampening_frac: float,
-    signs: Tensor,
-    loss: Loss,
-    report: Report,
-    on_layer: Callable[[LayerReport, int], None] | None,
-) -> None:
+    recipe: _Recipe,
+    advance: Callable[[LayerReport], None],
+) -> dict[str, LayerReport]:
+    """Prune every block's layers by one objective; {layer name: report}."""
     dtype = next(model.parameters()).dtype
-    chain = Chain(model, [block for _, block in blocks], loss)
+    signs = _random_signs(count_samples(batches), recipe.seed).to(batches[0]["input_ids"].device)
+    chain = Chain(model, [block for _, block in blocks], recipe.loss)
     entered = [chain.enter(batch) for batch in batches]
     pruned = [hidden.to(dtype) for hidden, _ in entered]
     calls = [call for _, call in entered]
@@ -132,31 +165,29 @@ def _prune_blocks(
     if needs & {"gradients", "output_gradients"}:
         gradients = block_gradients(chain, batches, list(pruned), calls)
         dense = list(pruned)
+    reports = {}
     for index, (prefix, block) in enumerate(blocks):
-        layers = {name: layer for name, layer in linear_layers([(prefix, block)]).items() if name in patterns}
+        layers = {
+            name: layer for name, layer in linear_layers([(prefix, block)]).items() if name in recipe.patterns
+        }
         with in_float32(list(block.parameters())):
-            statistics = BlockStatistics(layers, objective, factors, len(signs))
+            statistics = BlockStatistics(layers, objective, recipe.factors, len(signs))
             at_output = None if gradients is None else gradients[index]
             observe_block(chain, index, statistics, batches, calls, pruned, dense, at_output, signs)
             if gradients is not None:
                 gradients[index] = []
             for name, layer in layers.items():
-                _prune_layer(
-                    name,
-                    layer,
-                    dtype,
-                    statistics.pop(name),
-                    patterns[name],
-                    objective,
-                    solver,
-                    dampening_frac,
-                    report,
-                )
-                if on_layer is not None:
-                    on_layer(report.layers[name], len(patterns))
+                reports[name] = _prune_layer(name, layer, dtype, statistics.pop(name), objective, recipe)
+                advance(reports[name])
             with torch.no_grad():
                 for b, hidden in enumerate(pruned):
                     pruned[b] = chain.run(index, hidden, calls[b][index]).to(dtype)
+    return reports
+
+
+def _random_signs(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
 
 
 def _prune_layer(
@@ -164,21 +195,18 @@ def _prune_layer(
     layer: nn.Linear,
     dtype: torch.dtype,
     statistics: list[Any],
-    pattern: Pattern,
     objective: Objective,
-    solver: Solver,
-    dampening_frac: float,
-    report: Report,
-) -> None:
+    recipe: _Recipe,
+) -> LayerReport:
     weight = layer.weight.detach()
     try:
-        problem = objective.assemble(weight.to(dtype), statistics, dampening_frac=dampening_frac)
-        result = solve(problem, pattern, solver)
+        problem = objective.assemble(weight.to(dtype), statistics, dampening_frac=recipe.dampening_frac)
+        result = solve(problem, recipe.patterns[name], recipe.solver)
     except ValueError as error:
         error.add_note(f"in layer {name}")
         raise
     layer.weight.data.copy_(result.weight)
-    report.layers[name] = LayerReport(
+    return LayerReport(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
         pattern=result.pattern,
@@ -191,9 +219,11 @@ def _prune_layer(
     )
 
 
-def _check(objective: Objective, solver: Solver, factors: int) -> None:
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be such as 0.7 * Reconstruction() + 0.3 * Fisher(), got {objective!r}")
+def _check(objective: Objective | str, solver: Solver, factors: int) -> None:
+    if objective != "auto" and not isinstance(objective, Objective):
+        raise TypeError(
+            f'objective must be "auto" or such as 0.7 * Reconstruction() + 0.3 * Fisher(), got {objective!r}'
+        )
     if isinstance(solver, type) or not isinstance(solver, Solver):
         raise TypeError(f"solver must be an instance such as moonshot.ADMM(), got {solver!r}")
     if not isinstance(factors, int) or factors < 1:
@@ -201,7 +231,6 @@ def _check(objective: Objective, solver: Solver, factors: int) -> None:
 
 
 def _patterns(
-    model: nn.Module,
     blocks: list[tuple[str, nn.Module]],
     pattern: PatternLike | Mapping[str, PatternLike],
     targets: str | Iterable[str] | None,

@@ -20,16 +20,31 @@ class LayerReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One objective tried: the mean held-out loss after pruning by it, and how far that is below the first's.
+
+    gain: mean over held-out samples of the first trial's loss minus this one's; error: its standard error.
+    """
+
+    objective: str
+    loss: float
+    gain: float
+    error: float
+
+
 @dataclass
 class Report:
     """A pruned model: its layers by name, the recipe that made it, and what that took.
 
+    trials: what objective="auto" tried (weighting.choose), empty otherwise.
     sparsity: fraction of zeros over the pruned layers. seconds: wall-clock; peak_memory: bytes resident at most.
     """
 
     recipe: dict[str, str | int | float]
     versions: dict[str, str]
     layers: dict[str, LayerReport] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int = 0
 
@@ -52,6 +67,10 @@ class Report:
             f"{layer.name:{width}}  {layer.shape[0]:>5} x {layer.shape[1]:<5}  {layer.pattern:>7}  "
             f"{100 * layer.sparsity:7.2f}  {layer.relative:8.5f}  {layer.seconds:7.2f}  {layer.status}"
             for layer in self.layers.values()
+        ]
+        lines += [
+            f"tried {trial.objective}: held-out loss {trial.loss:.4f}, gain {trial.gain:+.4f} +- {trial.error:.4f}"
+            for trial in self.trials
         ]
         lines.append(
             f"{len(self.layers)} layers, {100 * self.sparsity:.2f} % zeros, {self.seconds:.1f} s, "

@@ -196,6 +196,7 @@ def test_extreme_sparsities(sparsity):
         (dict(pattern="2:5"), ValueError, "divisible by 5"),
         (dict(pattern=1.5), ValueError, "fraction of zeros"),
         (dict(objective="auto?"), TypeError, "objective must be"),
+        (dict(objective="auto"), CalibrationError, "at least 8"),
         (dict(solver=ms.ADMM), TypeError, "instance"),
         (dict(factors=0), ValueError, "positive"),
         (dict(loss=lambda model, batch: model(**batch).logits.sum() * float("nan")), ModelError, "finite"),

@@ -66,6 +66,41 @@ def token_mask(batch: Batch) -> Tensor:
     return mask.bool()
 
 
+def count_samples(batches: list[Batch]) -> int:
+    return sum(len(batch["input_ids"]) for batch in batches)
+
+
+def take(batch: Batch, samples: list[int]) -> Batch:
+    """The given samples of a batch; what is not one entry a sample is kept as it is."""
+    count = len(batch["input_ids"])
+    return {
+        name: tensor[samples] if tensor.ndim and len(tensor) == count else tensor
+        for name, tensor in batch.items()
+    }
+
+
+def set_aside(batches: list[Batch], seed: int, share: float = 0.25) -> tuple[list[Batch], list[Batch]]:
+    """(the batches without, and those with) a random share of the samples. CalibrationError below 8 samples."""
+    count = count_samples(batches)
+    if count < 8:
+        raise CalibrationError(
+            f'objective="auto" sets a quarter of the samples aside and needs at least 8, got {count}: '
+            "give more, or choose the weights yourself"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = set(torch.randperm(count, generator=generator)[: round(share * count)].tolist())
+    rest: list[Batch] = []
+    aside: list[Batch] = []
+    first = 0
+    for batch in batches:
+        indices = range(len(batch["input_ids"]))
+        for target, wanted in ((rest, False), (aside, True)):
+            if samples := [k for k in indices if (first + k in chosen) is wanted]:
+                target.append(take(batch, samples))
+        first += len(indices)
+    return rest, aside
+
+
 def windows(tokenizer: Any, text: str, samples: int, length: int, seed: int | None = 0) -> Tensor:
     """Token ids (samples, length) of windows of a text: at seeded random offsets, or from its start on for None.
 

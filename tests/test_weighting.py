@@ -1,0 +1,77 @@
+"""objective="auto": chosen on held-out samples, and only where it beats the default by more than noise."""
+
+import json
+
+import pytest
+import torch
+
+import moonshot as ms
+from moonshot.evaluation import sample_losses
+from moonshot.models.calibration import as_batches, count_samples, language_model_loss, set_aside
+from moonshot.pruning import CANDIDATES, DEFAULT_OBJECTIVE
+from moonshot.weighting import choose
+from tests.test_models import decoder, tokens
+
+A, B, C = ms.Reconstruction(), ms.Fisher(), ms.TokenFisher()
+FIRST = torch.tensor([3.0, 1.0, 2.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    "second, third, chosen",
+    [
+        (FIRST - 0.1, FIRST - 0.2, C),  # samples differ far more than objectives do: only pairs tell
+        (FIRST - 0.2, FIRST - 0.1, B),
+        (FIRST, FIRST + 0.1, A),
+        (FIRST + torch.tensor([-1.0, 0.9, -0.9, 0.8]), FIRST, A),  # a gain within its noise
+        (FIRST + torch.tensor([-1.0, 0.9, -0.9, 0.8]), FIRST - 0.01, C),
+    ],
+)
+def test_the_choice_beats_the_first_by_more_than_noise(second, third, chosen):
+    losses = {A: FIRST, B: second, C: third}
+    winner, trials = choose((A, B, C), losses.__getitem__)
+    assert winner is chosen
+    assert [trial.objective for trial in trials] == ["Reconstruction", "Fisher", "TokenFisher"]
+    assert trials[0].gain == trials[0].error == 0
+    assert trials[1].gain == pytest.approx(float((FIRST - second).mean()))
+    assert trials[1].error == pytest.approx(float((FIRST - second).std()) / 2)
+
+
+def test_samples_set_aside_are_the_others():
+    ids = tokens(22)
+    rest, aside = set_aside(as_batches(ids), seed=1)
+    assert (count_samples(rest), count_samples(aside)) == (16, 6)
+    together = torch.cat([batch["input_ids"] for batch in rest + aside])
+    assert sorted(together.tolist()) == sorted(ids.tolist())
+    again = set_aside(as_batches(ids), seed=1)[1]
+    other = set_aside(as_batches(ids), seed=2)[1]
+    assert torch.equal(torch.cat([b["input_ids"] for b in again]), torch.cat([b["input_ids"] for b in aside]))
+    assert not torch.equal(
+        torch.cat([b["input_ids"] for b in other]), torch.cat([b["input_ids"] for b in aside])
+    )
+
+
+def test_sample_losses_are_those_of_the_samples_alone():
+    model, ids = decoder(), tokens(5, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    found = sample_losses(model, [batch])
+    for index in range(5):
+        alone = {name: tensor[index : index + 1] for name, tensor in batch.items()}
+        assert float(found[index]) == pytest.approx(float(language_model_loss(model, alone).detach()), rel=1e-6)
+
+
+def test_auto_prunes_by_the_objective_it_chose():
+    ids, seen = tokens(12), []
+    model = decoder()
+    report = ms.prune(model, ids, "2:4", objective="auto", on_layer=lambda layer, total: seen.append(total))
+    assert [trial.objective for trial in report.trials] == [candidate.name for candidate in CANDIDATES]
+    assert seen == [14 * (len(CANDIDATES) + 1)] * (14 * (len(CANDIDATES) + 1))
+    chosen = next(c for c in CANDIDATES if c.name == report.recipe["objective"])
+    best = max(report.trials, key=lambda trial: trial.gain)
+    assert chosen in (DEFAULT_OBJECTIVE, CANDIDATES[report.trials.index(best)])
+    other = decoder()
+    ms.prune(other, ids, "2:4", objective=chosen)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert len(json.loads(report.to_json())["trials"]) == len(CANDIDATES)
+    assert str(report).count("held-out loss") == len(CANDIDATES)
