@@ -20,11 +20,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 256
-EXCLUDED = {"site-packages", "encodings", "__pycache__"}  # encodings are tables of characters
+EXCLUDED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
 
 
 def standard_library() -> dict[str, str]:
-    """{relative path: text} of the standard library's Python files, by path."""
+    """{relative path: text} of the standard library's Python files, sorted by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
         path
@@ -34,13 +34,12 @@ def standard_library() -> dict[str, str]:
     return {str(path.relative_to(root)): path.read_text("utf-8", "ignore") for path in files}
 
 
-def digest(name: str) -> bytes:
-    """A fixed random order and choice of files."""
-    return hashlib.sha256(name.encode()).digest()
-
-
 def is_held_out(name: str) -> bool:
-    return digest(name)[0] < 10  # about one file in 25
+    return hashlib.sha256(name.encode()).digest()[0] < 10  # about one file in 25
+
+
+def is_calibration(name: str) -> bool:
+    return hashlib.sha256(name.encode()).digest()[1] < 20
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -71,23 +70,23 @@ def held_out_perplexity(model: LlamaForCausalLM, ids: torch.Tensor, windows: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
 
     files = standard_library()
-    names = sorted(files, key=lambda name: digest(name)[1:])
-    training = [files[name] for name in names if not is_held_out(name)]
-    held_out = [files[name] for name in names if is_held_out(name)]
+    training = [text for name, text in files.items() if not is_held_out(name)]
+    held_out = [text for name, text in files.items() if is_held_out(name)]
+    calibration = [t for n, t in files.items() if is_calibration(n) and not is_held_out(n)]
     tokenizer = train_tokenizer(training, vocabulary=2048)
     ids, held_out_ids = concatenated(tokenizer, training), concatenated(tokenizer, held_out)
     print(f"{len(ids)} training tokens, {len(held_out_ids)} held out")
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    (arguments.folder / "calibration.txt").write_text("\n".join(training)[:600_000], "utf-8")
+    (arguments.folder / "calibration.txt").write_text("\n".join(calibration)[:600_000], "utf-8")
     (arguments.folder / "heldout.txt").write_text("\n".join(held_out)[:600_000], "utf-8")
 
     model = LlamaForCausalLM(
@@ -114,7 +113,8 @@ def main() -> None:
     for step in range(arguments.steps):
         offsets = torch.randint(len(ids) - CONTEXT, (arguments.batch, 1))
         batch = ids[offsets + torch.arange(CONTEXT)]
-        loss = model(input_ids=batch, labels=batch).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=batch, labels=batch).loss
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
