@@ -71,27 +71,26 @@ class BlockStatistics:
         signs: Tensor,
     ) -> None:
         """One batch. inputs: of the partly pruned model, the others of the dense one; all (samples, tokens, .)."""
-        shared: dict[int, str] = {}
+        real = None if bool(mask.all()) else mask
+        first_reader: dict[int, str] = {}
+        tokens: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            owner = self._owner.setdefault(name, shared.setdefault(inputs[name].data_ptr(), name))
-            x = inputs[name][mask]
-            delta = output_gradients[name][mask] if output_gradients else None
+            owner = self._owner.setdefault(name, first_reader.setdefault(inputs[name].data_ptr(), name))
+            if owner not in tokens:
+                tokens[owner] = _real_tokens(inputs[owner], real)
+            delta = _real_tokens(output_gradients[name], real) if output_gradients else None
             for position, term in enumerate(self.terms):
-                if "gradients" in term.needs:
-                    continue
-                by_input = term.needs == {"inputs"}
-                if by_input and owner != name:
+                if "gradients" in term.needs or (term.needs == {"inputs"} and owner != name):
                     continue
                 key = (name, position)
-                self._statistics[key] = term.accumulate(
-                    self._statistics.get(key), Observation(inputs=x, output_gradients=delta)
-                )
+                observation = Observation(inputs=tokens[owner], output_gradients=delta)
+                self._statistics[key] = term.accumulate(self._statistics.get(key), observation)
             if "gradients" in self.needs:
-                self._add_gradients(name, layer, dense_inputs[name], output_gradients[name], mask, signs)
+                self._add_gradients(name, layer, dense_inputs[name], output_gradients[name], real, signs)
         self._seen += len(mask)
 
     def _add_gradients(
-        self, name: str, layer: nn.Linear, x: Tensor, delta: Tensor, mask: Tensor, signs: Tensor
+        self, name: str, layer: nn.Linear, x: Tensor, delta: Tensor, real: Tensor | None, signs: Tensor
     ) -> None:
         """Add each sample's gradient, times its random sign, to one of the factors, in turn.
 
@@ -100,12 +99,12 @@ class BlockStatistics:
         if name not in self._gradients:
             shape = (self._factors, *layer.weight.shape)
             self._gradients[name] = torch.zeros(shape, device=x.device)
-        scale = (self._factors / self._samples) ** 0.5
-        for s in range(len(mask)):
-            keep = mask[s]
+        if real is not None:
+            x, delta = (tensor.masked_fill(~real[..., None], 0) for tensor in (x, delta))
+        signed = delta * (signs * (self._factors / self._samples) ** 0.5)[:, None, None]
+        for s in range(len(x)):
             slot = (self._seen + s) % self._factors
-            signed = delta[s][keep] * (signs[s] * scale)
-            self._gradients[name][slot].addmm_(signed.T, x[s][keep])
+            self._gradients[name][slot].addmm_(signed[s].T, x[s])
 
     def pop(self, name: str) -> list[Any]:
         """The statistics of one layer, in the order of the objective's terms; its gradients are let go."""
@@ -118,6 +117,11 @@ class BlockStatistics:
                 owner = self._owner[name] if term.needs == {"inputs"} else name
                 statistics.append(self._statistics[owner, position])
         return statistics
+
+
+def _real_tokens(tensor: Tensor, real: Tensor | None) -> Tensor:
+    """(tokens, .) of a batch (samples, tokens, .), without the padded ones."""
+    return tensor.flatten(0, 1) if real is None else tensor[real]
 
 
 def observe_block(
