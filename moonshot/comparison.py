@@ -1,9 +1,10 @@
 """The demo: methods side by side on the small Llama that comes along."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from moonshot.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
 from moonshot.storage import load
 
 DEMO = Path(__file__).parent / "demo"
-METHODS: tuple[tuple[str, Solver, Objective], ...] = (
+Method = tuple[str, Solver, Objective | str]  # name, solver, objective
+METHODS: tuple[Method, ...] = (
     ("magnitude", Magnitude(), Reconstruction()),
     ("Wanda", Wanda(), Reconstruction()),
     ("SparseGPT", SparseGPT(), Reconstruction()),
@@ -63,26 +65,31 @@ class Comparison:
 
 
 def compare(
-    patterns: tuple[str, ...] = ("2:4", "70%"),
+    patterns: Sequence[str] = ("2:4", "70%"),
+    methods: Sequence[Method] = METHODS,
     *,
-    samples: int = 64,
+    samples: int = 32,
     context: int = 256,
     held_out: int = 96,
     seed: int = 0,
     on_step: Callable[[str], None] = lambda step: None,
+    **options: Any,
 ) -> Comparison:
-    """Prune the demo model by every method at every pattern; perplexity on files it never saw."""
+    """Prune the demo model by every method at every pattern; perplexity on files it never saw.
+
+    samples, context: calibration windows and their tokens; held_out: windows to measure on; options go to `prune`.
+    """
     model, tokenizer = load(str(DEMO / "model"))
     model = model.to(torch.float32)
     calibration = windows(tokenizer, (DEMO / "calibration.txt").read_text("utf-8"), samples, context, seed)
     test = windows(tokenizer, (DEMO / "heldout.txt").read_text("utf-8"), held_out, context, None)
     rows = []
-    for name, solver, objective in METHODS:
+    for name, solver, objective in methods:
         values = {}
         for pattern in patterns:
             on_step(f"{name} at {pattern}")
             pruned = copy.deepcopy(model)
-            prune(pruned, calibration, pattern, objective=objective, solver=solver, seed=seed)
+            prune(pruned, calibration, pattern, objective=objective, solver=solver, seed=seed, **options)
             values[pattern] = perplexity(pruned, test).value
         rows.append(Row(name, values))
     return Comparison(perplexity(model, test), rows)
