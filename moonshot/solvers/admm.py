@@ -9,8 +9,6 @@ from moonshot.patterns import Pattern
 from moonshot.problem import Problem, Status
 from moonshot.solvers.base import Answer
 
-_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (share of the support that changed, factor of rho)
-
 
 @dataclass(frozen=True)
 class _State:
@@ -21,7 +19,7 @@ class _State:
     pull: Array  # (m, d), H c
     hessian: Array  # (d, d)
     factors: Array | None  # (n, m, d)
-    eigenvalues: Array  # (d,)
+    eigenvalues: Array  # (d,), ascending
     basis: Array  # (d, d), eigenvectors of `hessian` in columns
     rotated: Array | None  # (n, m, d), the factors in the eigenbasis
 
@@ -33,18 +31,21 @@ class ADMM:
         x <- (H_i + rho I)^-1 (H_i c_i - dual + rho z)      z <- the best pattern of x + dual / rho
         dual <- dual + rho (x - z)
 
-    rho grows by 1.1 to 1.3 every three iterations, the faster the more the support still changes, and the method
-    stops when the support has not changed over `patience` such checks. The weights are then refitted on the support by
-    conjugate gradients. One eigendecomposition of A serves every rho and every pattern; a row's factors add
-    an n x n capacitance matrix for each rho.
+    rho is multiplied by `growth` every three iterations, and the method stops when the support has not changed over
+    `patience` such checks. The weights are then refitted on the support by conjugate gradients. One
+    eigendecomposition of A serves every rho and every pattern; a row's factors add an n x n capacitance matrix for
+    each rho.
 
-    rho: the first penalty, relative to the unit diagonal of the scaled A.
-    iterations: the limit. refits: conjugate-gradient steps at the end.
+    rho: the first penalty, relative to the median eigenvalue of A scaled to a unit diagonal. Much above it, weights
+    are chosen before they could compensate one another; much below, iterations are wasted.
+    growth: above 1; nearer to 1 is slower and better, see docs/mathematics.md.
+    iterations: the limit. refits: conjugate-gradient steps at the end, at most.
 
-    Source: Meng et al., ALPS (arXiv 2406.07831), for the shared Hessian and the schedule of rho.
+    Source: Meng et al., ALPS (arXiv 2406.07831), for the shared Hessian.
     """
 
-    rho: float = 0.1
+    rho: float = 0.5
+    growth: float = 1.1
     iterations: int = 300
     patience: int = 2
     refits: int = 100
@@ -54,6 +55,8 @@ class ADMM:
     def __post_init__(self) -> None:
         if not self.rho > 0:
             raise ValueError(f"rho must be positive, got {self.rho!r}")
+        if not self.growth > 1:
+            raise ValueError(f"growth must be above 1, or the method would not settle, got {self.growth!r}")
         for field in ("iterations", "patience", "refits"):
             if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
                 raise ValueError(f"{field} must be a positive integer, got {getattr(self, field)!r}")
@@ -84,9 +87,9 @@ class ADMM:
         xp = namespace(state.target)
         started = mask = pattern.keep(abs(state.target))
         start = xp.where(mask, state.target, xp.zeros_like(state.target))
-        z, dual, rho = start, xp.zeros_like(start), self.rho
+        z, dual = start, xp.zeros_like(start)
+        rho = self.rho * float(state.eigenvalues[len(state.eigenvalues) // 2])
         inverse = _shifted_inverse(state, rho)
-        kept = max(float(xp.sum(mask)), 1.0)
         checked, calm, status = mask, 0, Status.ITERATION_LIMIT
         done = 0
         for done in range(1, self.iterations + 1):
@@ -97,13 +100,12 @@ class ADMM:
             dual = rho * (moved - z)
             if done % 3:
                 continue
-            changed = float(xp.sum(mask != checked)) / (2 * kept)
+            calm = 0 if bool(xp.any(mask != checked)) else calm + 1
             checked = mask
-            calm = 0 if changed else calm + 1
             if calm >= self.patience:
                 status = Status.CONVERGED
                 break
-            rho *= next(growth for share, growth in _GROWTH if changed >= share)
+            rho *= self.growth
             inverse = _shifted_inverse(state, rho)
         weight = _refit(state, z, mask, self.refits)
         if _loss(state, start) < _loss(state, weight):
