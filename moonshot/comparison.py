@@ -70,7 +70,7 @@ def compare(
     *,
     samples: int = 32,
     context: int = 256,
-    held_out: int = 96,
+    held_out: int = 64,
     seed: int = 0,
     on_step: Callable[[str], None] = lambda step: None,
     **options: Any,

@@ -13,15 +13,16 @@ class CalibrationError(ValueError):
     """Calibration data that is empty, too little or of the wrong kind."""
 
 
-def as_batches(calibration: Any, batch_size: int = 8) -> list[Batch]:
+def as_batches(calibration: Any, batch_tokens: int = 2048) -> list[Batch]:
     """A list of dict batches, each with `input_ids` (samples, tokens), from token ids, batches or a DataLoader.
 
-    calibration: an integer tensor (samples, tokens), split into batches of `batch_size`; or an iterable whose
-    elements are such tensors or mappings of tensors.
+    calibration: an integer tensor (samples, tokens), split into batches of about `batch_tokens` tokens, so that the
+    logits of one batch stay small; or an iterable whose elements are such tensors or mappings of tensors.
     """
     if isinstance(calibration, Tensor):
         calibration = calibration[None] if calibration.ndim == 1 else calibration
-        batches: list[Any] = list(calibration.split(batch_size)) if calibration.numel() else []
+        size = max(batch_tokens // max(calibration.shape[-1], 1), 1)
+        batches: list[Any] = list(calibration.split(size)) if calibration.numel() else []
     elif isinstance(calibration, str | bytes) or not isinstance(calibration, Iterable):
         raise TypeError(
             "calibration must be a tensor of token ids, a list of batches or a DataLoader, got "
