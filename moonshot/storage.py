@@ -17,7 +17,8 @@ def save(model: nn.Module, tokenizer: object, report: Report, folder: str | Path
     """Write model, tokenizer, masks, recipe and report to `folder`, which must not exist.
 
     Everything goes to a temporary folder beside it first, renamed at the end: a failure or a kill leaves nothing
-    under the final name. `masks.safetensors` holds a boolean tensor for each pruned layer, True where a weight is not zero.
+    under the final name. `masks.safetensors` holds a boolean tensor for each pruned layer, True where its weight is
+    not zero.
     Raises FileExistsError, or OSError with what to do where the disk is full or not writable.
     """
     final = Path(folder)
