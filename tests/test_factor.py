@@ -32,11 +32,15 @@ def test_inverse_factor_on_every_backend(backend):
     np.testing.assert_allclose(backend.numpy(inverse_factor(backend.array(a))), inverse_factor(a), atol=1e-10)
 
 
-@given(st.integers(0, 99), st.sampled_from([1, 5, 127, 129, 300]), st.integers(0, 3))
-def test_half_product(seed, d, n):
+@given(st.integers(0, 99), st.sampled_from([1, 5, 255, 257, 600]), st.integers(0, 3), st.integers(1, 7))
+def test_half_product(seed, d, n, lanes):
     rng = np.random.default_rng(seed)
-    factors, r = rng.normal(size=(n, 2, d)), np.triu(rng.normal(size=(d, d)))
-    np.testing.assert_allclose(half_product(factors, r), np.einsum("jk,nmk->jnm", r, factors), atol=1e-11)
+    factors, r = rng.normal(size=(n, 5, d)), np.triu(rng.normal(size=(d, d)))
+    tiles = half_product(factors, r, lanes)
+    assert tiles.shape == (-(-5 // lanes), d, n, lanes)
+    rows = np.moveaxis(tiles, 0, 2).reshape(d, n, len(tiles) * lanes)
+    np.testing.assert_allclose(rows[:, :, :5], np.einsum("jk,nmk->jnm", r, factors), atol=1e-11)
+    assert (rows[:, :, 5:] == 0).all()
 
 
 @pytest.mark.parametrize("weighted", [False, True])

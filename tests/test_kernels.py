@@ -36,18 +36,45 @@ def explicit_gains(p):
     return t, phi
 
 
+TILED = ("p", "t", "phi", "residual")  # what comes in tiles of rows, its last axis here
+
+
+def tiled(array, lanes):
+    """(..., m) as (tiles, ..., lanes), zero beyond the last row."""
+    tiles = -(-array.shape[-1] // lanes)
+    padded = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, tiles * lanes - array.shape[-1])])
+    return np.moveaxis(padded.reshape(*array.shape[:-1], tiles, lanes), -2, 0)
+
+
+def untiled(array, m):
+    tiles, *middle, lanes = array.shape
+    return np.moveaxis(array, 0, -2).reshape(*middle, tiles * lanes)[..., :m]
+
+
 def run(kernels, function, arguments, convert, *numbers):
-    """What `function` returns and every array it changed, as NumPy."""
+    """What `function` returns and every array it changed, as NumPy, without tiles."""
     names = {
         "gains": ["p"],
         "scores": ["a", "r", "p", "t", "phi", "residual"],
         "sweep": ["a", "r", "p", "t", "residual", "keep", "z"],
         "sweep_groups": ["a", "r", "p", "t", "phi", "residual", "keep", "z"],
     }[function]
-    arrays = [convert(arguments[name].copy()) for name in names]
-    returned = getattr(kernels, function)(*arrays, *numbers)
-    results = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
-    return [np.array(x.get() if hasattr(x, "get") else x.tolist()) for x in (*results, *arrays)]
+    m = arguments["a"].shape[1]
+    lanes = kernels.lanes(m)
+    arrays = {
+        name: convert(
+            np.ascontiguousarray(tiled(arguments[name], lanes)) if name in TILED else arguments[name].copy()
+        )
+        for name in names
+    }
+    returned = getattr(kernels, function)(*arrays.values(), *numbers)
+    results = dict(zip(("t", "phi"), returned, strict=True)) if function == "gains" else {"scores": returned}
+    found = {
+        name: np.array(x.get() if hasattr(x, "get") else x.tolist()).reshape(x.shape)
+        for name, x in (arrays | results).items()
+        if x is not None
+    }
+    return {name: untiled(x, m) if name in TILED else x for name, x in found.items()}
 
 
 def assert_same(function, backend, arguments, *numbers):
@@ -61,8 +88,9 @@ def assert_same(function, backend, arguments, *numbers):
         pytest.skip("CUDA tensors are computed on by CuPy here: the cupy run covers them")
     expected = run(kernels_sweep, function, arguments, np.ascontiguousarray, *numbers)
     computed = run(kernels_batched, function, arguments, convert, *numbers)
-    assert len(expected) == len(computed)
-    for left, right in zip(expected, computed, strict=True):
+    assert expected.keys() == computed.keys()
+    for name, left in expected.items():
+        right = computed[name]
         if left.dtype == bool:
             np.testing.assert_array_equal(left, right)
         else:
@@ -72,8 +100,9 @@ def assert_same(function, backend, arguments, *numbers):
 @given(st.integers(0, 99), st.integers(1, 3), st.integers(1, 150), st.integers(1, 5))
 def test_gains_are_what_they_are_defined_as(seed, m, d, n):
     p = np.random.default_rng(seed).normal(size=(d, n, m))
-    for left, right in zip(kernels_sweep.gains(p), explicit_gains(p), strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-9, atol=1e-11)
+    found = kernels_sweep.gains(np.ascontiguousarray(tiled(p, kernels_sweep.lanes(m))))
+    for left, right in zip(found, explicit_gains(p), strict=True):
+        np.testing.assert_allclose(untiled(left, m), right, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -105,8 +134,7 @@ def test_sweep_groups(backend, m, kept, group, n, dtype):
 @pytest.mark.parametrize("kernels", [kernels_sweep, kernels_batched])
 def test_a_sweep_leaves_the_columns_outside_alone(kernels, n):
     before = sweep_arguments(1, 3, 8, n, "float64")
-    after = {name: array.copy() for name, array in before.items()}
-    kernels.sweep(*(after[name] for name in ("a", "r", "p", "t", "residual", "keep", "z")), 2, 5)
+    after = run(kernels, "sweep", before, np.ascontiguousarray, 2, 5)
     for name in ("a", "z"):
         np.testing.assert_array_equal(
             np.delete(after[name], [2, 3, 4], 0), np.delete(before[name], [2, 3, 4], 0)

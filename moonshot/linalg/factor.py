@@ -19,7 +19,7 @@ from moonshot.linalg.backend import (
     zeros_like_shape,
 )
 
-_STRIP = 128  # rows of a triangular matrix multiplied at once
+_STRIP = 256  # rows of a triangular matrix multiplied at once
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -87,20 +87,27 @@ def eigenbasis(a: Array) -> tuple[Array, Array]:
     return values, vectors
 
 
-def half_product(factors: Array, r: Array) -> Array:
-    """P (d, n, m) with `P_i = R U_i` for every row i, as blocked matrix products.
+def half_product(factors: Array, r: Array, lanes: int) -> Array:
+    """`P_i = R U_i` for every row i, in tiles of rows: (tiles, d, n, lanes), zero beyond the last row.
 
-    factors: (n, m, d), the U_i' stacked by factor; r: (d, d) upper triangular. Uses that R is triangular:
-    little more than m n d^2 / 2 multiply-adds instead of m n d^2.
+    factors: (n, m, d), the U_i' stacked by factor; r: (d, d) upper triangular; lanes: rows of a tile. Uses that R is
+    triangular: little more than m n d^2 / 2 multiply-adds instead of m n d^2.
     """
     xp = namespace(factors)
     n, m, d = factors.shape
-    columns = factors.reshape(n * m, d).T
-    product = zeros_like_shape(factors, (d, n * m))
-    for start in range(0, d, _STRIP):
-        stop = min(start + _STRIP, d)
-        xp.matmul(r[start:stop, start:], columns[start:], out=product[start:stop])
-    return product.reshape(d, n, m)
+    tiles = -(-m // lanes)
+    out = zeros_like_shape(factors, (tiles, d, n, lanes))
+    for tile in range(tiles):
+        rows = factors[:, tile * lanes : (tile + 1) * lanes, :]
+        count = rows.shape[1]
+        columns = rows.reshape(n * count, d).T
+        product = out[tile].reshape(d, n * lanes) if count == lanes else xp.empty_like(columns)
+        for start in range(0, d, _STRIP):
+            stop = min(start + _STRIP, d)
+            xp.matmul(r[start:stop, start:], columns[start:], out=product[start:stop])
+        if count < lanes:
+            out[tile, :, :, :count] = product.reshape(d, n, count)
+    return out
 
 
 def capacitance(p: Array, weights: Array | None = None) -> Array:

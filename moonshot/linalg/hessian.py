@@ -201,7 +201,8 @@ class RowHessian:
 
     def _half_product(self) -> tuple[Array, Array]:
         """P (n, m, d), P_i = R U_i, and the Cholesky factors (m, n, n) of the capacitances I + P_i'P_i."""
-        p = half_product(as_dtype(self.factors, "float64"), self.inverse_factor)
+        factors = as_dtype(self.factors, "float64")
+        p = half_product(factors, self.inverse_factor, lanes=factors.shape[1])[0]
         p = contiguous(namespace(p).permute_dims(p, (1, 2, 0)))
         return p, cholesky(capacitance(p), "a capacitance matrix")
 

@@ -8,11 +8,17 @@ T_j = (I + sum_{k >= j} p_k p_k')^-1 and the residual `r = -sum_{k < j} p_k z_k`
 
 mu_j is the best z_j if column j is kept, and `value^2 / (R_jj^2 phi_j)` what pruning it costs.
 
-Shapes: a, keep, z, phi (d, m); r (d, d); p, t (d, n, m); residual (n, m). n may be 0. Columns come first, so that what
-a step of the sweep reads is contiguous.
+Shapes: a, keep, z (d, m); r (d, d). What belongs to the low-rank part comes in tiles of rows, `lanes(m)` rows each:
+p, t (tiles, d, n, lanes); phi (tiles, d, lanes); residual (tiles, n, lanes). Columns come before rows, so that what a
+step of the sweep reads is contiguous. n may be 0. Here all rows are one tile.
 """
 
 from moonshot.linalg.backend import Array, asarray_like, eye_like, namespace, smallest, zeros_like_shape
+
+
+def lanes(rows: int) -> int:
+    """Rows of a tile."""
+    return rows
 
 
 def gains(p: Array) -> tuple[Array, Array]:
@@ -22,6 +28,7 @@ def gains(p: Array) -> tuple[Array, Array]:
     not: `u = T_{j+1} p_j`, `phi_j = 1 / (1 + p_j' u)`, `t_j = phi_j u`, `T_j = T_{j+1} - phi_j u u'`.
     """
     xp = namespace(p)
+    p = p[0]
     d, n, m = p.shape
     t, phi = xp.empty_like(p), zeros_like_shape(p, (d, m))
     inverse = eye_like(p, n)[None] + zeros_like_shape(p, (m, 1, 1))
@@ -30,7 +37,7 @@ def gains(p: Array) -> tuple[Array, Array]:
         phi[j] = 1 / (1 + xp.sum(u * p[j].T, axis=1))
         t[j] = u.T * phi[j]
         inverse = inverse - u[:, :, None] * t[j].T[:, None, :]
-    return t, phi
+    return t[None], phi[None]
 
 
 def scores(a: Array, r: Array, p: Array, t: Array, phi: Array, residual: Array, start: int, stop: int) -> Array:
@@ -40,14 +47,14 @@ def scores(a: Array, r: Array, p: Array, t: Array, phi: Array, residual: Array, 
     """
     xp = namespace(a)
     value = a[start:stop]
-    if residual.shape[0]:
-        rest, mu = residual, []
+    if residual.shape[1]:
+        rest, mu = residual[0], []
         for j in range(start, stop):
-            mu.append(xp.sum(t[j] * rest, axis=0))
-            rest = rest - p[j] * mu[-1]
+            mu.append(xp.sum(t[0, j] * rest, axis=0))
+            rest = rest - p[0, j] * mu[-1]
         value = value + r[start:stop, start:stop].T @ xp.stack(mu)
     pivots = xp.linalg.diagonal(r)[start:stop, None]
-    return value**2 / (pivots**2 * phi[start:stop])
+    return value**2 / (pivots**2 * phi[0, start:stop])
 
 
 def sweep(
@@ -90,8 +97,8 @@ def _sweep(a, r, p, t, residual, keep, z, start, stop, last):
     xp = namespace(a)
     zero = asarray_like(0.0, a)
     for j in range(start, stop):
-        mu = xp.sum(t[j] * residual, axis=0)
+        mu = xp.sum(t[0, j] * residual[0], axis=0)
         z[j] = xp.where(keep[j], mu, -a[j] / r[j, j])
-        residual -= p[j] * z[j]
+        residual[0] -= p[0, j] * z[j]
         a[j:last] += r[j, j:last, None] * z[j]
         a[j] = xp.where(keep[j], a[j], xp.astype(zero, a.dtype))

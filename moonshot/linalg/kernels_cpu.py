@@ -23,7 +23,7 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}  # NaN and infinity keep their mea
 
 def kernel(function: Callable) -> Callable:
     """Compile a function with parallel loops over rows, and let one thread call it at a time."""
-    compiled = njit(parallel=True, fastmath=FAST, cache=True)(function)
+    compiled = njit(parallel=True, fastmath=FAST, error_model="numpy", cache=True)(function)
 
     @wraps(function)
     def run(*arguments):

@@ -1,9 +1,9 @@
 """The sequential sweep's inner loops for NumPy arrays, compiled by numba, tiles of rows in parallel.
 
 `kernels_batched` has the same functions, with the same arguments, for arrays on a device; its docstrings hold the
-mathematics. Here a tile of rows stands side by side, one row a lane, so that every loop of the recursion is one
-over contiguous lanes. The number of lanes is a constant large enough that the compiler makes vector code of such a
-loop rather than unrolling it.
+mathematics. Here the rows of a tile stand side by side, one row a lane, so that every loop of the recursion is one
+over contiguous lanes. Their number is a constant large enough that the compiler makes vector code of such a loop
+rather than unrolling it. Lanes beyond the last row are zero and stay so.
 """
 
 import numpy as np
@@ -14,6 +14,11 @@ from moonshot.linalg.kernels_cpu import FAST, kernel
 _LANES = 64
 
 
+def lanes(rows: int) -> int:
+    """Rows of a tile."""
+    return _LANES
+
+
 @njit(fastmath=FAST, inline="always")
 def _tile(tile, m):
     first = tile * _LANES
@@ -21,11 +26,13 @@ def _tile(tile, m):
 
 
 @njit(fastmath=FAST, inline="always")
-def _load(target, source):
-    """Copy (k, rows of the tile) into (k, lanes); lanes beyond the last row keep what they hold."""
-    for k in range(source.shape[0]):
-        for l in range(source.shape[1]):
-            target[k, l] = source[k, l]
+def _load(array, start, stop, first, last):
+    """The tile's part of columns start..stop, (stop - start, lanes)."""
+    out = np.zeros((stop - start, _LANES), array.dtype)
+    for j in range(start, stop):
+        for l in range(last - first):
+            out[j - start, l] = array[j, first + l]
+    return out
 
 
 @njit(fastmath=FAST, inline="always")
@@ -48,18 +55,16 @@ def _add_multiple(target, factor, a):
 
 @kernel
 def gains(p):
-    d, n, m = p.shape
-    t, phi = np.empty_like(p), np.empty((d, m), p.dtype)
+    tiles, d, n, _ = p.shape
+    t, phi = np.empty_like(p), np.empty((tiles, d, _LANES), p.dtype)
     one = p.dtype.type(1)
-    for tile in prange(-(-m // _LANES)):
-        first, last = _tile(tile, m)
+    for tile in prange(tiles):
         inverse = np.zeros((n, n, _LANES), p.dtype)
         for k in range(n):
             inverse[k, k] = one
-        column, u, gain = np.zeros((3, n, _LANES), p.dtype)
-        shrink = np.empty(_LANES, p.dtype)
+        u = np.empty((n, _LANES), p.dtype)
         for j in range(d - 1, -1, -1):
-            _load(column, p[j, :, first:last])
+            column, gain, shrink = p[tile, j], t[tile, j], phi[tile, j]
             u[:] = 0
             shrink[:] = one
             for k in range(n):
@@ -74,8 +79,6 @@ def gains(p):
             for k in range(n):
                 for q in range(n):
                     _subtract_product(inverse[k, q], u[k], gain[q])
-            phi[j, first:last] = shrink[: last - first]
-            t[j, :, first:last] = gain[:, : last - first]
     return t, phi
 
 
@@ -88,35 +91,31 @@ def _best_step(step, gain, rest):
 
 
 @njit(fastmath=FAST, inline="always")
-def _cost(cost, r, p, t, phi, rest, start, first, last, column, gain, step):
-    """Turn the values of columns start.. into what pruning each costs; `rest` is used up."""
-    for j in range(len(cost)):
-        if len(rest) > 0:
-            _load(column, p[start + j, :, first:last])
-            _load(gain, t[start + j, :, first:last])
-            _best_step(step, gain, rest)
+def _cost(cost, r, p, t, phi, rest, start, step):
+    """Turn the values of columns start.. of one tile into what pruning each costs; `rest` is used up."""
+    if len(rest) > 0:
+        for j in range(len(cost)):
+            _best_step(step, t[start + j], rest)
             for k in range(len(rest)):
-                _subtract_product(rest[k], column[k], step)
+                _subtract_product(rest[k], p[start + j, k], step)
             for q in range(j, len(cost)):
                 _add_multiple(cost[q], r[start + j, start + q], step)
     for j in range(len(cost)):
-        pivot = r[start + j, start + j]
-        for l in range(last - first):
-            cost[j, l] = cost[j, l] * cost[j, l] / (pivot * pivot * phi[start + j, first + l])
+        pivot, now, share = r[start + j, start + j], cost[j], phi[start + j]
+        for l in range(_LANES):
+            now[l] = now[l] * now[l] / (pivot * pivot * share[l])
 
 
 @njit(fastmath=FAST, inline="always")
-def _fix(value, r, p, t, rest, keep, z, start, j, first, last, column, gain, step):
-    """Fix column j of a tile and compensate the columns of `value`, which begins with column `start`."""
-    _load(column, p[j, :, first:last])
-    _load(gain, t[j, :, first:last])
-    _best_step(step, gain, rest)
+def _fix(value, r, p, t, rest, keep, z, start, j, first, last, step):
+    """Fix column j of one tile and compensate the columns of `value`, which begins with column `start`."""
+    _best_step(step, t[j], rest)
     now = value[j - start]
     for l in range(last - first):
         step[l] = step[l] if keep[j, first + l] else -now[l] / r[j, j]
         z[j, first + l] = step[l]
     for k in range(len(rest)):
-        _subtract_product(rest[k], column[k], step)
+        _subtract_product(rest[k], p[j, k], step)
     for q in range(j - start, len(value)):
         _add_multiple(value[q], r[j, start + q], step)
     for l in range(last - first):
@@ -125,48 +124,37 @@ def _fix(value, r, p, t, rest, keep, z, start, j, first, last, column, gain, ste
 
 @kernel
 def scores(a, r, p, t, phi, residual, start, stop):
-    n, m = residual.shape
+    m = a.shape[1]
     out = np.empty((stop - start, m), a.dtype)
-    for tile in prange(-(-m // _LANES)):
+    for tile in prange(len(residual)):
         first, last = _tile(tile, m)
-        column, gain, rest = np.zeros((3, n, _LANES), a.dtype)
-        cost, step = np.zeros((stop - start, _LANES), a.dtype), np.zeros(_LANES, a.dtype)
-        _load(cost, a[start:stop, first:last])
-        _load(rest, residual[:, first:last])
-        _cost(cost, r, p, t, phi, rest, start, first, last, column, gain, step)
+        cost, step = _load(a, start, stop, first, last), np.zeros(_LANES, a.dtype)
+        _cost(cost, r, p[tile], t[tile], phi[tile], residual[tile].copy(), start, step)
         out[:, first:last] = cost[:, : last - first]
     return out
 
 
 @kernel
 def sweep(a, r, p, t, residual, keep, z, start, stop):
-    n, m = residual.shape
-    for tile in prange(-(-m // _LANES)):
-        first, last = _tile(tile, m)
-        column, gain, rest = np.zeros((3, n, _LANES), a.dtype)
-        value, step = np.zeros((stop - start, _LANES), a.dtype), np.zeros(_LANES, a.dtype)
-        _load(value, a[start:stop, first:last])
-        _load(rest, residual[:, first:last])
+    for tile in prange(len(residual)):
+        first, last = _tile(tile, a.shape[1])
+        value, step = _load(a, start, stop, first, last), np.zeros(_LANES, a.dtype)
         for j in range(start, stop):
-            _fix(value, r, p, t, rest, keep, z, start, j, first, last, column, gain, step)
+            _fix(value, r, p[tile], t[tile], residual[tile], keep, z, start, j, first, last, step)
         a[start:stop, first:last] = value[:, : last - first]
-        residual[:, first:last] = rest[:, : last - first]
 
 
 @kernel
 def sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, kept, group):
-    n, m = residual.shape
-    for tile in prange(-(-m // _LANES)):
-        first, last = _tile(tile, m)
-        column, gain, rest, ahead = np.zeros((4, n, _LANES), a.dtype)
-        value, step = np.zeros((stop - start, _LANES), a.dtype), np.zeros(_LANES, a.dtype)
+    for tile in prange(len(residual)):
+        first, last = _tile(tile, a.shape[1])
+        value, step = _load(a, start, stop, first, last), np.zeros(_LANES, a.dtype)
+        rest, ahead = residual[tile], residual[tile].copy()
         cost, rank = np.zeros((group, _LANES), a.dtype), np.zeros((group, _LANES), np.int32)
-        _load(value, a[start:stop, first:last])
-        _load(rest, residual[:, first:last])
         for begin in range(start, stop, group):
             cost[:] = value[begin - start : begin - start + group]
             ahead[:] = rest
-            _cost(cost, r, p, t, phi, ahead, begin, first, last, column, gain, step)
+            _cost(cost, r, p[tile], t[tile], phi[tile], ahead, begin, step)
             rank[:] = 0  # how many of the group cost less, or as much and come earlier
             for j in range(group):
                 for q in range(j):
@@ -178,6 +166,5 @@ def sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, kept, group):
                 for l in range(last - first):
                     keep[begin + j, first + l] = rank[j, l] >= group - kept
             for j in range(begin, begin + group):
-                _fix(value, r, p, t, rest, keep, z, start, j, first, last, column, gain, step)
+                _fix(value, r, p[tile], t[tile], rest, keep, z, start, j, first, last, step)
         a[start:stop, first:last] = value[:, : last - first]
-        residual[:, first:last] = rest[:, : last - first]

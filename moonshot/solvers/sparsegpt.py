@@ -18,9 +18,9 @@ class _State:
     kernels: ModuleType
     weight: Array  # (d, m)
     r: Array  # (d, d), A^-1 = R'R
-    p: Array  # (d, n, m), P_i = R U_i
-    t: Array  # (d, n, m)
-    phi: Array  # (d, m)
+    p: Array  # (tiles, d, n, lanes), P_i = R U_i; see kernels_batched for these three
+    t: Array  # (tiles, d, n, lanes)
+    phi: Array  # (tiles, d, lanes)
 
 
 @dataclass(frozen=True)
@@ -54,24 +54,25 @@ class SparseGPT:
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
         weight = contiguous(problem.centre.T)
-        xp = namespace(weight)
         if is_numpy(weight):
             from moonshot.linalg import kernels_sweep as kernels
         else:
             from moonshot.linalg import kernels_batched as kernels  # type: ignore[no-redef]
         r = as_dtype(hessian.inverse_factor, problem.dtype)
+        d, m = weight.shape
+        lanes = kernels.lanes(m)
         if hessian.factors is None:
-            none = zeros_like_shape(weight, (weight.shape[0], 0, weight.shape[1]))
-            return _State(kernels, weight, r, none, none, xp.ones_like(weight))
-        p = half_product(as_dtype(hessian.factors, problem.dtype), r)
+            none = zeros_like_shape(weight, (-(-m // lanes), d, 0, lanes))
+            return _State(kernels, weight, r, none, *kernels.gains(none))
+        p = half_product(as_dtype(hessian.factors, problem.dtype), r, lanes)
         return _State(kernels, weight, r, p, *kernels.gains(p))
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         xp = namespace(state.weight)
         a = xp.asarray(state.weight, copy=True)
         keep, z = xp.ones_like(a, dtype=xp.bool), xp.zeros_like(a)
-        residual = zeros_like_shape(a, state.t.shape[1:])
-        d = a.shape[0]
+        tiles, d, n, lanes = state.p.shape
+        residual = zeros_like_shape(a, (tiles, n, lanes))
         group = pattern.m if isinstance(pattern, NM) else 1
         width = -(-self.block // group) * group
         for start in range(0, d, width):
