@@ -6,23 +6,25 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 
+from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.linalg.backend import Array, as_dtype, is_numpy
-from moonshot.linalg.factor import NotPositiveDefiniteError
+from moonshot.linalg.factor import smallest_pivot
 from moonshot.patterns import NM, Pattern, Unstructured
 from moonshot.problem import Problem, Status
 from moonshot.solvers.base import Answer
 
 _COLUMNS = 64  # the most there is hope for
-_SLICE = 20_000  # nodes between looks at the clock, all searches together
+_SLICE = 50_000  # nodes between looks at the clock, all searches together
 _PIVOT = 1e-14  # of a Hessian scaled to a unit diagonal
 
 
 @dataclass(frozen=True)
 class _State:
-    A: Array  # (d, d)
-    factors: Array  # (n, m, d)
-    centre: Array  # (m, d)
+    hessian: RowHessian
+    factors: Array  # (n, m, d), float64
+    centre: Array  # (m, d), float64
     constant: float
 
 
@@ -34,10 +36,10 @@ class Exact:
     every row and number of zeros that may matter.
     seconds: the limit of a call in wall-clock time, looked at now and then, or None.
 
-    The answer's `bound` holds for every weight with the pattern. Status OPTIMAL says that the value is within a
-    relative 1e-9 of it (or 1e-15 of an empty row's value); NODE_LIMIT and TIME_LIMIT that the search was stopped
-    with the gap that `Result.gap` has. Rows have 64 columns at most; time grows exponentially with them.
-    Without `seconds` the same problem gives the same answer.
+    The answer's `bound` holds for every weight with the pattern. Status OPTIMAL says that the search came to its end,
+    with the value within a relative 1e-9 of the bound, or as close as rounding in float64 lets the ill-conditioned
+    be told apart; NODE_LIMIT and TIME_LIMIT that it was stopped, with the gap that `Result.gap` has. Rows have 64
+    columns at most; time grows exponentially with them. Without `seconds` the same problem gives the same answer.
 
     Source: Furnival and Wilson, Regressions by Leaps and Bounds (Technometrics 16, 1974), for the search; the
     bounds are proved in docs/solvers/exact.md.
@@ -68,18 +70,16 @@ class Exact:
         return None
 
     def init(self, problem: Problem) -> _State:
-        from moonshot.linalg import kernels_exact
-
         hessian, centre = problem.hessian, as_dtype(problem.centre, "float64")
+        for i in range(len(centre) if hessian.factors is not None else 1):
+            h = hessian.row(i)
+            scale = np.sqrt(np.diag(h))
+            if not (pivot := smallest_pivot(h / np.outer(scale, scale))) > _PIVOT:
+                raise NotPositiveDefiniteError(f"the Hessian of row {i}, scaled to a unit diagonal,", pivot)
         factors = np.zeros((0, *centre.shape)) if hessian.factors is None else hessian.factors
-        pivot = float(np.min(kernels_exact.smallest_pivots(hessian.A, factors, centre)))
-        if pivot < _PIVOT:
-            raise NotPositiveDefiniteError("a row's Hessian, scaled to a unit diagonal,", pivot)
-        return _State(hessian.A, factors, centre, problem.constant)
+        return _State(hessian, np.array(factors, np.float64), np.array(centre), problem.constant)
 
     def compute(self, state: _State, pattern: Any) -> Answer:
-        from moonshot.linalg import kernels_exact
-
         m, d = state.centre.shape
         group = pattern.m if isinstance(pattern, NM) else d
         rows = _Rows(state, group, self.nodes, self.seconds)
@@ -89,7 +89,7 @@ class Exact:
             zeros = closest = np.full(m, pattern.zeros((1, d)) * group // d)
             rows.search(np.arange(m), zeros)
         pruned = rows.masks(zeros)
-        weight = kernels_exact.refit(state.A, state.factors, state.centre, pruned)
+        weight = np.stack([_refit(state.hessian.row(i), state.centre[i], pruned[i]) for i in range(m)])
         bound = float(np.sum(rows.lower[np.arange(m), closest])) + state.constant
         return Answer(weight, ~pruned, rows.status(closest), rows.spent, bound=bound)
 
@@ -119,6 +119,7 @@ class _Rows:
         from moonshot.linalg import kernels_exact
 
         state, d, s = self.state, self.state.centre.shape[1], len(which)
+        A = np.array(state.hessian.A)  # writable and in C order, for which the kernel is compiled
         pruned = np.zeros((s, d), bool)
         figures = np.tile([0.0, np.inf, 0.0, 0.0], (s, 1))  # depth, upper, lower, nodes
         column, branch = np.zeros((2, s, d + 1), np.int64)
@@ -128,10 +129,10 @@ class _Rows:
             running = np.flatnonzero(figures[:, 0] >= 0)
             if not len(running) or (done and self.late):
                 break
-            step = min(max(_SLICE // len(running), 100), limit - done)
+            step = min(-(-_SLICE // len(running)), limit - done)
             part = [array[running] for array in (pruned, figures, column, branch, floor)]
             kernels_exact.search(
-                state.A, state.factors, state.centre, which[running], zeros[running], self.group, step, *part
+                A, state.factors, state.centre, which[running], zeros[running], self.group, step, *part
             )
             for whole, piece in zip((pruned, figures, column, branch, floor), part, strict=True):
                 whole[running] = piece
@@ -194,3 +195,12 @@ def _best_share(curves: Array, total: int) -> Array:
         share[i] = choice[i, total]
         total -= share[i]
     return share
+
+
+def _refit(h: Array, c: Array, pruned: Array) -> Array:
+    """The best weights (d,) of a row that are zero where pruned."""
+    kept, v = ~pruned, np.zeros_like(c)
+    if kept.any():
+        factor = scipy.linalg.cho_factor(h[np.ix_(kept, kept)])
+        v[kept] = c[kept] + scipy.linalg.cho_solve(factor, h[np.ix_(kept, pruned)] @ c[pruned])
+    return v
