@@ -183,6 +183,15 @@ def test_stopped_at_any_node_the_bound_holds(pattern):
     assert optimum.status is Status.OPTIMAL and stopped >= 3
 
 
+@settings(max_examples=60)
+@given(seeds, st.floats(3, 6), st.floats(0.4, 0.8))
+def test_the_bound_counts_every_branch_that_is_left(seed, logarithm, sparsity):
+    problem, pattern = random_layer(seed, 1, 14, 0, 10**logarithm).problem, Unstructured(sparsity, "row")
+    optimum = solve(problem, pattern, Exact())
+    for nodes in range(1, optimum.iterations, max(optimum.iterations // 30, 1)):
+        assert solve(problem, pattern, Exact(nodes=nodes)).bound <= optimum.value
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), Unstructured(0.7, "row")], ids=str)
 def test_a_limit_of_time(pattern, monkeypatch):
     monkeypatch.setattr(module, "_SLICE", 1000)

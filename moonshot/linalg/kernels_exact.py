@@ -349,15 +349,6 @@ def _look(tree, t, cutoff):
 
 
 @_compiled
-def _can_keep(tree, t, column):
-    """Whether the column's group has enough other undecided columns for its zeros."""
-    g, mates = tree.groups[column], 0
-    for j in range(tree.size[t]):
-        mates += tree.groups[tree.index[t, j]] == g
-    return mates > tree.left[t, g]
-
-
-@_compiled
 def _cutoff(upper, empty, condition):
     """Values from here on are as good as `upper`: rounding moves any by `_ROUNDING * condition` of itself."""
     return max(upper - max(_RELATIVE * upper, _ROUNDING * condition * upper, _ABSOLUTE * empty), 0.0)
@@ -415,20 +406,19 @@ def _search(h, c, zeros, group, nodes, pruned, figures, column, branch, floor):
                 t -= 1
                 continue
             column[t], branch[t] = best, _KEEPING
-            follow = _can_keep(tree, t, best)
             floor[t + 1] = floor[t]
             floor[t] = max(floor[t], tree.cost[t] + score)  # of the other branch
         elif branch[t] == _KEEPING:
             branch[t] = _PRUNING
             floor[t + 1] = floor[t]
-            follow = floor[t] < cutoff
+            if floor[t] >= cutoff:
+                continue
         else:
             t -= 1
             continue
-        if follow:
-            _descend(tree, t, column[t], branch[t] == _KEEPING)
-            t += 1
-            branch[t] = _OPEN
+        _descend(tree, t, column[t], branch[t] == _KEEPING)
+        t += 1
+        branch[t] = _OPEN
     lower = cutoff
     for s in range(t + 1):
         if branch[s] != _PRUNING:
