@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
-from moonshot.linalg.backend import Array, as_dtype, is_numpy
+from moonshot.linalg.backend import Array, as_dtype, is_numpy, native
 from moonshot.linalg.factor import smallest_pivot
 from moonshot.patterns import NM, Pattern, Unstructured
 from moonshot.problem import Problem, Status
@@ -72,7 +72,7 @@ class Exact:
     def init(self, problem: Problem) -> _State:
         hessian, centre = problem.hessian, as_dtype(problem.centre, "float64")
         for i in range(len(centre) if hessian.factors is not None else 1):
-            h = hessian.row(i)
+            h = native(hessian.row(i))
             scale = np.sqrt(np.diag(h))
             if not (pivot := smallest_pivot(h / np.outer(scale, scale))) > _PIVOT:
                 raise NotPositiveDefiniteError(f"the Hessian of row {i}, scaled to a unit diagonal,", pivot)
@@ -89,7 +89,7 @@ class Exact:
             zeros = closest = np.full(m, pattern.zeros((1, d)) * group // d)
             rows.search(np.arange(m), zeros)
         pruned = rows.masks(zeros)
-        weight = np.stack([_refit(state.hessian.row(i), state.centre[i], pruned[i]) for i in range(m)])
+        weight = np.stack([_refit(native(state.hessian.row(i)), state.centre[i], pruned[i]) for i in range(m)])
         bound = float(np.sum(rows.lower[np.arange(m), closest])) + state.constant
         return Answer(weight, ~pruned, rows.status(closest), rows.spent, bound=bound)
 
@@ -158,9 +158,8 @@ class _Rows:
 def _share(rows: _Rows, total: int) -> tuple[Array, Array]:
     """The zeros of every row that are best together, by upper and by lower bounds: (m,) twice.
 
-    No share of the budget costs less than the lower bounds' own best share. Where that share's bounds
-    are not proven to be attained, its rows are searched, until they are: then it is an optimum. So few of the
-    numbers of zeros are ever searched.
+    No share of the budget costs less than the best share by lower bounds. Where its bounds are not attained yet its
+    rows are searched, until all are: then it is an optimum.
     """
     m, d = rows.state.centre.shape
     everyone = np.arange(m)
