@@ -77,7 +77,9 @@ class Exact:
             if not (pivot := smallest_pivot(h / np.outer(scale, scale))) > _PIVOT:
                 raise NotPositiveDefiniteError(f"the Hessian of row {i}, scaled to a unit diagonal,", pivot)
         factors = np.zeros((0, *centre.shape)) if hessian.factors is None else hessian.factors
-        return _State(hessian, np.array(factors, np.float64), np.array(centre), problem.constant)
+        return _State(
+            hessian, np.array(factors, np.float64, order="C"), np.array(centre, order="C"), problem.constant
+        )
 
     def compute(self, state: _State, pattern: Any) -> Answer:
         m, d = state.centre.shape
@@ -119,7 +121,7 @@ class _Rows:
         from moonshot.linalg import kernels_exact
 
         state, d, s = self.state, self.state.centre.shape[1], len(which)
-        A = np.array(state.hessian.A)  # writable and in C order, for which the kernel is compiled
+        A = np.array(state.hessian.A, order="C")  # writable and in C order, for which the kernel is compiled
         pruned = np.zeros((s, d), bool)
         figures = np.tile([0.0, np.inf, 0.0, 0.0], (s, 1))  # depth, upper, lower, nodes
         column, branch = np.zeros((2, s, d + 1), np.int64)
