@@ -13,6 +13,9 @@ class Status(str, Enum):
     COMPLETED = "completed"  # a method of fixed length ran to its end
     CONVERGED = "converged"  # an iteration met its tolerance
     ITERATION_LIMIT = "iteration limit"  # it did not, and stopped at its limit
+    OPTIMAL = "optimal"  # a search proved that nothing is better
+    NODE_LIMIT = "node limit"  # it was stopped before it could
+    TIME_LIMIT = "time limit"
 
     def __str__(self) -> str:
         return self.value
@@ -138,6 +141,7 @@ class Result:
     relative: value / F(0).
     terms: each term's undamped `q_t(weight) / q_t(0)`.
     seconds: wall-clock time of `init` (if it was not given a state) and `compute`.
+    bound: what no weight with the pattern can be below, in units of `value`, if the solver proved one.
     """
 
     weight: Array
@@ -150,8 +154,16 @@ class Result:
     solver: str
     pattern: str
     iterations: int = field(default=1)
+    bound: float | None = None
 
     @property
     def sparsity(self) -> float:
         """The fraction of weights that the mask leaves out."""
         return 1 - float(self.mask.sum()) / (self.mask.shape[0] * self.mask.shape[1])
+
+    @property
+    def gap(self) -> float | None:
+        """How far from the optimum the value can be at most: `(value - bound) / value`; None without a bound."""
+        if self.bound is None:
+            return None
+        return max((self.value - self.bound) / self.value, 0.0) if self.value else 0.0

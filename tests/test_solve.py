@@ -15,7 +15,7 @@ from moonshot.solvers import Answer, Magnitude, NotSupportedError, Solver, Solve
 from strategies import DEGENERATE, Layer, random_layer
 
 # Solvers that take arguments, by name; every other solver that the package names is made without any.
-ARGUMENTS = {"Swaps": lambda solver: solver(Magnitude())}
+ARGUMENTS = {"Swaps": lambda solver: solver(Magnitude()), "Exact": lambda solver: solver(nodes=1000)}
 SOLVERS = {
     name: ARGUMENTS.get(name, lambda solver: solver())(getattr(package, name))
     for name in package.__all__
@@ -236,6 +236,8 @@ WRONG = {
     "transposed": (lambda w, k, c: Answer(w.T, k.T), "returned a weight of shape"),
     "a mask of another shape": (lambda w, k, c: Answer(w, k[:, :4]), "returned a mask of shape"),
     "worse than its start": (lambda w, k, c: Answer(w, k, start=c), "worse than the .* it started from"),
+    "below its bound": (lambda w, k, c: Answer(w, k, bound=1e3), "claims that no value is below 1000"),
+    "no number for a bound": (lambda w, k, c: Answer(w, k, bound=np.nan), "claims that no value is below nan"),
 }
 
 

@@ -10,7 +10,7 @@ from moonshot.problem import Problem, Result, Status
 
 
 class SolverError(ValueError):
-    """A solver broke a promise: its answer is not finite, misses the pattern or is worse than its start."""
+    """A solver broke a promise: its answer is not finite, misses the pattern, or is worse than its start."""
 
 
 class NotSupportedError(ValueError):
@@ -22,6 +22,7 @@ class Answer:
     """What a solver returns: the weight (m, d), its mask, and how the method ended.
 
     start: (m, d), where the method began, if it promises never to do worse.
+    bound: what F of no weight with the pattern can be below, if the method proves one.
     """
 
     weight: Array
@@ -29,6 +30,7 @@ class Answer:
     status: Status = Status.COMPLETED
     iterations: int = 1
     start: Array | None = None
+    bound: float | None = None
 
 
 @runtime_checkable
@@ -88,6 +90,11 @@ def solve(problem: Problem, pattern: Pattern | str | float, solver: Solver, *, s
                 f"{solver.name} ended at {value:.6g}, worse than the {start_value:.6g} it started from: "
                 "please report this with the problem"
             )
+    if answer.bound is not None and not answer.bound <= value + 1e-8 * abs(value) + 1e-12 * zero_value:
+        raise SolverError(
+            f"{solver.name} claims that no value is below {answer.bound:.6g}, its own is {value:.6g}: "
+            "please report this with the problem"
+        )
     return Result(
         weight=returned,
         mask=like(mask, problem.weight),
@@ -99,6 +106,7 @@ def solve(problem: Problem, pattern: Pattern | str | float, solver: Solver, *, s
         solver=solver.name,
         pattern=str(pattern),
         iterations=answer.iterations,
+        bound=answer.bound,
     )
 
 
