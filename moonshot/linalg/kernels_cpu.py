@@ -20,13 +20,13 @@ if "NUMBA_THREADING_LAYER" not in os.environ:
     numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 _ONE_CALLER = Lock()
 
-_FAST = {"reassoc", "contract", "nsz", "arcp"}  # NaN and infinity keep their meaning
+FAST = {"reassoc", "contract", "nsz", "arcp"}  # NaN and infinity keep their meaning
 _CHUNK = 64
 
 
-def _kernel(function: Callable) -> Callable:
+def kernel(function: Callable) -> Callable:
     """Compile a function with parallel loops over rows, and let one thread call it at a time."""
-    compiled = njit(parallel=True, fastmath=_FAST, cache=True)(function)
+    compiled = njit(parallel=True, fastmath=FAST, cache=True)(function)
 
     @wraps(function)
     def run(*arguments):
@@ -36,7 +36,7 @@ def _kernel(function: Callable) -> Callable:
     return run
 
 
-@_kernel
+@kernel
 def gains(p):
     n, m, d = p.shape
     t = np.empty((m, d, n), p.dtype)
@@ -81,7 +81,7 @@ def _load(p, i, start, stop):
     return columns
 
 
-@_kernel
+@kernel
 def scores(a, r, p, t, phi, residual, start, stop):
     n, m = residual.shape[1], residual.shape[0]
     width = stop - start
@@ -105,7 +105,7 @@ def scores(a, r, p, t, phi, residual, start, stop):
     return out
 
 
-@_kernel
+@kernel
 def sweep(a, r, p, t, residual, keep, z, start, stop):
     m, n = residual.shape
     for i in prange(m):
@@ -113,7 +113,7 @@ def sweep(a, r, p, t, residual, keep, z, start, stop):
         _sweep_row(a[i], r, columns, t[i], residual[i], keep[i], z[i], start, start, stop, stop, n)
 
 
-@_kernel
+@kernel
 def sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, kept, group):
     m, n = residual.shape
     for i in prange(m):
@@ -147,7 +147,7 @@ def sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, kept, group):
             _sweep_row(a[i], r, columns, t[i], residual[i], keep[i], z[i], start, first, first + group, stop, n)
 
 
-@njit(fastmath=_FAST, inline="always")
+@njit(fastmath=FAST, inline="always")
 def _sweep_row(a, r, columns, t, residual, keep, z, block, start, stop, last, n):
     """Fix columns start..stop of one row and compensate those up to `last`."""
     for j in range(start, stop):
@@ -167,7 +167,7 @@ def _sweep_row(a, r, columns, t, residual, keep, z, block, start, stop, last, n)
             a[j] = a.dtype.type(0)
 
 
-@_kernel
+@kernel
 def project(factors, x):
     n, m, d = factors.shape
     out = np.empty((n, m), x.dtype)
@@ -180,7 +180,7 @@ def project(factors, x):
     return out
 
 
-@_kernel
+@kernel
 def combine(factors, coefficients):
     n, m, d = factors.shape
     out = np.zeros((m, d), coefficients.dtype)
@@ -192,7 +192,7 @@ def combine(factors, coefficients):
     return out
 
 
-@_kernel
+@kernel
 def capacitance(p, weights):
     n, m, d = p.shape
     out = np.empty((m, n, n), p.dtype)
@@ -207,7 +207,7 @@ def capacitance(p, weights):
     return out
 
 
-@_kernel
+@kernel
 def correct(y, factors, weights, inverses):
     n, m, d = factors.shape
     for i in prange(m):
