@@ -170,8 +170,8 @@ def trace(inverse, columns, weights, groups, quotas):
 def _trace(inverse, columns, weights, groups, quotas, threads):
     m, d = weights.shape
     total = quotas.sum()
-    order = np.empty((m, total), np.int64)
-    increments = np.empty((m, total))
+    order = np.zeros((m, total), np.int64)
+    increments = np.zeros((m, total))
     done = np.empty(m, np.int64)
     for thread in prange(threads):
         matrix = np.zeros((d + 1, d + 1))
