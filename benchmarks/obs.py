@@ -1,6 +1,6 @@
 """OBS at 1024 x 1024 against a plain batched torch OBC on the same rows, in alternation, and ten patterns against one.
 
-python benchmarks/obs.py [--size 1024] [--factors 0] [--rows 16] [--runs 3]
+python benchmarks/obs.py [--size 1024] [--factors 0] [--rows 48] [--runs 3]
 
 Both sides run on the first `rows` rows, the torch side in one batch; the time of a whole layer is that times
 size / rows. Per row both remove weights until none is left.
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--factors", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     d, n, m = arguments.size, arguments.factors, arguments.rows

@@ -224,7 +224,6 @@ def test_an_inverse_that_has_lost_its_digits_is_refreshed(kernels, monkeypatch):
     refreshed = largest_error(layer, kernels, first=6)
     monkeypatch.setattr(kernels_obs_batched, "LOST", 0.0)
     drifted = largest_error(layer, kernels_obs_batched, first=6)
-    print(refreshed, drifted)
     assert refreshed < 1e-8 and drifted > 1e-6
 
 
@@ -232,7 +231,6 @@ def test_an_ill_conditioned_trace_does_not_drift():
     """At condition 1e6 the last of 60 removals is as good as the first."""
     layer = random_layer(6, 2, 60, 3, 1e6)
     error = largest_error(layer, kernels_obs)
-    print(error)
     assert error < 1e-7
 
 
