@@ -185,15 +185,21 @@ def test_budgets_are_shared_out_along_the_convex_hulls(added):
         loss = sum(row[:count].sum() for row, count in zip(added, counts, strict=True))
         least = least_loss(added, zeros)
         assert along[zeros] - 1e-9 <= least <= loss + 1e-9
-        if along[zeros] == pytest.approx(least, abs=1e-12) and m == 1:
-            assert loss == pytest.approx(least, abs=1e-9)
-        assert loss <= cut(added, slopes, zeros) + 1e-9
+        assert loss <= one_row_makes_up(added, slopes, zeros) + 1e-9
 
 
-def cut(added, slopes, zeros):
-    """The loss if the last segment is cut where the budget ends."""
-    chosen = np.argsort(slopes, axis=None, kind="stable")[:zeros]
-    return added.reshape(-1)[chosen].sum()
+def one_row_makes_up(added, slopes, zeros):
+    """The least loss if one row takes more than whole segments or less; infinite where several segments tie."""
+    m, d = added.shape
+    limit = np.sort(slopes, axis=None)[max(zeros - 1, 0)]
+    below, above = np.sum(slopes < limit, axis=1), np.sum(slopes <= limit, axis=1)
+    losses = [np.inf]
+    for counts in (below, above) if np.sum(above > below) == 1 else ():
+        for i in range(m):
+            moved = counts + (zeros - counts.sum()) * (np.arange(m) == i)
+            if 0 <= moved[i] <= d:
+                losses.append(sum(row[:count].sum() for row, count in zip(added, moved, strict=True)))
+    return min(losses)
 
 
 # numerical stability
