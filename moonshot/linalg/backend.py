@@ -105,6 +105,13 @@ def asarray_like(values: Array, reference: Array) -> Array:
     return xp.asarray(values, device=array_api_compat.device(reference))
 
 
+def on_host(array: Array) -> np.ndarray:
+    """`array` as NumPy, copied from its device if it is on one."""
+    if array_api_compat.is_torch_array(array):
+        return array.cpu().numpy()
+    return array if is_numpy(array) else array.get()
+
+
 def zeros_like_shape(reference: Array, shape: tuple[int, ...]) -> Array:
     """Zeros of a shape, in the dtype and on the device of `reference`."""
     xp = namespace(reference)

@@ -160,17 +160,25 @@ class RowHessian:
         half = triangular_solve(lower, (b * scale)[:, None], lower=True)
         return triangular_solve(lower.T, half, lower=False)[:, 0] * scale
 
+    def inverse_update(self) -> Array | None:
+        """Z (n, m, d), float64, with `H_i^-1 = A^-1 - Z_i Z_i'` for every row (Woodbury); None without factors."""
+        if self.factors is None:
+            return None
+        r = self.inverse_factor
+        p, lower = self._half_product()
+        for k in range(p.shape[0]):  # rows of L^-1 P', one k at a time: (m, d) each
+            column = p[k] - sum(lower[:, k, j, None] * p[j] for j in range(k)) if k else p[0]
+            p[k] = column / lower[:, k, k, None]
+        for k in range(p.shape[0]):
+            p[k] = p[k] @ r
+        return p
+
     def inverse_diagonal(self) -> Array:
         """Diagonals of the H_i^-1: (m, d), or (1, d) where all rows share them."""
-        r = self.inverse_factor
-        xp = namespace(r)
-        diagonal = xp.sum(r**2, axis=0)[None, :]
-        if self.factors is not None:
-            p, lower = self._half_product()
-            for k in range(p.shape[0]):  # rows of L^-1 P' R, one k at a time: (m, d) each
-                column = p[k] - sum(lower[:, k, j, None] * p[j] for j in range(k)) if k else p[0]
-                p[k] = column / lower[:, k, k, None]
-                diagonal = diagonal - (p[k] @ r) ** 2
+        xp = namespace(self.A)
+        diagonal = xp.sum(self.inverse_factor**2, axis=0)[None, :]
+        if (update := self.inverse_update()) is not None:
+            diagonal = diagonal - xp.sum(update**2, axis=0)
             if float(xp.min(diagonal)) <= 0:
                 raise NotPositiveDefiniteError(
                     "a row's Hessian, to working precision,", float(xp.min(diagonal))

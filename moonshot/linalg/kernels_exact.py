@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from moonshot.linalg.kernels_cpu import _FAST, _kernel
+from moonshot.linalg.kernels_cpu import FAST, kernel
 
 _SQUARINGS = 3  # of a correlation matrix, for its largest eigenvalue
 _STEPS = 6  # of the relaxation's ascent
@@ -24,7 +24,7 @@ _ROUNDING = 2.3e-16
 _SWAP = 1e-12  # the least gain of a swap, relative to the value
 _OPEN, _KEEPING, _PRUNING = 0, 1, 2  # a node not looked at yet, and its two branches in their order
 
-_compiled = njit(fastmath=_FAST, error_model="numpy", cache=True)
+_compiled = njit(fastmath=FAST, error_model="numpy", cache=True)
 
 
 class _Tree(NamedTuple):
@@ -427,7 +427,7 @@ def _search(h, c, zeros, group, nodes, pruned, figures, column, branch, floor):
     figures[3] += done
 
 
-@_kernel
+@kernel
 def search(A, factors, centre, which, zeros, group, nodes, pruned, figures, column, branch, floor):
     """Go on with searches, each for at most `nodes` nodes, and leave them where they stopped.
 
