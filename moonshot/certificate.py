@@ -1,6 +1,7 @@
 """A lower bound of what any weight with a pattern can reach, to hold a solver's answer against."""
 
 from collections.abc import Callable
+from functools import partial
 
 from moonshot.linalg.backend import Array, as_dtype, namespace, native, smallest
 from moonshot.linalg.factor import capacitance, half_product
@@ -8,7 +9,7 @@ from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import combine, correct, project
 from moonshot.linalg.minorant import first_minorant, proven_minorant, raised_minorant
 from moonshot.patterns import Pattern, as_pattern
-from moonshot.problem import Problem, check_weight
+from moonshot.problem import Problem
 
 _EVERY = 5  # steps in p before each step in D
 _RELAXATION = 1.5
@@ -17,12 +18,9 @@ _AFFORDABLE = 2**27  # m d^3 up to which every row has a D of its own
 _RESERVE = 1e-7  # the share of D that pays for rounding in the gradient
 
 
-def lower_bound(
-    problem: Problem, pattern: Pattern | str | float, *, start: Array | None = None, iterations: int = 100
-) -> float:
+def lower_bound(problem: Problem, pattern: Pattern | str | float, *, iterations: int = 100) -> float:
     """A number that F(V) of no V with the pattern falls below, in the units of `Result.value`.
 
-    start: (m, d), a solver's answer; `start - c` is tried as p too. By default the zero weight.
     iterations: steps in p; every fifth is followed by one in D.
 
     For D diagonal with H_i - D positive semidefinite, any p and `a_i = (H_i - D) p_i`,
@@ -51,25 +49,20 @@ def lower_bound(
             f"{type(pattern).__name__} is missing `groups(shape) -> (size, zeros)`: a lower bound is for patterns "
             "with exactly `zeros` zeros in every `size` consecutive weights"
         )
-    centre = as_dtype(problem.centre, "float64")
-    first = 0 * centre if start is None else as_dtype(check_weight(start, "start"), "float64")
-    if first.shape != centre.shape:
-        raise ValueError(f"start must have the shape {problem.shape} of the weight, got {tuple(first.shape)}")
-
     size, zeros = pattern.groups(problem.shape)
     if zeros == 0:
         return problem.constant
     p, d = _ascend(problem, size, zeros, iterations)
-    xp, rows = namespace(d), d.shape[0]
-    rank = problem.hessian.rank
-    d = xp.stack([proven_minorant(_matrix(problem, i, rows), d[i], rank) for i in range(rows)])
+    xp, rows, rank = namespace(d), d.shape[0], problem.hessian.rank
+    d = xp.stack([proven_minorant(_matrix(problem, rows, i), d[i], rank) for i in range(rows)])
     if not bool(xp.all(d > 0)):
         return problem.constant
-    values = [_certified(problem, size, zeros, point, d) for point in (p, first - centre)]
+    nothing = -as_dtype(problem.centre, "float64")  # p of the zero weight, best where little is kept
+    values = [_certified(problem, size, zeros, point, d) for point in (p, nothing)]
     return problem.constant + max(0.0, *values)
 
 
-def _matrix(problem: Problem, i: int, rows: int) -> Array:
+def _matrix(problem: Problem, rows: int, i: int) -> Array:
     """What row i of D is held against: H_i, or A where fewer rows of D than of weights share it."""
     hessian = problem.hessian
     return native(hessian.row(i)) if rows == problem.shape[0] else hessian.A
@@ -88,7 +81,8 @@ def _ascend(problem: Problem, size: int, zeros: int, iterations: int) -> tuple[A
     rows, dtype = (m, "float64") if m * columns**3 <= _AFFORDABLE else (1, problem.dtype)
     c, solve = as_dtype(problem.centre, dtype), _solver(problem.hessian, dtype)
     xp = namespace(c)
-    minorant = xp.stack([first_minorant(_matrix(problem, i, rows)) for i in range(rows)])
+    matrix = partial(_matrix, problem, rows)
+    minorant = xp.stack([first_minorant(matrix(i)) for i in range(rows)])
     d, q, level = as_dtype(minorant, dtype), c, None
     best, best_value = (0 * c, minorant), -float("inf")
     for k in range(1, iterations + 1):
@@ -105,19 +99,19 @@ def _ascend(problem: Problem, size: int, zeros: int, iterations: int) -> tuple[A
             slope = as_dtype(pull**2 * z * (1 - z) / (1 + z) ** 2, "float64")
             slope = slope if rows == m else xp.sum(slope, axis=0)[None]
             barrier = max(_BARRIER ** (k // _EVERY - 1), _LAST_BARRIER)
-            minorant = xp.stack(
-                [raised_minorant(_matrix(problem, i, rows), minorant[i], slope[i], barrier) for i in range(rows)]
-            )
+            steps = (raised_minorant(matrix(i), minorant[i], slope[i], barrier) for i in range(rows))
+            minorant = xp.stack(list(steps))
             d = as_dtype(minorant, dtype)
     return as_dtype(best[0], "float64"), best[1]
 
 
 def _solver(hessian: RowHessian, dtype: str) -> Callable[[Array], Array]:
     """The map B -> H^-1 B, by Woodbury."""
-    r = as_dtype(hessian.inverse_factor, dtype)
+    r = hessian.inverse_factor
     if hessian.factors is None:
-        return lambda b: (b @ r.T) @ r
-    xp = namespace(r)
+        inverse = as_dtype(r.T @ r, dtype)
+        return lambda b: b @ inverse
+    xp, r = namespace(r), as_dtype(r, dtype)
     factors = half_product(as_dtype(hessian.factors, dtype), r)
     inverses, ones = xp.linalg.inv(capacitance(factors)), xp.ones_like(r[0])
     return lambda b: correct(b @ r.T, factors, ones, inverses) @ r
@@ -138,8 +132,8 @@ def _cheapest(costs: Array, size: int, zeros: int) -> Array:
 def _shares(w: Array, kept: int, level: Array | None) -> tuple[Array, Array]:
     """z that minimises `-sum w^2 z / (1 + z)` where each row sums to `kept`: `clip(w level - 1, 0, 1)`.
 
-    w: (groups, size), not negative; level: (groups, 1), of a similar w or None. A few Newton steps find the level; nothing
-    depends on its last digits.
+    w: (groups, size), not negative; level: (groups, 1), that of a similar w, or None. A few Newton steps find it;
+    nothing depends on its last digits.
     """
     xp = namespace(w)
     tiny, steps = float(xp.finfo(w.dtype).tiny) ** 0.5, 3
@@ -157,7 +151,7 @@ def _shares(w: Array, kept: int, level: Array | None) -> tuple[Array, Array]:
 def _certified(problem: Problem, size: int, zeros: int, p: Array, d: Array) -> float:
     """The bound at p without its constant, lowered by all that rounding can have added.
 
-    H_i - (1 + r) D is positive semidefinite and a is `(H_i - (1 + r) D) p_i` but for an error of at most e. Then the
+    H_i - (1 + r) D is positive semidefinite, and a is `(H_i - (1 + r) D) p_i` but for an error of at most e. Then the
     bound with a and D holds less `sum_ij e_ij |p_ij| + e_ij^2 / (r D_j)`: the share r D of the curvature pays for e.
     """
     hessian = problem.hessian

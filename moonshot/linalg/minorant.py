@@ -1,7 +1,7 @@
 """Diagonal minorants of a positive definite matrix: D with `A - D` positive semidefinite. D is stored (d,)."""
 
 from moonshot.linalg.backend import Array, eye_like, namespace
-from moonshot.linalg.factor import NotPositiveDefiniteError, inverse_factor
+from moonshot.linalg.factor import NotPositiveDefiniteError, cholesky, inverse_factor
 
 _SHRINK = (1e-8, 1e-6, 1e-4, 1e-2, 0.5)
 _HALVINGS = 30
@@ -52,7 +52,7 @@ def raised_minorant(a: Array, minorant: Array, slope: Array, barrier: float) -> 
 def _is_minorant(a: Array, minorant: Array) -> bool:
     """Whether the Cholesky factorisation of `A - D` runs to its end."""
     try:
-        inverse_factor(a - eye_like(a, a.shape[0]) * minorant)
+        cholesky(a - eye_like(a, a.shape[0]) * minorant, "A - D")
     except NotPositiveDefiniteError:
         return False
     return True
