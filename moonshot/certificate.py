@@ -11,17 +11,17 @@ from moonshot.linalg.minorant import first_minorant, proven_minorant, raised_min
 from moonshot.patterns import Pattern, as_pattern
 from moonshot.problem import Problem
 
-_EVERY = 5  # steps in p before each step in D
+_EVERY = 3  # steps in p before each step in D
 _RELAXATION = 1.5
-_BARRIER, _LAST_BARRIER = 0.8, 1e-3  # how it shrinks with each step in D, and where that ends
+_BARRIER, _LAST_BARRIER = 0.75, 1e-2  # how it shrinks with each step in D, and where that ends
 _AFFORDABLE = 2**27  # m d^3 up to which every row has a D of its own
 _RESERVE = 1e-7  # the share of D that pays for rounding in the gradient
 
 
-def lower_bound(problem: Problem, pattern: Pattern | str | float, *, iterations: int = 100) -> float:
+def lower_bound(problem: Problem, pattern: Pattern | str | float, *, iterations: int = 60) -> float:
     """A number that F(V) of no V with the pattern falls below, in the units of `Result.value`.
 
-    iterations: steps in p; every fifth is followed by one in D.
+    iterations: steps in p; every third is followed by one in D.
 
     For D diagonal with H_i - D positive semidefinite, any p and `a_i = (H_i - D) p_i`,
 
