@@ -6,6 +6,7 @@ report = ms.prune(model, calibration, "2:4", objective=objective)
 
 from typing import TYPE_CHECKING, Any
 
+from moonshot.certificate import lower_bound
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
 from moonshot.patterns import NM, Pattern, Unstructured, as_pattern
@@ -41,6 +42,7 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "as_pattern",
+    "lower_bound",
     "prune",
     "solve",
 ]

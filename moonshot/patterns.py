@@ -1,7 +1,9 @@
 """Sparsity patterns: how many weights of a layer are zero, and where they may be.
 
 A pattern turns scores into a mask (`keep`), says how many zeros it promises (`zeros`) and checks a mask
-(`check`). Masks are True where a weight is kept. Another pattern is another class with these methods.
+(`check`). Masks are True where a weight is kept. Another pattern is another class with these methods. A pattern of
+equal groups says so too (`groups(shape) -> (size, zeros)`: every `size` consecutive weights have exactly `zeros`
+zeros), which is what `lower_bound` needs.
 """
 
 import re
@@ -76,11 +78,14 @@ class Unstructured:
         """How many of `whole` weights' zeros fall to the first `part` of them, spread evenly."""
         return round(round(self.sparsity * whole) * part / whole)
 
+    def groups(self, shape: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = shape
+        size = columns if self.scope == "row" else rows * columns
+        return size, self.zeros_through(size, size)
+
     def keep(self, scores: Array) -> Array:
-        rows, columns = scores.shape
-        if self.scope == "row":
-            return ~smallest(scores, self.zeros((1, columns)))
-        return ~smallest(scores.reshape(1, -1), self.zeros((rows, columns))).reshape(rows, columns)
+        size, zeros = self.groups(scores.shape)
+        return ~smallest(scores.reshape(-1, size), zeros).reshape(scores.shape)
 
     def check(self, mask: Array) -> None:
         xp = namespace(mask)
@@ -125,6 +130,9 @@ class NM:
 
     def zeros(self, shape: tuple[int, int]) -> int:
         return shape[0] * shape[1] // self.m * (self.m - self.n)
+
+    def groups(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return self.m, self.m - self.n
 
     def keep(self, scores: Array) -> Array:
         self.validate(scores.shape)

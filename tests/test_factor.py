@@ -12,6 +12,7 @@ from moonshot.linalg.factor import (
     cholesky,
     eigenbasis,
     half_product,
+    half_product_by_factor,
     inverse_factor,
     smallest_pivot,
 )
@@ -41,6 +42,9 @@ def test_half_product(seed, d, n, lanes):
     rows = np.moveaxis(tiles, 0, 2).reshape(d, n, len(tiles) * lanes)
     np.testing.assert_allclose(rows[:, :, :5], np.einsum("jk,nmk->jnm", r, factors), atol=1e-11)
     assert (rows[:, :, 5:] == 0).all()
+    np.testing.assert_array_equal(
+        half_product_by_factor(factors, r), half_product(factors, r, 5)[0].transpose(1, 2, 0)
+    )
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -12,6 +12,7 @@ import scipy.linalg
 from moonshot.linalg.backend import (
     Array,
     as_dtype,
+    contiguous,
     eye_like,
     is_numpy,
     namespace,
@@ -108,6 +109,13 @@ def half_product(factors: Array, r: Array, lanes: int) -> Array:
         if count < lanes:
             out[tile, :, :, :count] = product.reshape(d, n, count)
     return out
+
+
+def half_product_by_factor(factors: Array, r: Array) -> Array:
+    """`P_i = R U_i` for every row i, as the factors are laid out: (n, m, d)."""
+    xp = namespace(factors)
+    (product,) = half_product(factors, r, lanes=factors.shape[1])
+    return contiguous(xp.permute_dims(product, (1, 2, 0)))
 
 
 def capacitance(p: Array, weights: Array | None = None) -> Array:

@@ -18,7 +18,7 @@ from moonshot.linalg.factor import (
     capacitance,
     capacitance_solve,
     cholesky,
-    half_product,
+    half_product_by_factor,
     inverse_factor,
 )
 from moonshot.linalg.lowrank import combine, project
@@ -209,9 +209,7 @@ class RowHessian:
 
     def _half_product(self) -> tuple[Array, Array]:
         """P (n, m, d), P_i = R U_i, and the Cholesky factors (m, n, n) of the capacitances I + P_i'P_i."""
-        factors = as_dtype(self.factors, "float64")
-        p = half_product(factors, self.inverse_factor, lanes=factors.shape[1])[0]
-        p = contiguous(namespace(p).permute_dims(p, (1, 2, 0)))
+        p = half_product_by_factor(as_dtype(self.factors, "float64"), self.inverse_factor)
         return p, cholesky(capacitance(p), "a capacitance matrix")
 
     def _woodbury(self):
