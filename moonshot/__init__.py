@@ -10,7 +10,7 @@ from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
 from moonshot.patterns import NM, Pattern, Unstructured, as_pattern
 from moonshot.problem import Problem, Result, Status
-from moonshot.solvers import ADMM, Answer, Magnitude, Solver, SparseGPT, Wanda, solve
+from moonshot.solvers import ADMM, IHT, Answer, Magnitude, Solver, SparseGPT, Wanda, solve
 
 if TYPE_CHECKING:
     from moonshot.pruning import prune
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADMM",
+    "IHT",
     "NM",
     "Answer",
     "Fisher",

@@ -3,10 +3,12 @@
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Answer, NotSupportedError, Solver, SolverError, solve
 from moonshot.solvers.diagonal import Magnitude, Wanda
+from moonshot.solvers.iht import IHT
 from moonshot.solvers.sparsegpt import SparseGPT
 
 __all__ = [
     "ADMM",
+    "IHT",
     "Answer",
     "Magnitude",
     "NotSupportedError",
