@@ -1,5 +1,7 @@
 """IHT lowers F at every step and stops where no guaranteed gradient step would change its support."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -109,7 +111,7 @@ def test_the_value_never_rises(pattern, seed, n, exponent):
     layer = random_layer(seed, 4, 8, n, 10**exponent)
     values = [solve(layer.problem, pattern, IHT(iterations=k)).value for k in range(1, 12)]
     at_zero = layer.problem.zero_value()
-    assert all(after <= before + 1e-10 * at_zero for before, after in zip(values, values[1:], strict=False))
+    assert all(after <= before + 1e-10 * at_zero for before, after in pairwise(values))
 
 
 @settings(max_examples=25)

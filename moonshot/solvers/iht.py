@@ -86,7 +86,9 @@ class IHT:
                 continue
             point = _refitted(quadratic, point, self.refits)
             x[rows], mask[rows] = point.x, point.mask
-            moves = xp.nonzero(_per_budget(_changed(point, _thresholded(quadratic, pattern, point)[1]), by_row))[0]
+            moves = xp.nonzero(
+                _per_budget(_changed(point, _thresholded(quadratic, pattern, point)[1]), by_row)
+            )[0]
             if len(moves) == 0:
                 status = Status.CONVERGED
                 break
