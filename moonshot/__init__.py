@@ -11,7 +11,7 @@ from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
 from moonshot.patterns import NM, Pattern, Unstructured, as_pattern
 from moonshot.problem import Problem, Result, Status
-from moonshot.solvers import ADMM, OBS, Answer, Exact, Magnitude, Solver, SparseGPT, Wanda, solve
+from moonshot.solvers import ADMM, IHT, OBS, Answer, Exact, Magnitude, Solver, SparseGPT, Wanda, solve
 
 if TYPE_CHECKING:
     from moonshot.pruning import prune
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADMM",
+    "IHT",
     "NM",
     "OBS",
     "Answer",

@@ -26,6 +26,8 @@ class SolverName(str, Enum):
     magnitude = "magnitude"
     wanda = "wanda"
     sparsegpt = "sparsegpt"
+    obs = "obs"
+    iht = "iht"
     admm = "admm"
 
 
@@ -172,12 +174,14 @@ def _pattern(pattern: str | None, sparsity: float | None):
 
 
 def _solver(name: SolverName):
-    from moonshot import ADMM, Magnitude, SparseGPT, Wanda
+    from moonshot import ADMM, IHT, OBS, Magnitude, SparseGPT, Wanda
 
     return {
         SolverName.magnitude: Magnitude,
         SolverName.wanda: Wanda,
         SolverName.sparsegpt: SparseGPT,
+        SolverName.obs: OBS,
+        SolverName.iht: IHT,
         SolverName.admm: ADMM,
     }[name]()
 

@@ -4,11 +4,13 @@ from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Answer, NotSupportedError, Solver, SolverError, solve
 from moonshot.solvers.diagonal import Magnitude, Wanda
 from moonshot.solvers.exact import Exact
+from moonshot.solvers.iht import IHT
 from moonshot.solvers.obs import OBS
 from moonshot.solvers.sparsegpt import SparseGPT
 
 __all__ = [
     "ADMM",
+    "IHT",
     "OBS",
     "Answer",
     "Exact",

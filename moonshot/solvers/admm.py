@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from moonshot.linalg.backend import Array, as_dtype, namespace
 from moonshot.linalg.factor import capacitance, eigenbasis
-from moonshot.linalg.lowrank import combine, correct, project
+from moonshot.linalg.lowrank import correct
+from moonshot.linalg.scaled import ScaledQuadratic, unit_diagonal
 from moonshot.patterns import Pattern
 from moonshot.problem import Problem, Status
 from moonshot.solvers.base import Answer
@@ -12,15 +13,11 @@ from moonshot.solvers.base import Answer
 
 @dataclass(frozen=True)
 class _State:
-    """The problem in the scaled coordinates `x_j = v_j sqrt(A_jj)`, in which A has a unit diagonal."""
+    """The problem in the coordinates in which A has a unit diagonal, and the eigenbasis of A there."""
 
-    scale: Array  # (d,)
-    target: Array  # (m, d), the minimiser c, scaled
-    pull: Array  # (m, d), H c
-    hessian: Array  # (d, d)
-    factors: Array | None  # (n, m, d)
+    quadratic: ScaledQuadratic
     eigenvalues: Array  # (d,), ascending
-    basis: Array  # (d, d), eigenvectors of `hessian` in columns
+    basis: Array  # (d, d), eigenvectors of the shared matrix in columns
     rotated: Array | None  # (n, m, d), the factors in the eigenbasis
 
 
@@ -65,35 +62,31 @@ class ADMM:
         return None
 
     def init(self, problem: Problem) -> _State:
-        hessian, dtype = problem.hessian, problem.dtype
-        xp = namespace(problem.centre)
-        scale = xp.sqrt(xp.linalg.diagonal(hessian.A))
-        scaled = hessian.A / (scale[:, None] * scale[None, :])
-        values, basis = eigenbasis(scaled)
-        smallest = xp.zeros_like(values) + 1e-7  # float32 cannot tell smaller ones from zero
-        values = xp.maximum(values, smallest) if dtype == "float32" else values
-        scale, scaled, values, basis = (as_dtype(x, dtype) for x in (scale, scaled, values, basis))
-        target = problem.centre * scale
-        pull = target @ scaled
-        factors = rotated = None
-        if hessian.factors is not None:
-            factors = as_dtype(hessian.factors, dtype) / scale
-            n, m, d = factors.shape
-            rotated = (factors.reshape(n * m, d) @ basis).reshape(n, m, d)
-            pull = pull + combine(factors, project(factors, target))
-        return _State(scale, target, pull, scaled, factors, values, basis, rotated)
+        quadratic = ScaledQuadratic.of(problem.hessian, problem.centre)
+        values, basis = eigenbasis(unit_diagonal(problem.hessian.A)[1])
+        if problem.dtype == "float32":  # which cannot tell smaller eigenvalues from zero
+            xp = namespace(values)
+            values = xp.maximum(values, xp.zeros_like(values) + 1e-7)
+        values, basis = as_dtype(values, problem.dtype), as_dtype(basis, problem.dtype)
+        rotated = None
+        if quadratic.factors is not None:
+            n, m, d = quadratic.factors.shape
+            rotated = (quadratic.factors.reshape(n * m, d) @ basis).reshape(n, m, d)
+        return _State(quadratic, values, basis, rotated)
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
-        xp = namespace(state.target)
-        started = mask = pattern.keep(abs(state.target))
-        start = xp.where(mask, state.target, xp.zeros_like(state.target))
+        quadratic = state.quadratic
+        target = quadratic.target
+        xp = namespace(target)
+        started = mask = pattern.keep(abs(target))
+        start = xp.where(mask, target, xp.zeros_like(target))
         z, dual = start, xp.zeros_like(start)
         rho = self.rho * float(state.eigenvalues[len(state.eigenvalues) // 2])
         inverse = _shifted_inverse(state, rho)
         checked, calm, status = mask, 0, Status.ITERATION_LIMIT
         done = 0
         for done in range(1, self.iterations + 1):
-            x = inverse(state.pull - dual + rho * z)
+            x = inverse(quadratic.pull - dual + rho * z)
             moved = x + dual / rho
             mask = pattern.keep(abs(moved))
             z = xp.where(mask, moved, xp.zeros_like(moved))
@@ -107,10 +100,10 @@ class ADMM:
                 break
             rho *= self.growth
             inverse = _shifted_inverse(state, rho)
-        weight = _refit(state, z, mask, self.refits)
-        if _loss(state, start) < _loss(state, weight):
+        weight = quadratic.refit(z, mask, self.refits)
+        if quadratic.loss(start) < quadratic.loss(weight):
             weight, mask = start, started  # never worse than where it started
-        return Answer(weight / state.scale, mask, status, done, start=start / state.scale)
+        return Answer(weight / quadratic.scale, mask, status, done, start=start / quadratic.scale)
 
 
 def _shifted_inverse(state: _State, rho: float):
@@ -122,43 +115,3 @@ def _shifted_inverse(state: _State, rho: float):
         return lambda b: b @ dense
     inverses = namespace(basis).linalg.inv(capacitance(rotated, shrink))
     return lambda b: correct((b @ basis) * shrink, rotated, shrink, inverses) @ basis.T
-
-
-def _matvec(state: _State, x: Array) -> Array:
-    product = x @ state.hessian
-    if state.factors is not None:
-        product = product + combine(state.factors, project(state.factors, x))
-    return product
-
-
-def _loss(state: _State, x: Array) -> float:
-    difference = x - state.target
-    return float(namespace(x).sum(difference * _matvec(state, difference)))
-
-
-def _refit(state: _State, x: Array, mask: Array, steps: int) -> Array:
-    """Minimise the quadratic over the support of each row, by conjugate gradients from x."""
-    xp = namespace(x)
-    keep = xp.astype(mask, x.dtype)
-    precondition = keep
-    if state.factors is not None:
-        precondition = keep / (1 + xp.sum(state.factors**2, axis=0))
-    residual = (state.pull - _matvec(state, x)) * keep
-    direction = residual * precondition
-    rho = xp.sum(residual * direction, axis=1)
-    tiny = xp.finfo(x.dtype).eps ** 1.5 * xp.max(rho, axis=0)
-    for _ in range(steps):
-        if not bool(xp.any(rho > tiny)):
-            break
-        product = _matvec(state, direction) * keep
-        curvature = xp.sum(direction * product, axis=1)
-        active = (rho > tiny) & (curvature > 0)
-        step = xp.where(active, rho / xp.where(active, curvature, xp.ones_like(rho)), 0 * rho)
-        x = x + step[:, None] * direction
-        residual = residual - step[:, None] * product
-        conditioned = residual * precondition
-        following = xp.sum(residual * conditioned, axis=1)
-        ratio = xp.where(active, following / xp.where(active, rho, xp.ones_like(rho)), 0 * rho)
-        direction = conditioned + ratio[:, None] * direction
-        rho = xp.where(active, following, 0 * rho)
-    return x

@@ -1,0 +1,86 @@
+"""A layer's quadratic in the coordinates in which the shared matrix has a unit diagonal."""
+
+from dataclasses import dataclass
+
+from moonshot.linalg.backend import Array, as_dtype, contiguous, dtype_name, namespace
+from moonshot.linalg.hessian import RowHessian
+from moonshot.linalg.lowrank import combine, project
+
+
+def unit_diagonal(a: Array) -> tuple[Array, Array]:
+    """`s = sqrt(diag A)`, (d,), and `A / (s s')`, (d, d), in the dtype of A."""
+    xp = namespace(a)
+    scale = xp.sqrt(xp.linalg.diagonal(a))
+    return scale, a / (scale[:, None] * scale[None, :])
+
+
+@dataclass(frozen=True)
+class ScaledQuadratic:
+    """`sum_i (x_i - t_i)' H_i (x_i - t_i)` with `x_j = v_j sqrt(A_jj)` and `H_i = A + U_i U_i'` scaled likewise."""
+
+    scale: Array  # (d,)
+    target: Array  # (m, d), the minimiser t
+    pull: Array  # (m, d), H t
+    shared: Array  # (d, d)
+    factors: Array | None  # (n, m, d)
+
+    @classmethod
+    def of(cls, hessian: RowHessian, centre: Array) -> "ScaledQuadratic":
+        """The quadratic of a Hessian about a centre (m, d), computed on in the dtype of the centre."""
+        scale, shared = (as_dtype(x, dtype_name(centre)) for x in unit_diagonal(hessian.A))
+        target = centre * scale
+        pull = target @ shared
+        factors = None
+        if hessian.factors is not None:
+            factors = as_dtype(hessian.factors, dtype_name(centre)) / scale
+            pull = pull + combine(factors, project(factors, target))
+        return cls(scale, target, pull, shared, factors)
+
+    def rows(self, rows: Array) -> "ScaledQuadratic":
+        """The quadratic of some rows; rows: their indices."""
+        factors = None if self.factors is None else contiguous(self.factors[:, rows])
+        return ScaledQuadratic(self.scale, self.target[rows], self.pull[rows], self.shared, factors)
+
+    def matvec(self, x: Array) -> Array:
+        """`H_i x_i` for every row, (m, d)."""
+        product = x @ self.shared
+        if self.factors is not None:
+            product = product + combine(self.factors, project(self.factors, x))
+        return product
+
+    def diagonal(self) -> Array:
+        """Diagonals of the H_i: (m, d), or (1, d) where all rows share them."""
+        xp = namespace(self.scale)
+        if self.factors is None:
+            return xp.ones_like(self.scale)[None, :]
+        return 1 + xp.sum(self.factors**2, axis=0)
+
+    def loss(self, x: Array) -> float:
+        """The quadratic at x (m, d)."""
+        difference = x - self.target
+        return float(namespace(x).sum(difference * self.matvec(difference)))
+
+    def refit(self, x: Array, mask: Array, steps: int) -> Array:
+        """Minimise over the support of each row, by conjugate gradients from x, which is zero outside the mask."""
+        xp = namespace(x)
+        keep = xp.astype(mask, x.dtype)
+        precondition = keep / self.diagonal()
+        residual = (self.pull - self.matvec(x)) * keep
+        direction = residual * precondition
+        rho = xp.sum(residual * direction, axis=1)
+        tiny = xp.finfo(x.dtype).eps ** 1.5 * xp.max(rho, axis=0)
+        for _ in range(steps):
+            if not bool(xp.any(rho > tiny)):
+                break
+            product = self.matvec(direction) * keep
+            curvature = xp.sum(direction * product, axis=1)
+            active = (rho > tiny) & (curvature > 0)
+            step = xp.where(active, rho / xp.where(active, curvature, xp.ones_like(rho)), 0 * rho)
+            x = x + step[:, None] * direction
+            residual = residual - step[:, None] * product
+            conditioned = residual * precondition
+            following = xp.sum(residual * conditioned, axis=1)
+            ratio = xp.where(active, following / xp.where(active, rho, xp.ones_like(rho)), 0 * rho)
+            direction = conditioned + ratio[:, None] * direction
+            rho = xp.where(active, following, 0 * rho)
+        return x

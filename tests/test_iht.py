@@ -1,0 +1,242 @@
+"""IHT lowers F at every step and stops where no guaranteed gradient step would change its support."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moonshot.linalg import RowHessian
+from moonshot.linalg.backend import native
+from moonshot.linalg.scaled import ScaledQuadratic
+from moonshot.patterns import NM, Unstructured
+from moonshot.problem import Problem, Status
+from moonshot.solvers import IHT, SparseGPT, solve
+from strategies import DEGENERATE, Layer, layers, random_layer
+
+PATTERNS = [Unstructured(0.5), Unstructured(0.8), Unstructured(0.6, "row"), NM(2, 4), NM(1, 4)]
+each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+factor_counts = st.sampled_from([0, 3, 8, 11])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def values_by_row(layer, weight):
+    difference = weight - layer.weight
+    return np.einsum("ij,ijk,ik->i", difference, layer.dense(), difference)
+
+
+def half_gradient(layer, weight):
+    return np.einsum("ijk,ik->ij", layer.dense(), weight - layer.weight)
+
+
+def refitted(layer, mask):
+    """The best weights on a mask, by dense solves."""
+    weight = np.zeros_like(layer.weight)
+    for row, h, w, keep in zip(weight, layer.dense(), layer.weight, mask, strict=True):
+        row[keep] = np.linalg.solve(h[np.ix_(keep, keep)], (h @ w)[keep])
+    return weight
+
+
+def guaranteed_steps(layer):
+    """1 / L_i, L_i the largest eigenvalue of H_i scaled to a unit diagonal, (m, 1)."""
+    dense = layer.dense()
+    scale = np.sqrt(np.einsum("ijj->ij", dense))
+    return 1 / np.linalg.eigvalsh(dense / (scale[:, :, None] * scale[:, None, :]))[:, -1:]
+
+
+# what it converges to
+
+
+@settings(max_examples=25)
+@given(seeds, factor_counts, st.floats(1, 4))
+@each_pattern
+def test_a_converged_answer_is_stationary(pattern, seed, n, exponent):
+    layer = random_layer(seed, 4, 8, n, 10**exponent)
+    result = solve(layer.problem, pattern, IHT(iterations=1000))
+    assert result.status is Status.CONVERGED
+    np.testing.assert_allclose(result.weight, refitted(layer, result.mask), rtol=1e-6, atol=1e-8)
+
+    step = 0.7 * guaranteed_steps(layer)
+    if str(pattern) in ("50%", "80%"):  # a budget over the layer: one step size
+        step = np.min(step)
+    diagonal = np.einsum("ijj->ij", layer.dense())
+    moved = result.weight - step * half_gradient(layer, result.weight) / diagonal
+    scores = diagonal * moved**2
+    keep = pattern.keep(scores)
+    lost, won = scores[result.mask & ~keep].sum(), scores[keep & ~result.mask].sum()
+    assert won - lost <= 1e-6 * scores.sum()  # a change is a tie
+
+
+@settings(max_examples=20)
+@given(seeds, st.integers(1, 5), st.booleans())
+@each_pattern
+def test_the_optimum_of_a_diagonal_hessian(pattern, seed, m, joint):
+    rng = np.random.default_rng(seed)
+    factors = np.zeros((m, 8, 2)) if joint else None
+    if joint:  # each factor on one column, so that H_i stays diagonal and differs from row to row
+        factors[:, 1, 0], factors[:, 6, 1] = rng.uniform(0, 9, size=(2, m))
+    layer = Layer(rng.normal(size=(m, 8)), np.diag(rng.uniform(0.01, 10, 8)), factors)
+    result = solve(layer.problem, pattern, IHT())
+    cost = np.einsum("ijj->ij", layer.dense()) * layer.weight**2
+    np.testing.assert_array_equal(result.mask, pattern.keep(cost))
+    np.testing.assert_allclose(result.weight, np.where(result.mask, layer.weight, 0), rtol=1e-10)
+    assert result.status is Status.CONVERGED
+
+
+def test_close_to_the_optimum_of_small_layers():
+    """Against every support of six of twelve inputs; the start alone is further off."""
+    found, start, best = [], [], []
+    for seed in range(10):
+        layer = random_layer(seed, 1, 12, 2, 1e2)
+        pattern = Unstructured(0.5)
+        supports = [np.array([bool(b >> j & 1) for j in range(12)]) for b in range(2**12) if b.bit_count() == 6]
+        best.append(min(values_by_row(layer, refitted(layer, s[None]))[0] for s in supports))
+        found.append(solve(layer.problem, pattern, IHT()).value)
+        answer = IHT().compute(IHT().init(layer.problem), pattern)
+        start.append(values_by_row(layer, answer.start)[0])
+    ratios = np.array(found) / best
+    assert (ratios > 1 - 1e-9).all()
+    assert np.median(ratios) < 1.1 < np.median(np.array(start) / best)
+
+
+# how it gets there
+
+
+@settings(max_examples=15)
+@given(seeds, factor_counts, st.floats(1, 6))
+@each_pattern
+def test_the_value_never_rises(pattern, seed, n, exponent):
+    """A refit of eight inputs is exact after eight steps, so stopping earlier shows the descent itself."""
+    layer = random_layer(seed, 4, 8, n, 10**exponent)
+    values = [solve(layer.problem, pattern, IHT(iterations=k)).value for k in range(1, 12)]
+    at_zero = layer.problem.zero_value()
+    assert all(after <= before + 1e-10 * at_zero for before, after in pairwise(values))
+
+
+@settings(max_examples=25)
+@given(layers(max_columns=12), st.floats(0, 1), st.sampled_from(["layer", "row"]))
+def test_never_worse_than_the_refitted_magnitudes(layer, sparsity, scope):
+    pattern = Unstructured(sparsity, scope)
+    answer = IHT(iterations=20).compute(IHT().init(layer.problem), pattern)
+    mask = pattern.keep(np.einsum("ijj->ij", layer.dense()) * layer.weight**2)
+    assert (answer.start[~mask] == 0).all()
+    value, start, best = (
+        values_by_row(layer, w).sum() for w in (answer.weight, answer.start, refitted(layer, mask))
+    )
+    at_zero = layer.problem.zero_value()
+    assert value <= start + 1e-12 * at_zero
+    assert start <= best + 1e-6 * at_zero
+
+
+def test_rows_do_not_know_of_one_another():
+    """Rows that have settled are left out; each ends where it ends alone."""
+    layer = random_layer(0, 12, 24, 3, 1e3)
+    for pattern in (NM(2, 4), Unstructured(0.7, "row")):
+        together = solve(layer.problem, pattern, IHT())
+        for i in range(12):
+            row = Layer(layer.weight[i : i + 1], layer.A, layer.U[i : i + 1])
+            alone = solve(row.problem, pattern, IHT())
+            np.testing.assert_allclose(together.weight[i : i + 1], alone.weight, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=15)
+@given(seeds, st.integers(0, 3), st.floats(1, 6))
+@each_pattern
+def test_the_units_of_the_inputs_do_not_matter(pattern, seed, n, exponent):
+    layer = random_layer(seed, 4, 8, n, 10**exponent)
+    s = 2.0 ** np.random.default_rng(seed).integers(-8, 8, 8)  # powers of two: not even rounding differs
+    scaled = Layer(layer.weight / s, layer.A * s[:, None] * s, None if n == 0 else layer.U * s[:, None])
+    here, there = (solve(x.problem, pattern, IHT()) for x in (layer, scaled))
+    np.testing.assert_array_equal(there.weight * s, here.weight)
+
+
+def test_a_limit_is_said():
+    layer = random_layer(0, 16, 32, 3, 1e5)
+    result = solve(layer.problem, 0.7, IHT(iterations=2))
+    assert result.status is Status.ITERATION_LIMIT and result.iterations == 2
+
+
+# quality
+
+
+@pytest.mark.parametrize("n", [0, 4])
+@pytest.mark.parametrize("pattern", ["2:4", "70%", "90%"])
+def test_better_than_the_sweep_on_ill_conditioned_layers(n, pattern):
+    problem = random_layer(1, 48, 48, n, 1e4).problem
+    assert solve(problem, pattern, IHT()).value < 0.7 * solve(problem, pattern, SparseGPT()).value
+
+
+def test_float32_is_as_good_as_float64():
+    layer = random_layer(0, 32, 64, 8, 1e4)
+    narrow = Layer(layer.weight.astype(np.float32), layer.A, layer.U)
+    for pattern in (NM(2, 4), Unstructured(0.7)):
+        values = [solve(x.problem, pattern, IHT()).value for x in (layer, narrow)]
+        assert values[1] == pytest.approx(values[0], rel=0.05)
+
+
+# arrays and arguments
+
+
+@each_pattern
+def test_backends(backend, pattern):
+    layer = random_layer(3, 6, 16, 3, 1e3)
+    weight, a, u = (backend.array(x) for x in (layer.weight, layer.A, layer.U))
+    expected = solve(layer.problem, pattern, IHT())
+    if backend.name == "torch-cpu":  # `native` makes NumPy of it: run the array operations on torch itself
+        answer = in_namespace(weight, a, u, pattern)
+    else:
+        problem = Problem(weight, RowHessian(a, u))
+        answer = IHT().compute(IHT().init(problem), pattern)
+    np.testing.assert_array_equal(backend.numpy(answer.mask), np.asarray(expected.mask))
+    np.testing.assert_allclose(backend.numpy(answer.weight), expected.weight, rtol=1e-6, atol=1e-8)
+
+
+class Bare:
+    """A problem of torch arrays on the CPU, as there are on a device without CuPy."""
+
+    def __init__(self, centre, a, factors):
+        self.centre, self.hessian = centre, self
+        self.A, self.factors = a, factors
+
+    def value(self, weight):
+        x = native(weight - self.centre)
+        u = native(self.factors)
+        return float(((x @ native(self.A)) * x).sum() + ((u * x).sum(axis=2) ** 2).sum())
+
+
+def in_namespace(weight, a, u, pattern):
+    return IHT().compute(IHT().init(Bare(weight, a, u.permute(2, 0, 1).contiguous())), pattern)
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_layers_end_on_their_support(name):
+    layer = DEGENERATE[name]
+    for pattern in (Unstructured(0.5), Unstructured(0.5, "row")):
+        result = solve(layer.problem, pattern, IHT())
+        at_zero = layer.problem.zero_value()
+        best = values_by_row(layer, refitted(layer, result.mask)).sum()
+        assert result.value == pytest.approx(best, rel=1e-4, abs=1e-9 * at_zero)
+
+
+@pytest.mark.parametrize("field", ["iterations", "steps", "refits"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "9"])
+def test_counts_are_positive_integers(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be a positive integer"):
+        IHT(**{field: value})
+
+
+def test_the_scaled_quadratic_is_the_quadratic():
+    layer = random_layer(0, 4, 8, 3)
+    quadratic = ScaledQuadratic.of(layer.hessian, layer.weight)
+    weight = np.random.default_rng(1).normal(size=(4, 8))
+    x = weight * quadratic.scale
+    assert quadratic.loss(x) == pytest.approx(layer.problem.value(weight))
+    np.testing.assert_allclose(
+        (quadratic.matvec(x) - quadratic.pull) * quadratic.scale, half_gradient(layer, weight), rtol=1e-9
+    )
+    diagonal = np.einsum("ijj->ij", layer.dense())
+    np.testing.assert_allclose(quadratic.diagonal() * quadratic.scale**2, diagonal)
+    rows = np.array([2, 0])
+    np.testing.assert_allclose(quadratic.rows(rows).matvec(x[rows]), quadratic.matvec(x)[rows])
+    np.testing.assert_array_equal(quadratic.rows(rows).pull, quadratic.pull[rows])
