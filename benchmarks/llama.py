@@ -1,6 +1,7 @@
 """Solvers and objectives on the shipped Llama: held-out perplexity, mean and spread over seeds of the calibration data.
 
-    python benchmarks/llama.py [--patterns 2:4 70% 80%] [--seeds 3] [--samples 64] [--factors 16] [--auto]
+    python benchmarks/llama.py [--patterns 2:4 70% 80%] [--seeds 3] [--samples 64] [--factors 16]
+                               [--methods PART ...] [--auto]
 
 A seed chooses the calibration windows and the random signs. Prints a markdown table.
 """
@@ -33,11 +34,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--factors", type=int, default=16)
-    parser.add_argument("--methods", default="", help="only those whose name holds this")
+    parser.add_argument("--methods", nargs="+", default=[""], help="only those whose names hold one of these")
     parser.add_argument("--auto", action="store_true", help='also objective="auto"')
     arguments = parser.parse_args()
     methods = [*METHODS, ("ADMM, auto", ms.ADMM(), "auto")] if arguments.auto else METHODS
-    methods = [method for method in methods if arguments.methods in method[0]]
+    methods = [method for method in methods if any(part in method[0] for part in arguments.methods)]
     begin = time.perf_counter()
     runs = [
         compare(
