@@ -13,6 +13,7 @@ from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.patterns import NM, Unstructured
 from moonshot.problem import Problem, Status
 from moonshot.solvers import IHT, SparseGPT, solve
+from moonshot.solvers.iht import _at, _thresholded
 from strategies import DEGENERATE, Layer, layers, random_layer
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.8), Unstructured(0.6, "row"), NM(2, 4), NM(1, 4)]
@@ -101,6 +102,29 @@ def test_close_to_the_optimum_of_small_layers():
 
 
 # how it gets there
+
+
+def test_a_step_minimises_its_model_over_every_support():
+    """`2 (y - x)' g + (y - x)' D (y - x) / tau`, g half the gradient, on rows of very unequal diagonals."""
+    rng = np.random.default_rng(0)
+    supports = np.array([[bool(b >> j & 1) for j in range(8)] for b in range(2**8) if b.bit_count() == 3])
+    for seed in range(20):
+        layer = random_layer(seed, 1, 8, 2)
+        layer = Layer(layer.weight, layer.A, layer.U * np.geomspace(0.01, 10, 8)[:, None])
+        quadratic = ScaledQuadratic.of(layer.hessian, layer.weight)
+        keep = supports[seed : seed + 1]
+        point = _at(quadratic, np.where(keep, rng.normal(size=(1, 8)), 0), keep, np.array([[0.5]]))
+        y, mask = _thresholded(quadratic, Unstructured(5 / 8), point)
+
+        diagonal = quadratic.diagonal()
+
+        def model(y, point=point, diagonal=diagonal):
+            moved = y - point.x
+            return np.sum(2 * moved * point.gradient + diagonal * moved**2 / 0.5, axis=1)
+
+        others = np.where(supports, point.x - 0.5 * point.gradient / diagonal, 0)
+        assert mask.sum() == 3 and (y[~mask] == 0).all()
+        assert model(y) <= model(others).min() + 1e-12 * abs(model(others)).max()
 
 
 @settings(max_examples=15)
