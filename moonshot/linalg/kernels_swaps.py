@@ -21,13 +21,12 @@ of T is brought up to date when it is read.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 
 from moonshot.linalg.kernels_cpu import FAST, kernel
 
-DEPTH = 2  # columns that the longest chain takes out, and brings in
-_LOG = 16  # sweeps logged at most
-_FRESH = 1000  # sweeps after which rounding calls for a new tableau
+_DEPTH = 2  # columns that the longest chain takes out, and brings in
+_LOG = 16  # sweeps logged at most; offers may be no more
 _SINGULAR = 1e-13  # a Schur complement this small against H_kk is rounding
 
 
@@ -143,15 +142,15 @@ def _descend(row, tolerance, limit):
     """
     d = len(row.u)
     u, diagonal, inside = row.u.copy(), row.diagonal.copy(), row.inside.copy()
-    k = idle = moved = count = sweeps = 0
-    while idle < d and moved < limit and sweeps < _FRESH:
+    k = idle = moved = count = 0
+    while idle < d and moved < limit:
         idle += 1
-        for depth in range(1, DEPTH + 1):
+        for depth in range(1, _DEPTH + 1):
             if depth == 1 and not row.inside[k]:
                 continue  # the same exchanges as those that begin by taking out
             if _chain(k, depth, tolerance, row, count):
-                count, sweeps, moved, idle = count + 2 * depth, sweeps + 2 * depth, moved + depth, 0
-                if count + 2 * DEPTH > _LOG:
+                count, moved, idle = count + 2 * depth, moved + depth, 0
+                if count + 2 * _DEPTH > _LOG:
                     _carry_out(row, count)
                     count = 0
                 u[:], diagonal[:], inside[:] = row.u, row.diagonal, row.inside
@@ -175,6 +174,11 @@ def _offer(coming, row, columns, rises):
     _restore(row, u, diagonal, inside)
 
 
+def rows_at_once():
+    """How many rows keep every thread busy."""
+    return get_num_threads()
+
+
 @kernel
 def gather(shared, factors, rows, orders):
     """H_i of some rows, (rows, d, d), its columns in the order given for each; factors: (n, m, d)."""
@@ -196,15 +200,15 @@ def gather(shared, factors, rows, orders):
 
 
 @kernel
-def exchange(tableaus, inside, centres, scales, groups, tolerances, limits, offers):
+def exchange(tableaus, inside, centres, diagonals, groups, tolerances, limits, offers):
     """Better the supports of some rows until no chain does.
 
-    tableaus: (rows, d, d), overwritten. inside: (rows, d) booleans, changed in place. centres: (rows, d). scales:
-    (rows, d), the diagonals of H. groups: (rows, d), integers. tolerances, limits: (rows,), the fall of the loss
-    that counts and the columns that may be brought in. offers: how many columns each row is asked to offer.
+    tableaus: (rows, d, d) and inside: (rows, d) booleans, both changed in place. centres: (rows, d). diagonals:
+    (rows, d), of H. groups: (rows, d), integers. tolerances, limits: (rows,), the fall of the loss that counts and
+    how many columns may be brought in. offers: how many columns each row is asked to offer.
 
-    Returns u (rows, d); the number of columns brought in and whether no chain is left, (rows,); and the offers, columns to
-    take out (0) or in (1) one after the other and the rise of the loss with each, (2, rows, offers).
+    Returns u (rows, d); the number of columns brought in and whether no chain is left, (rows,); and the offers:
+    columns to take out (0) or in (1) one after the other and the rise of the loss with each, (2, rows, offers).
     """
     count, d = inside.shape
     weights, moved, settled = np.empty((count, d)), np.zeros(count, np.int64), np.zeros(count, np.bool_)
@@ -216,7 +220,7 @@ def exchange(tableaus, inside, centres, scales, groups, tolerances, limits, offe
             np.empty(d),
             inside[r],
             centres[r],
-            _SINGULAR * scales[r],
+            _SINGULAR * diagonals[r],
             groups[r],
             np.zeros(groups[r].max() + 1, np.int64),
             np.empty((_LOG, d)),

@@ -4,6 +4,7 @@ from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Answer, NotSupportedError, Solver, SolverError, solve
 from moonshot.solvers.diagonal import Magnitude, Wanda
 from moonshot.solvers.sparsegpt import SparseGPT
+from moonshot.solvers.swaps import Swaps
 
 __all__ = [
     "ADMM",
@@ -13,6 +14,7 @@ __all__ = [
     "Solver",
     "SolverError",
     "SparseGPT",
+    "Swaps",
     "Wanda",
     "solve",
 ]

@@ -1,19 +1,20 @@
 """Swaps: exchange kept and pruned weights of another solver's answer until no exchange lowers the objective."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 
-from moonshot.linalg.backend import Array, as_dtype, is_numpy
+from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, triangular_solve
 from moonshot.linalg.factor import cholesky
 from moonshot.patterns import NM, Pattern, Unstructured
 from moonshot.problem import Problem, Status
 from moonshot.solvers.base import Answer, Solver
 
-_OFFERS = 8  # columns a row offers to other rows between two looks at its tableau
-_TOLERANCE = 1e-11  # a fall of the loss that counts, relative to an empty row
+_TOLERANCE = 1e-11  # the fall of a row's loss that counts, relative to the loss of an empty row
+_FRESH = 256  # exchanges in a row after which rounding calls for a new tableau
+_OFFERS = 8  # weights a row offers to the other rows, each way, between two looks at it
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,35 @@ class _State:
 
 @dataclass(frozen=True)
 class Swaps:
+    """Another solver's answer, bettered by exact exchanges on the support, all weights refitted.
+
+    In each row a weight goes out and the best one comes in, if that lowers the objective; failing that, a chain: one
+    goes out or comes in, then the best second one, then the two best the other way. It ends when no such chain from any
+    weight is better, so that no single swap is. N:M patterns exchange within groups. Where the budget is the layer's,
+    rows also trade: one gives its cheapest weight, another gains its most valuable.
+
+    inner: the solver whose answer is the start, and which this never ends above.
+    moves: the limit on the exchanges of a row, in multiples of its length.
+
+    Every change is exact, by sweeps of the row's d x d tableau in float64: memory d^2 for each thread, d^3 for the
+    first tableau of a row and about d^2 for every exchange and look-over.
+
+    Source: swaps of Beck and Eldar's coordinate-wise optima (arXiv 1203.4580) and of Hazimeh and Mazumder's L0Learn
+    (arXiv 1803.01454); the sweep operator is Beaton's. See docs/solvers/swaps.md.
+    """
+
     inner: Solver
     moves: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.inner, type) or not isinstance(self.inner, Solver):
+            raise TypeError(f"inner must be a solver's instance such as moonshot.ADMM(), got {self.inner!r}")
+        if not self.moves > 0:
+            raise ValueError(f"moves must be positive, got {self.moves!r}")
 
     @property
     def name(self) -> str:
         return f"Swaps({self.inner.name})"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.inner, type) or not isinstance(self.inner, Solver):
-            raise TypeError(f"inner must be a solver instance such as moonshot.ADMM(), got {self.inner!r}")
-        if not self.moves > 0:
-            raise ValueError(f"moves must be positive, got {self.moves!r}")
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         if reason := self.inner.unsupported(problem, pattern):
@@ -43,100 +61,119 @@ class Swaps:
         if not isinstance(pattern, Unstructured | NM):
             return f"swaps need an Unstructured or NM pattern, got {type(pattern).__name__}"
         if not is_numpy(problem.centre):
-            return "missing swaps on a device: move the layer to the CPU"
+            return "missing swaps on a device: bring the weight and the Hessian to the CPU"
         return None
 
     def init(self, problem: Problem) -> _State:
         return _State(self.inner.init(problem), problem)
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
-        answer = self.inner.compute(state.inner, pattern)
-        problem = state.problem
-        limit = int(np.ceil(self.moves * problem.shape[1]))
-        layer = _Layer(problem, pattern, answer.mask, limit)
-        active = np.arange(len(layer.mask))
-        while len(active):
-            layer.polish(active)
-            active = np.flatnonzero(~layer.settled & (layer.moved < limit))
-            if len(active) == 0 and isinstance(pattern, Unstructured) and pattern.scope == "layer":
-                active = layer.trade()
-        weight = as_dtype(np.where(layer.mask, layer.weight, 0), problem.dtype)
-        return Answer(weight, layer.mask, start=answer.weight)
+        problem, answer = state.problem, self.inner.compute(state.inner, pattern)
+        layer = _Layer(problem, pattern, answer.mask, limit=math.ceil(self.moves * problem.shape[1]))
+        rows = np.arange(problem.shape[0])
+        while len(rows):
+            layer.exchange(rows)
+            rows = np.flatnonzero(~layer.settled & (layer.moves < layer.limit))
+            if not len(rows) and isinstance(pattern, Unstructured) and pattern.scope == "layer":
+                rows = layer.trade()
+        weight = as_dtype(layer.weight, problem.dtype)
+        if problem.value(weight) > problem.value(answer.weight):
+            return replace(answer, start=answer.weight)
+        status = Status.CONVERGED if layer.settled.all() else Status.ITERATION_LIMIT
+        return Answer(weight, layer.mask, status, int(layer.moves.sum()), start=answer.weight)
+
+
 class _Layer:
-    def __init__(self, problem, pattern, mask, limit):
-        hessian = problem.hessian
-        m, d = problem.shape
+    """The supports of a layer on their way, and what each row offers to the others.
+
+    mask, weight: (m, d). moves: (m,), exchanges so far. settled: (m,), whether no exchange within the row is left.
+    columns, rises: (2, m, offers), weights to take out (0) or in (1), one after the other, and what each adds to the
+    objective.
+    """
+
+    def __init__(self, problem: Problem, pattern: Unstructured | NM, mask: Array, limit: int):
+        hessian, (m, d) = problem.hessian, problem.shape
         self.limit = limit
-        self.shared = hessian.A
+        self.shared = contiguous(hessian.A)
         self.factors = np.zeros((0, m, d)) if hessian.factors is None else hessian.factors
         self.centre = as_dtype(problem.centre, "float64")
-        self.scale = np.broadcast_to(hessian.diagonal(), (m, d))
+        self.diagonal = np.broadcast_to(hessian.diagonal(), (m, d))
         self.tolerance = _TOLERANCE * hessian.quadratic(self.centre)
-        self.group = np.arange(d) // (pattern.m if isinstance(pattern, NM) else d)
-        self.mask = mask.copy()
-        self.weight = np.zeros((m, d))
-        self.moved = np.zeros(m, np.int64)
-        self.settled = np.zeros(m, bool)
-        self.columns = np.full((2, m, _OFFERS), -1)
-        self.rises = np.full((2, m, _OFFERS), np.inf)
+        self.groups = np.arange(d) // (pattern.m if isinstance(pattern, NM) else d)
+        self.mask, self.weight = mask.copy(), np.zeros((m, d))
+        self.moves, self.settled = np.zeros(m, np.int64), np.zeros(m, bool)
+        self.columns, self.rises = np.zeros((2, m, _OFFERS), np.int64), np.zeros((2, m, _OFFERS))
 
-    def polish(self, rows):
-        from moonshot.linalg import kernels_swaps as K
-        import numba
-        step = numba.get_num_threads()
-        for first in range(0, len(rows), step):
-            part = rows[first:first + step]
-            orders = np.argsort(~self.mask[part], axis=1, kind="stable")
-            take = lambda x: np.take_along_axis(x, orders, 1)
-            T = K.gather(self.shared, self.factors, part, orders)
-            for t, keep in zip(T, self.mask[part].sum(1)):
-                _sweep(t, keep)
-            inside = take(self.mask[part])
-            u, moved, settled, columns, rises = K.exchange(T, inside, take(self.centre[part]), take(self.scale[part]),
-                self.group[orders], self.tolerance[part], self.limit - self.moved[part], _OFFERS)
-            rr = part[:, None]
-            self.mask[rr, orders] = inside
-            self.weight[rr, orders] = np.where(inside, u, 0)
-            self.moved[part] += moved
-            self.settled[part] = settled
-            for way in range(2):
-                self.columns[way, part] = np.where(columns[way] >= 0, np.take_along_axis(orders, columns[way], 1), -1)
-                self.rises[way, part] = rises[way]
+    def exchange(self, rows: Array) -> None:
+        """Exchange within some rows, and refit them: a few at once, for each has a tableau (d, d)."""
+        from moonshot.linalg import kernels_swaps as kernels
 
-    def trade(self):
-        (cost, fall) = self.rises
-        out, come = self.columns
-        m = len(cost)
-        nxt_cost = cost[:, 0].copy(); nxt_gain = -fall[:, 0]
-        taken = np.zeros((2, m), int)
+        together = kernels.rows_at_once()
+        for part in (rows[first : first + together] for first in range(0, len(rows), together)):
+            order = np.argsort(~self.mask[part], axis=1, kind="stable")  # the support first
+            here = part[:, None], order
+            tableaus = kernels.gather(self.shared, self.factors, part, order)
+            for tableau, kept in zip(tableaus, self.mask[part].sum(axis=1), strict=True):
+                sweep_leading(tableau, kept)
+            inside = self.mask[here]
+            u, moves, self.settled[part], columns, self.rises[:, part] = kernels.exchange(
+                tableaus,
+                inside,
+                self.centre[here],
+                self.diagonal[here],
+                self.groups[order],
+                self.tolerance[part],
+                np.minimum(self.limit - self.moves[part], _FRESH),
+                _OFFERS,
+            )
+            self.mask[here] = inside
+            self.weight[here] = np.where(inside, u, 0)
+            self.moves[part] += moves
+            self.columns[:, part] = np.take_along_axis(order[None], columns, axis=2)
+
+    def trade(self) -> Array:
+        """Take weights out of some rows and as many in others, while that lowers the objective: the rows changed.
+
+        A row either gives or takes, in the order of its offers, so every trade changes the objective by exactly the
+        rises offered. If none is found, none between any two rows is better.
+        """
+        taken = np.zeros(self.rises.shape[:2], np.int64)
+        rises = np.pad(self.rises, ((0, 0), (0, 0), (0, 1)), constant_values=np.inf)
+        rises[:, self.moves >= self.limit] = np.inf
+        following = rises[:, :, 0].copy()
         while True:
-            i, j = int(np.argmin(nxt_cost)), int(np.argmax(nxt_gain))
-            if i == j:
-                c = nxt_cost.copy(); c[i] = np.inf; i2 = int(np.argmin(c))
-                g = nxt_gain.copy(); g[j] = -np.inf; j2 = int(np.argmax(g))
-                if nxt_gain[j2] - nxt_cost[i] > nxt_gain[j] - nxt_cost[i2]:
-                    j = j2
-                else:
-                    i = i2
-            if i == j or not nxt_gain[j] - nxt_cost[i] > self.tolerance[i] + self.tolerance[j]:
-                break
-            self.mask[i, out[i, taken[0, i]]] = False
-            self.mask[j, come[j, taken[1, j]]] = True
-            taken[0, i] += 1; taken[1, j] += 1
-            nxt_gain[i] = -np.inf; nxt_cost[j] = np.inf
-            nxt_cost[i] = cost[i, taken[0, i]] if taken[0, i] < _OFFERS else np.inf
-            nxt_gain[j] = -fall[j, taken[1, j]] if taken[1, j] < _OFFERS else -np.inf
-        self.moved += taken.sum(0)
-        changed = np.flatnonzero(taken.sum(0))
-        self.settled[changed] = False
-        return changed
+            pairs = ((following[0, i] + following[1, j], i, j) for i, j in _candidates(following))
+            rise, i, j = min(pairs, default=(np.inf, 0, 0))
+            if not rise < -(self.tolerance[i] + self.tolerance[j]):
+                return np.flatnonzero(taken.any(axis=0))
+            for way, row in enumerate((i, j)):
+                self.mask[row, self.columns[way, row, taken[way, row]]] = way == 1
+                self.moves[row] += 1
+                taken[way, row] += 1
+                following[way, row], following[1 - way, row] = rises[way, row, taken[way, row]], np.inf
 
-def _sweep(t, k):
-    lower = cholesky(t[:k, :k], "the Hessian of a row")
-    half = scipy.linalg.solve_triangular(lower, t[:k, k:], lower=True, check_finite=False)
-    t[k:, k:] -= half.T @ half
-    z = scipy.linalg.solve_triangular(lower, half, lower=True, trans=1, check_finite=False)
-    t[:k, k:] = z
-    t[k:, :k] = z.T
-    inv = scipy.linalg.solve_triangular(lower, np.eye(k), lower=True, check_finite=False)
-    t[:k, :k] = -(inv.T @ inv)
+
+def _candidates(following: Array) -> list[tuple[int, int]]:
+    """Two rows that differ, among the two cheapest to give and the two most glad to take: the best pair is there."""
+    give, take = (np.argpartition(rises, min(1, len(rises) - 1))[:2].tolist() for rises in following)
+    return [(i, j) for i in give for j in take if i != j]
+
+
+def sweep_leading(h: Array, k: int) -> None:
+    """Sweep a symmetric positive definite h (d, d) on its first k columns, in place.
+
+    With `H_SS = L L'` and `W = L^-1 [I, H_SN]`, everything in the tableau is a block of `W'W` or of it taken from h:
+
+        -G = -W_S' W_S      G H_SN = W_S' W_N      H_NN - H_NS G H_SN = H_NN - W_N' W_N
+
+    Raises NotPositiveDefiniteError.
+    """
+    if k == 0:
+        return
+    lower = cholesky(h[:k, :k], "the Hessian of a row")
+    h[:k, :k] = np.eye(k)
+    half = triangular_solve(lower, h[:k], lower=True)
+    product = half.T @ half
+    h[:k, :k] = -product[:k, :k]
+    h[:k, k:], h[k:, :k] = product[:k, k:], product[k:, :k]
+    h[k:, k:] -= product[k:, k:]
