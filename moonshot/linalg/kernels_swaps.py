@@ -25,26 +25,31 @@ from numba import get_num_threads, njit, prange
 
 from moonshot.linalg.kernels_cpu import FAST, kernel
 
-_DEPTH = 2  # columns that the longest chain takes out, and brings in
-_LOG = 16  # sweeps logged at most; offers may be no more
+_DEPTH = 4  # exchanges in the longest chain
+_LOG = 16  # sweeps logged at most: two chains; a row has no more offers each way
 _SINGULAR = 1e-13  # a Schur complement this small against H_kk is rounding
+
+_compiled = njit(fastmath=FAST, error_model="numpy")  # 0 / 0 is NaN, and loops are vector code
 
 
 class _Row(NamedTuple):
     tableau: np.ndarray  # (d, d), behind by the sweeps in the log
-    u: np.ndarray  # (d,), up to date, as are the next two
+    now: np.ndarray  # (3, d), the next three, up to date
+    u: np.ndarray  # (d,)
     diagonal: np.ndarray  # (d,), of T
+    rises: np.ndarray  # (d,), of the loss, were the column taken in or out
     inside: np.ndarray  # (d,), whether a column is in S
+    start: np.ndarray  # (3, d), `now` at the start of the chain
+    inside_at_start: np.ndarray  # (d,)
     centre: np.ndarray  # (d,)
-    least: np.ndarray  # (d,), the smallest Schur complement to trust
-    groups: np.ndarray  # (d,), each column's group: columns go out and come in within one
-    wanted: np.ndarray  # (groups,), scratch: the columns that a group has to take back
+    smallest: np.ndarray  # (d,), the smallest Schur complement to trust
+    groups: np.ndarray  # (d,), each column's group: what goes out and what comes in share one
     log: np.ndarray  # (_LOG, d), the t of each sweep
     columns: np.ndarray  # (_LOG,), its k
     pivots: np.ndarray  # (_LOG,), its p
 
 
-@njit(fastmath=FAST)
+@_compiled
 def _bring_up_to_date(line, a, row, count):
     """Carry out the first `count` logged sweeps on row a of T."""
     for q in range(count):
@@ -62,25 +67,26 @@ def _bring_up_to_date(line, a, row, count):
             line[k] = sign * factor
 
 
-@njit(fastmath=FAST)
+@_compiled
 def _sweep(k, row, count):
     """Take column k in or out, as entry `count` of the log."""
-    t, u, diagonal = row.log[count], row.u, row.diagonal
+    t, u, diagonal, rises = row.log[count], row.u, row.diagonal, row.rises
     t[:] = row.tableau[k]
     _bring_up_to_date(t, k, row, count)
     pivot = t[k]
-    step = u[k] / pivot
+    step, inverse = u[k] / pivot, 1 / pivot
     for b in range(len(u)):
         u[b] -= t[b] * step
-        diagonal[b] -= t[b] * t[b] / pivot
-    u[k], diagonal[k] = np.sign(pivot) * step, -1 / pivot
+        diagonal[b] -= t[b] * t[b] * inverse
+        rises[b] = -u[b] * u[b] / diagonal[b]
+    u[k], diagonal[k], rises[k] = np.sign(pivot) * step, -inverse, step * step * pivot
     row.inside[k] = not row.inside[k]
     row.columns[count], row.pivots[count] = k, pivot
 
 
-@njit(fastmath=FAST)
+@_compiled
 def _carry_out(row, count):
-    """Carry out the log on T, and find u and the diagonal anew from it."""
+    """Carry out the log on T, and find the rest anew from it: where the next chain begins."""
     for a in range(len(row.u)):
         line = row.tableau[a]
         _bring_up_to_date(line, a, row, count)
@@ -89,89 +95,101 @@ def _carry_out(row, count):
             total += 0.0 if row.inside[b] else line[b] * row.centre[b]
         row.u[a] = total + row.centre[a] if row.inside[a] else total
         row.diagonal[a] = line[a]
+        row.rises[a] = -row.u[a] * row.u[a] / line[a]
+    _begin(row)
 
 
-@njit(fastmath=FAST)
-def _best(coming, anywhere, barred, row):
+@_compiled
+def _begin(row):
+    """A chain begins here."""
+    row.start[:] = row.now
+    row.inside_at_start[:] = row.inside
+
+
+@_compiled
+def _go_back(row):
+    """Undo the chain: the log's entries beyond its start are written over by the next."""
+    row.now[:] = row.start
+    row.inside[:] = row.inside_at_start
+
+
+@_compiled
+def _best(coming, group, row):
     """The column that comes in for the largest fall of the loss, or goes out for the smallest rise; and the rise.
 
-    From the groups that want one, unless `anywhere`. Column -1 and infinity if there is none.
+    From one group, or from all for -1, and none that the chain has moved already. Column -1 if there is none.
     """
+    rises, diagonal, smallest, groups = row.rises, row.diagonal, row.smallest, row.groups
+    inside, inside_at_start = row.inside, row.inside_at_start
     best, rise = -1, np.inf
-    for b in range(len(row.u)):
-        if row.inside[b] == coming or b == barred or (coming and row.diagonal[b] <= row.least[b]):
-            continue
-        change = -row.u[b] * row.u[b] / row.diagonal[b]
-        if change < rise and (anywhere or row.wanted[row.groups[b]] > 0):
-            best, rise = b, change
+    for b in range(len(rises)):
+        if (
+            rises[b] < rise
+            and inside[b] != coming
+            and inside_at_start[b] != coming
+            and (group < 0 or groups[b] == group)
+            and (not coming or diagonal[b] > smallest[b])
+        ):
+            best, rise = b, rises[b]
     return best, rise
 
 
-@njit(fastmath=FAST)
-def _chain(k, depth, tolerance, row, count):
-    """Take k in or out, the best others the same way up to `depth`, and as many back the other way.
+@_compiled
+def _chain(k, tolerance, row, count):
+    """Exchanges that begin with column k, until the loss is lower: the number of sweeps, 0 if it never is.
 
-    Returns whether the loss fell by more than the tolerance; if not, u, diagonal and inside are spoiled.
+    k goes and the best of its group comes, the cheapest of all goes and the best of its group comes, and so on; or
+    the other way round, if k is outside.
     """
-    coming, column, change = not row.inside[k], k, -row.u[k] * row.u[k] / row.diagonal[k]
-    if coming and row.diagonal[k] <= row.least[k]:
-        return False
-    row.wanted[:] = 0
-    for step in range(2 * depth):
-        back = step >= depth
+    coming, column, total = not row.inside[k], k, row.rises[k]
+    if coming and row.diagonal[k] <= row.smallest[k]:
+        return 0
+    for step in range(2 * _DEPTH):
+        back = step % 2 == 1
         if step > 0:
-            column, rise = _best(coming != back, not back, k, row)
-            change += rise
-        if column < 0 or (step == 2 * depth - 1 and change >= -tolerance):
-            return False
-        row.wanted[row.groups[column]] += -1 if back else 1
+            column, rise = _best(coming != back, row.groups[column] if back else -1, row)
+            total += rise
+        better = back and total < -tolerance
+        if column < 0 or (step == 2 * _DEPTH - 1 and not better):
+            break
         _sweep(column, row, count + step)
-    return True
+        if better:
+            return step + 1
+    return 0
 
 
-@njit(fastmath=FAST)
-def _restore(row, u, diagonal, inside):
-    row.u[:], row.diagonal[:], row.inside[:] = u, diagonal, inside
-
-
-@njit(fastmath=FAST)
+@_compiled
 def _descend(row, tolerance, limit):
-    """Chains from every column in turn until none lowers the loss: the number of columns brought in.
+    """Chains from every column in turn until none lowers the loss.
 
-    Returns that number, and whether it ended for want of a better chain.
+    Returns the number of exchanges, and whether it ended for want of a better chain.
     """
     d = len(row.u)
-    u, diagonal, inside = row.u.copy(), row.diagonal.copy(), row.inside.copy()
     k = idle = moved = count = 0
     while idle < d and moved < limit:
-        idle += 1
-        for depth in range(1, _DEPTH + 1):
-            if depth == 1 and not row.inside[k]:
-                continue  # the same exchanges as those that begin by taking out
-            if _chain(k, depth, tolerance, row, count):
-                count, moved, idle = count + 2 * depth, moved + depth, 0
-                if count + 2 * _DEPTH > _LOG:
-                    _carry_out(row, count)
-                    count = 0
-                u[:], diagonal[:], inside[:] = row.u, row.diagonal, row.inside
-                break
-            _restore(row, u, diagonal, inside)
-        k = (k + 1) % d
+        sweeps = _chain(k, tolerance, row, count)
+        k, idle = (k + 1) % d, idle + 1
+        if sweeps == 0:
+            _go_back(row)
+            continue
+        count, moved, idle = count + sweeps, moved + sweeps // 2, 0
+        if count + 2 * _DEPTH > _LOG:
+            _carry_out(row, count)
+            count = 0
+        _begin(row)
     _carry_out(row, count)
     return moved, idle >= d
 
 
-@njit(fastmath=FAST)
+@_compiled
 def _offer(coming, row, columns, rises):
     """The best columns to take in, or out, one after the other, and how far the loss rises with each."""
-    u, diagonal, inside = row.u.copy(), row.diagonal.copy(), row.inside.copy()
     for step in range(len(columns)):
-        column, rise = _best(coming, True, -1, row)
-        columns[step], rises[step] = column, rise
-        if column < 0:
+        columns[step], rises[step] = _best(coming, -1, row)
+        if columns[step] < 0:
             break
-        _sweep(column, row, step)
-    _restore(row, u, diagonal, inside)
+        _sweep(columns[step], row, step)
+    _go_back(row)
 
 
 def rows_at_once():
@@ -205,24 +223,28 @@ def exchange(tableaus, inside, centres, diagonals, groups, tolerances, limits, o
 
     tableaus: (rows, d, d) and inside: (rows, d) booleans, both changed in place. centres: (rows, d). diagonals:
     (rows, d), of H. groups: (rows, d), integers. tolerances, limits: (rows,), the fall of the loss that counts and
-    how many columns may be brought in. offers: how many columns each row is asked to offer.
+    how many exchanges are allowed. offers: how many columns each row is asked to offer.
 
-    Returns u (rows, d); the number of columns brought in and whether no chain is left, (rows,); and the offers:
+    Returns u (rows, d); the number of exchanges and whether no chain is left, (rows,); and the offers:
     columns to take out (0) or in (1) one after the other and the rise of the loss with each, (2, rows, offers).
     """
     count, d = inside.shape
     weights, moved, settled = np.empty((count, d)), np.zeros(count, np.int64), np.zeros(count, np.bool_)
     columns, rises = np.full((2, count, offers), -1), np.full((2, count, offers), np.inf)
     for r in prange(count):
+        now = np.empty((3, d))
         row = _Row(
             tableaus[r],
-            np.empty(d),
-            np.empty(d),
+            now,
+            now[0],
+            now[1],
+            now[2],
             inside[r],
+            np.empty((3, d)),
+            np.empty(d, np.bool_),
             centres[r],
             _SINGULAR * diagonals[r],
             groups[r],
-            np.zeros(groups[r].max() + 1, np.int64),
             np.empty((_LOG, d)),
             np.zeros(_LOG, np.int64),
             np.ones(_LOG),

@@ -43,7 +43,7 @@ class Swaps:
     """
 
     inner: Solver
-    moves: float = 1.0
+    moves: float = 10.0
 
     def __post_init__(self) -> None:
         if isinstance(self.inner, type) or not isinstance(self.inner, Solver):
