@@ -291,6 +291,27 @@ def test_few_moves_are_a_limit():
         assert many.value < few.value < solve(layer.problem, pattern, Magnitude()).value
 
 
+def test_the_limit_holds_over_several_tableaus(monkeypatch):
+    monkeypatch.setattr(swaps, "_FRESH", 20)
+    layer = random_layer(3, 1, 64, 0, 1e4)
+    result = solve(layer.problem, "2:4", Swaps(Magnitude(), moves=24 / 64))
+    assert 24 <= result.iterations < 24 + 4  # the last chain is finished
+    assert result.status is Status.ITERATION_LIMIT
+
+
+def test_what_rounding_spoils_is_not_returned(monkeypatch):
+    exchange, layer = kernels_swaps.exchange, random_layer(0, 3, 8, 2)
+
+    def spoiled(*arguments):
+        u, *rest = exchange(*arguments)
+        return u + 10, *rest
+
+    monkeypatch.setattr(kernels_swaps, "exchange", spoiled)
+    for pattern in (0.5, "2:4"):
+        expected = solve(layer.problem, pattern, ADMM())
+        np.testing.assert_array_equal(solve(layer.problem, pattern, Swaps(ADMM())).weight, expected.weight)
+
+
 def test_tableaus_made_anew_end_as_well(monkeypatch):
     layer = random_layer(3, 3, 48, 5, 1e4)
     monkeypatch.setattr(swaps, "_FRESH", 2)
@@ -305,7 +326,7 @@ def test_the_number_of_threads_changes_nothing(monkeypatch, together):
     layer = random_layer(1, 7, 32, 3, 1e5)
     for pattern in (Unstructured(0.6), NM(2, 4)):
         expected = solve(layer.problem, pattern, Swaps(ADMM()))
-        monkeypatch.setattr(kernels_swaps, "rows_at_once", lambda: together)
+        monkeypatch.setattr(kernels_swaps, "rows_at_once", lambda d: together)
         result = solve(layer.problem, pattern, Swaps(ADMM()))
         np.testing.assert_array_equal(result.weight, expected.weight)
 

@@ -27,6 +27,7 @@ from moonshot.linalg.kernels_cpu import FAST, kernel
 
 _DEPTH = 4  # exchanges in the longest chain
 _LOG = 16  # sweeps logged at most: two chains; a row has no more offers each way
+_TOGETHER = 2**24  # entries in the tableaus of rows worked on together, if one a thread leaves room for more
 _SINGULAR = 1e-13  # a Schur complement this small against H_kk is rounding
 
 _compiled = njit(fastmath=FAST, error_model="numpy")  # 0 / 0 is NaN, and loops are vector code
@@ -70,8 +71,9 @@ def _bring_up_to_date(line, a, row, count):
 @_compiled
 def _sweep(k, row, count):
     """Take column k in or out, as entry `count` of the log."""
-    t, u, diagonal, rises = row.log[count], row.u, row.diagonal, row.rises
-    t[:] = row.tableau[k]
+    t, line, u, diagonal, rises = row.log[count], row.tableau[k], row.u, row.diagonal, row.rises
+    for b in range(len(t)):
+        t[b] = line[b]
     _bring_up_to_date(t, k, row, count)
     pivot = t[k]
     step, inverse = u[k] / pivot, 1 / pivot
@@ -102,15 +104,19 @@ def _carry_out(row, count):
 @_compiled
 def _begin(row):
     """A chain begins here."""
-    row.start[:] = row.now
-    row.inside_at_start[:] = row.inside
+    for b in range(len(row.u)):
+        row.inside_at_start[b] = row.inside[b]
+        for q in range(3):
+            row.start[q, b] = row.now[q, b]
 
 
 @_compiled
 def _go_back(row):
     """Undo the chain: the log's entries beyond its start are written over by the next."""
-    row.now[:] = row.start
-    row.inside[:] = row.inside_at_start
+    for b in range(len(row.u)):
+        row.inside[b] = row.inside_at_start[b]
+        for q in range(3):
+            row.now[q, b] = row.start[q, b]
 
 
 @_compiled
@@ -192,9 +198,9 @@ def _offer(coming, row, columns, rises):
     _go_back(row)
 
 
-def rows_at_once():
-    """How many rows keep every thread busy."""
-    return get_num_threads()
+def rows_at_once(d):
+    """How many rows to work on together: one for each thread, and more where their tableaus are small."""
+    return max(get_num_threads(), _TOGETHER // d**2)
 
 
 @kernel
@@ -251,7 +257,8 @@ def exchange(tableaus, inside, centres, diagonals, groups, tolerances, limits, o
         )
         _carry_out(row, 0)
         moved[r], settled[r] = _descend(row, tolerances[r], limits[r])
-        weights[r] = row.u
+        for b in range(d):
+            weights[r, b] = row.u[b]
         for way in range(2):
             _offer(way == 1, row, columns[way, r], rises[way, r])
     return weights, moved, settled, columns, rises

@@ -27,19 +27,23 @@ class _State:
 class Swaps:
     """Another solver's answer, bettered by exact exchanges on the support, all weights refitted.
 
-    In each row a weight goes out and the best one comes in, if that lowers the objective; failing that, a chain: one
-    goes out or comes in, then the best second one, then the two best the other way. It ends when no such chain from any
-    weight is better, so that no single swap is. N:M patterns exchange within groups. Where the budget is the layer's,
-    rows also trade: one gives its cheapest weight, another gains its most valuable.
+    An exchange takes one weight of a row out of the support and another in. From every weight in turn a chain begins:
+    that weight goes and the best one comes, the cheapest goes and the best comes, up to four exchanges. A
+    chain is kept as soon as the objective is lower, and the method ends when none is, so no single exchange helps
+    either. In N:M patterns both weights of an exchange are of one group. Where the budget is the layer's, rows also
+    trade: one gives up its cheapest weight, another gains its most valuable.
 
-    inner: the solver whose answer is the start, and which this never ends above.
+    inner: the solver whose answer is the start; the end is never above it.
     moves: the limit on the exchanges of a row, in multiples of its length.
 
-    Every change is exact, by sweeps of the row's d x d tableau in float64: memory d^2 for each thread, d^3 for the
-    first tableau of a row and about d^2 for every exchange and look-over.
+    Every change of the objective is known exactly from the row's d x d tableau in float64: memory d^2 for each thread,
+    or 128 MiB where that is more. The first tableau of a row costs up to d^3 multiply-adds, a round of chains some tens
+    of d^2.
 
-    Source: swaps of Beck and Eldar's coordinate-wise optima (arXiv 1203.4580) and of Hazimeh and Mazumder's L0Learn
-    (arXiv 1803.01454); the sweep operator is Beaton's. See docs/solvers/swaps.md.
+    Raises NotPositiveDefiniteError where a row's Hessian is not. NumPy arrays and torch tensors on the CPU only.
+
+    Source: swaps as in Beck and Eldar (arXiv 1203.4580) and Hazimeh and Mazumder (arXiv 1803.01454); chains as in
+    Kernighan and Lin (1970); the tableau is that of the sweep operator (Goodnight, 1979). See docs/solvers/swaps.md.
     """
 
     inner: Solver
@@ -91,7 +95,7 @@ class _Layer:
     objective.
     """
 
-    def __init__(self, problem: Problem, pattern: Unstructured | NM, mask: Array, limit: int):
+    def __init__(self, problem: Problem, pattern: Pattern, mask: Array, limit: int):
         hessian, (m, d) = problem.hessian, problem.shape
         self.limit = limit
         self.shared = contiguous(hessian.A)
@@ -108,7 +112,7 @@ class _Layer:
         """Exchange within some rows, and refit them: a few at once, for each has a tableau (d, d)."""
         from moonshot.linalg import kernels_swaps as kernels
 
-        together = kernels.rows_at_once()
+        together = kernels.rows_at_once(len(self.groups))
         for part in (rows[first : first + together] for first in range(0, len(rows), together)):
             order = np.argsort(~self.mask[part], axis=1, kind="stable")  # the support first
             here = part[:, None], order
