@@ -11,7 +11,7 @@ from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
 from moonshot.patterns import NM, Pattern, Unstructured, as_pattern
 from moonshot.problem import Problem, Result, Status
-from moonshot.solvers import ADMM, IHT, OBS, Answer, Exact, Magnitude, Solver, SparseGPT, Wanda, solve
+from moonshot.solvers import ADMM, IHT, OBS, Answer, Exact, Magnitude, Solver, SparseGPT, Swaps, Wanda, solve
 
 if TYPE_CHECKING:
     from moonshot.pruning import prune
@@ -39,6 +39,7 @@ __all__ = [
     "Solver",
     "SparseGPT",
     "Status",
+    "Swaps",
     "TokenFisher",
     "Unstructured",
     "Wanda",

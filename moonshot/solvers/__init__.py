@@ -7,6 +7,7 @@ from moonshot.solvers.exact import Exact
 from moonshot.solvers.iht import IHT
 from moonshot.solvers.obs import OBS
 from moonshot.solvers.sparsegpt import SparseGPT
+from moonshot.solvers.swaps import Swaps
 
 __all__ = [
     "ADMM",
@@ -19,6 +20,7 @@ __all__ = [
     "Solver",
     "SolverError",
     "SparseGPT",
+    "Swaps",
     "Wanda",
     "solve",
 ]
