@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from moonshot.linalg.backend import Array, as_dtype, namespace, native, smallest
-from moonshot.linalg.factor import capacitance, half_product_by_factor
+from moonshot.linalg.factor import capacitance_inverse, half_product_by_factor
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import combine, correct, project
 from moonshot.linalg.minorant import first_minorant, proven_minorant, raised_minorant
@@ -113,7 +113,7 @@ def _solver(hessian: RowHessian, dtype: str) -> Callable[[Array], Array]:
         return lambda b: b @ inverse
     xp, r = namespace(r), as_dtype(r, dtype)
     factors = half_product_by_factor(as_dtype(hessian.factors, dtype), r)
-    inverses, ones = xp.linalg.inv(capacitance(factors)), xp.ones_like(r[0])
+    inverses, ones = capacitance_inverse(factors), xp.ones_like(r[0])
     return lambda b: correct(b @ r.T, factors, ones, inverses) @ r
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from moonshot.linalg.factor import (
     NotPositiveDefiniteError,
     capacitance,
+    capacitance_inverse,
     capacitance_solve,
     cholesky,
     eigenbasis,
@@ -54,6 +55,18 @@ def test_capacitance(backend, weighted):
     expected = np.stack([np.eye(3) + (p[:, i] * (weights if weighted else 1)) @ p[:, i].T for i in range(4)])
     computed = capacitance(backend.array(p), backend.array(weights) if weighted else None)
     np.testing.assert_allclose(backend.numpy(computed), expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_capacitance_inverse(backend, n, weighted):
+    rng = np.random.default_rng(n)
+    p, weights = 30 * rng.normal(size=(n, 4, 6)), rng.uniform(size=6)  # n > d too
+    arrays = backend.array(p), backend.array(weights) if weighted else None
+    computed = backend.numpy(capacitance_inverse(*arrays))
+    np.testing.assert_allclose(
+        computed @ capacitance(p, weights if weighted else None), [np.eye(n)] * 4, atol=1e-10
+    )
 
 
 def test_capacitance_solve(backend):

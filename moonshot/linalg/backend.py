@@ -16,6 +16,8 @@ Array = Any  # a NumPy, CuPy or torch array
 
 namespace = array_api_compat.array_namespace
 
+_FEW = 16  # columns that are ranked by comparing all pairs
+
 
 def native(array: Array, name: str = "array") -> Array:
     """`array` as it is computed on: NumPy on the CPU, CuPy (or torch) on a CUDA device.
@@ -154,9 +156,27 @@ def smallest(scores: Array, k: int) -> Array:
     if array_api_compat.is_torch_array(scores):
         chosen = scores.topk(k, dim=1, largest=False, sorted=False).indices
         return xp.zeros_like(scores, dtype=xp.bool).scatter_(1, chosen, True)
+    if is_numpy(scores):
+        return _smallest_on_host(scores, k)
     chosen = xp.argpartition(scores, k - 1, axis=1)[:, :k]
     mask = xp.zeros_like(scores, dtype=xp.bool)
     mask[xp.arange(rows)[:, None], chosen] = True
+    return mask
+
+
+def _smallest_on_host(scores: np.ndarray, k: int) -> np.ndarray:
+    """`smallest` by values: a partition without indices is several times as fast. The first of equals count."""
+    if scores.shape[1] <= _FEW:
+        from moonshot.linalg import kernels_cpu
+
+        return kernels_cpu.smallest_of_few(scores, k)
+    threshold = np.partition(scores, k - 1, axis=1)[:, k - 1 : k]
+    mask, equal = scores < threshold, scores == threshold
+    missing = k - mask.sum(axis=1)
+    exact = equal.sum(axis=1) == missing
+    mask[exact] |= equal[exact]
+    for row in np.flatnonzero(~exact):
+        mask[row, np.flatnonzero(equal[row])[: missing[row]]] = True
     return mask
 
 

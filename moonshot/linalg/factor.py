@@ -131,6 +131,16 @@ def capacitance(p: Array, weights: Array | None = None) -> Array:
     return scaled @ xp.permute_dims(p, (1, 2, 0)) + eye_like(p, p.shape[0])
 
 
+def capacitance_inverse(p: Array, weights: Array | None = None) -> Array:
+    """The inverses of the capacitance matrices, (m, n, n); p: (n, m, d), weights: (d,)."""
+    if is_numpy(p):
+        from moonshot.linalg import kernels_cpu
+
+        weights = np.ones(p.shape[2], p.dtype) if weights is None else weights
+        return kernels_cpu.capacitance_inverse(p, weights)
+    return namespace(p).linalg.inv(capacitance(p, weights))
+
+
 def capacitance_solve(lower: Array, b: Array) -> Array:
     """Solutions (n, m) of the systems whose Cholesky factors are `lower` (m, n, n), right sides (n, m)."""
     xp = namespace(lower)

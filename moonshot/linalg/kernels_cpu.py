@@ -74,6 +74,53 @@ def capacitance(p, weights):
 
 
 @kernel
+def capacitance_inverse(p, weights):
+    n, m, d = p.shape
+    out = np.empty((m, n, n), p.dtype)
+    for i in prange(m):
+        c, scaled = out[i], np.empty(d, p.dtype)
+        for k in range(n):
+            for j in range(d):
+                scaled[j] = p[k, i, j] * weights[j]
+            for q in range(k + 1):
+                total = p.dtype.type(1 if k == q else 0)
+                for j in range(d):
+                    total += scaled[j] * p[q, i, j]
+                c[k, q] = total
+                c[q, k] = total
+        for k in range(n):  # sweep on each column: what is left is minus the inverse
+            pivot = 1 / c[k, k]
+            for a in range(n):
+                if a != k:
+                    factor = c[a, k] * pivot
+                    for b in range(n):
+                        c[a, b] -= factor * c[k, b]
+                    c[a, k] = factor
+            for b in range(n):
+                c[k, b] *= pivot
+            c[k, k] = -pivot
+        for a in range(n):
+            for b in range(n):
+                c[a, b] = -c[a, b]
+    return out
+
+
+@kernel
+def smallest_of_few(scores, k):
+    rows, columns = scores.shape
+    mask = np.empty((rows, columns), np.bool_)
+    for i in prange(rows):
+        for j in range(columns):
+            rank = 0
+            for q in range(j):
+                rank += scores[i, q] <= scores[i, j]
+            for q in range(j + 1, columns):
+                rank += scores[i, q] < scores[i, j]
+            mask[i, j] = rank < k
+    return mask
+
+
+@kernel
 def correct(y, factors, weights, inverses):
     n, m, d = factors.shape
     for i in prange(m):

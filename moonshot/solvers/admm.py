@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moonshot.linalg.backend import Array, as_dtype, namespace
-from moonshot.linalg.factor import capacitance, eigenbasis
+from moonshot.linalg.factor import capacitance_inverse, eigenbasis
 from moonshot.linalg.lowrank import correct
 from moonshot.linalg.scaled import ScaledQuadratic, unit_diagonal
 from moonshot.patterns import Pattern
@@ -113,5 +113,5 @@ def _shifted_inverse(state: _State, rho: float):
     if rotated is None:
         dense = (basis * shrink) @ basis.T
         return lambda b: b @ dense
-    inverses = namespace(basis).linalg.inv(capacitance(rotated, shrink))
+    inverses = capacitance_inverse(rotated, shrink)
     return lambda b: correct((b @ basis) * shrink, rotated, shrink, inverses) @ basis.T
