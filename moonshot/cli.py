@@ -79,6 +79,9 @@ def prune(
     dampening_frac: Annotated[float, typer.Option(help="Ridge, as a fraction of the mean diagonal.")] = 0.01,
     targets: Annotated[list[str] | None, typer.Option(help="Layers: names, globs, re:...")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone.")] = None,
+    bound: Annotated[
+        bool, typer.Option("--bound", help="Prove how far from the optimum each layer is at most.")
+    ] = False,
 ) -> None:
     """Prune a causal language model and save it with its mask, recipe and report."""
     from moonshot import pruning, storage
@@ -109,6 +112,7 @@ def prune(
             factors=factors,
             dampening_frac=dampening_frac,
             seed=seed,
+            bound=bound,
             on_layer=advance,
         )
     report.recipe.update(model=model, data=data)

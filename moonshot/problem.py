@@ -141,7 +141,8 @@ class Result:
     relative: value / F(0).
     terms: each term's undamped `q_t(weight) / q_t(0)`.
     seconds: wall-clock time of `init` (if it was not given a state) and `compute`.
-    bound: what no weight with the pattern can be below, in units of `value`, if the solver proved one.
+    bound: what no weight with the pattern can be below, in units of `value`, if one was asked for or the solver
+    proved one.
     """
 
     weight: Array

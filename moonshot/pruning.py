@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -50,6 +50,7 @@ class _Recipe:
     dampening_frac: float
     seed: int
     loss: Loss
+    bound: bool
 
 
 def prune(
@@ -65,6 +66,7 @@ def prune(
     dampening_frac: float = 0.01,
     seed: int = 0,
     loss: Loss = language_model_loss,
+    bound: bool = False,
     on_layer: OnLayer | None = None,
 ) -> Report:
     """Prune the Linear layers of a decoder's blocks in place, and say how good every layer's answer is.
@@ -77,6 +79,8 @@ def prune(
     factors: per-sample gradients are reduced to this many by random signs, without bias, for terms that need them.
     seed: of the signs and of the samples set aside; the same seed gives the same model.
     loss: (model, batch) -> scalar, the mean over the batch; the model's own next-token loss by default.
+    bound: whether to prove for every layer how far from the optimum its answer is at most (LayerReport.gap); it can
+    take several times as long as pruning.
     on_layer: called after each layer with its report and the number of layers in all, trials included.
 
     Inputs come from the model with its earlier blocks pruned, gradients from the dense model. Weights keep
@@ -86,7 +90,8 @@ def prune(
     _check(objective, solver, factors)
     batches = as_batches(calibration)
     blocks = find_blocks(model)
-    recipe = _Recipe(_patterns(blocks, pattern, targets, ignore), solver, factors, dampening_frac, seed, loss)
+    patterns = _patterns(blocks, pattern, targets, ignore)
+    recipe = _Recipe(patterns, solver, factors, dampening_frac, seed, loss, bound)
     device = next(model.parameters()).device
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     report = Report(
@@ -115,7 +120,7 @@ def prune(
             fitted, held_out = set_aside(batches, seed)
 
             def held_out_losses(candidate: Objective) -> Tensor:
-                _prune_blocks(model, blocks, fitted, candidate, recipe, advance)
+                _prune_blocks(model, blocks, fitted, candidate, replace(recipe, bound=False), advance)
                 losses = sample_losses(model, held_out, loss)
                 restore()
                 return losses
@@ -201,7 +206,7 @@ def _prune_layer(
     weight = layer.weight.detach()
     try:
         problem = objective.assemble(weight.to(dtype), statistics, dampening_frac=recipe.dampening_frac)
-        result = solve(problem, recipe.patterns[name], recipe.solver)
+        result = solve(problem, recipe.patterns[name], recipe.solver, bound=recipe.bound)
     except ValueError as error:
         error.add_note(f"in layer {name}")
         raise
@@ -216,6 +221,7 @@ def _prune_layer(
         damping=problem.damping,
         status=str(result.status),
         seconds=result.seconds,
+        gap=result.gap,
     )
 
 

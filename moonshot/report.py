@@ -7,7 +7,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: pattern and achieved sparsity, the objective relative to an empty layer, each term's share."""
+    """One layer: pattern and achieved sparsity, the objective relative to an empty layer, each term's share.
+
+    gap: how far the objective is from the optimum at most, (value - bound) / value, if bounds were asked for.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -18,6 +21,7 @@ class LayerReport:
     damping: float
     status: str
     seconds: float
+    gap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,15 @@ class Report:
 
     def __str__(self) -> str:
         width = max([len(name) for name in self.layers] + [5])
-        lines = [f"{'layer':{width}}  {'shape':>13}  pattern  zeros %  relative  seconds  status"]
-        lines += [
-            f"{layer.name:{width}}  {layer.shape[0]:>5} x {layer.shape[1]:<5}  {layer.pattern:>7}  "
-            f"{100 * layer.sparsity:7.2f}  {layer.relative:8.5f}  {layer.seconds:7.2f}  {layer.status}"
-            for layer in self.layers.values()
-        ]
+        bounded = any(layer.gap is not None for layer in self.layers.values())
+        gaps = "  gap <= %" if bounded else ""
+        lines = [f"{'layer':{width}}  {'shape':>13}  pattern  zeros %  relative{gaps}  seconds  status"]
+        for layer in self.layers.values():
+            gap = "" if not bounded else f"  {'' if layer.gap is None else f'{100 * layer.gap:.1f}':>8}"
+            lines.append(
+                f"{layer.name:{width}}  {layer.shape[0]:>5} x {layer.shape[1]:<5}  {layer.pattern:>7}  "
+                f"{100 * layer.sparsity:7.2f}  {layer.relative:8.5f}{gap}  {layer.seconds:7.2f}  {layer.status}"
+            )
         lines += [
             f"tried {trial.objective}: held-out loss {trial.loss:.4f}, gain {trial.gain:+.4f} +- {trial.error:.4f}"
             for trial in self.trials

@@ -49,6 +49,14 @@ def test_prune_then_eval(monkeypatch, tmp_path, capsys):
     assert "context 64, 4 windows" in capsys.readouterr().out
 
 
+def test_prune_says_how_far_from_the_optimum_it_is(monkeypatch, tmp_path, capsys):
+    layer = "model.layers.0.self_attn.k_proj"
+    assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path, targets=layer), "--bound") == 0
+    report = json.loads((tmp_path / "pruned" / "report.json").read_text())
+    assert list(report["layers"]) == [layer] and 0 < report["layers"][layer]["gap"] < 1
+    assert "gap <= %" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

@@ -64,6 +64,19 @@ def test_decoders_get_exactly_their_pattern(config, solver):
     assert all(torch.equal(before[name], dict(model.named_parameters())[name]) for name in untouched)
 
 
+def test_every_layers_gap_is_proven_if_asked():
+    plain, bounded = decoder(), decoder()
+    without = ms.prune(plain, tokens(), "2:4", solver=ms.SparseGPT())
+    report = ms.prune(bounded, tokens(), "2:4", solver=ms.SparseGPT(), bound=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), bounded.parameters(), strict=True))
+    assert all(layer.gap is None for layer in without.layers.values()) and "gap" not in str(without)
+    assert all(0 < layer.gap < 1 for layer in report.layers.values())
+    lines = str(report).splitlines()
+    assert "gap <= %" in lines[0] and len({len(line.split()) for line in lines[1:15]}) == 1
+    first = next(iter(report.layers.values()))
+    assert f"{100 * first.gap:.1f}" in lines[1].split()
+
+
 def test_block_gradients_are_those_of_one_backward_pass():
     model = decoder()
     blocks = [block for _, block in find_blocks(model)]

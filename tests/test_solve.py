@@ -7,11 +7,22 @@ import pytest
 import torch
 
 import moonshot.solvers as package
+from moonshot.certificate import lower_bound
 from moonshot.linalg import RowHessian
 from moonshot.objectives import Fisher, Reconstruction
 from moonshot.patterns import NM, PatternError, Unstructured
 from moonshot.problem import Problem, Status
-from moonshot.solvers import Answer, Magnitude, NotSupportedError, Solver, SolverError, SparseGPT, solve
+from moonshot.solvers import (
+    ADMM,
+    Answer,
+    Exact,
+    Magnitude,
+    NotSupportedError,
+    Solver,
+    SolverError,
+    SparseGPT,
+    solve,
+)
 from strategies import DEGENERATE, Layer, random_layer
 
 # Solvers that take arguments, by name; every other solver that the package names is made without any.
@@ -187,6 +198,16 @@ def test_terms_are_reported_without_damping():
     }
     assert result.terms == pytest.approx(terms, rel=1e-10)
     assert result.value > 0.7 * terms["Reconstruction"] + 0.3 * terms["Fisher"]
+
+
+def test_a_bound_is_found_where_it_is_asked_for():
+    problem = random_layer(0, 4, 8, 3, condition=10).problem
+    plain, bounded = solve(problem, "2:4", ADMM()), solve(problem, "2:4", ADMM(), bound=True)
+    assert plain.bound is None and plain.gap is None
+    assert bounded.bound == lower_bound(problem, "2:4") > 0
+    assert bounded.gap == pytest.approx(1 - bounded.bound / bounded.value)
+    proven = solve(problem, "2:4", Exact(), bound=True)
+    assert proven.bound == solve(problem, "2:4", Exact()).bound > bounded.bound  # the higher of the two
 
 
 # solvers that are wrong

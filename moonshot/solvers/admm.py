@@ -35,7 +35,7 @@ class ADMM:
 
     rho: the first penalty, relative to the median eigenvalue of A scaled to a unit diagonal. Much above it, weights
     are chosen before they could compensate one another; much below, iterations are wasted.
-    growth: above 1; nearer to 1 is slower and better, see docs/mathematics.md.
+    growth: above 1; nearer to 1 is slower and better, see docs/solvers/admm.md.
     iterations: the limit. refits: conjugate-gradient steps at the end, at most.
 
     Source: Meng et al., ALPS (arXiv 2406.07831), for the shared Hessian.

@@ -1,9 +1,11 @@
 """The Solver protocol, and `solve`, which runs a solver and grades its answer."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from moonshot.certificate import lower_bound
 from moonshot.linalg.backend import Array, all_finite, cast_like, like, namespace, native
 from moonshot.patterns import Pattern, PatternMismatchError, as_pattern
 from moonshot.problem import Problem, Result, Status
@@ -55,10 +57,14 @@ class Solver(Protocol):
         """The answer for one pattern."""
 
 
-def solve(problem: Problem, pattern: Pattern | str | float, solver: Solver, *, state: Any = None) -> Result:
+def solve(
+    problem: Problem, pattern: Pattern | str | float, solver: Solver, *, state: Any = None, bound: bool = False
+) -> Result:
     """Prune one layer to a pattern and say how good the answer is.
 
     state: what `solver.init(problem)` returned, to share one factorisation among patterns.
+    bound: whether to find a lower bound too (certificate.lower_bound, or the solver's own where that is higher), from
+    which `Result.gap` follows. Its time is not in `seconds`.
 
     The mask is checked against the pattern and every figure is recomputed in float64 from the weight as it is
     returned, in the dtype of `problem.weight`. Raises NotSupportedError, PatternError, or SolverError where the
@@ -95,6 +101,9 @@ def solve(problem: Problem, pattern: Pattern | str | float, solver: Solver, *, s
             f"{solver.name} claims that no value is below {answer.bound:.6g}, its own is {value:.6g}: "
             "please report this with the problem"
         )
+    proven = answer.bound
+    if bound:
+        proven = max(lower_bound(problem, pattern), -math.inf if proven is None else proven)
     return Result(
         weight=returned,
         mask=like(mask, problem.weight),
@@ -106,7 +115,7 @@ def solve(problem: Problem, pattern: Pattern | str | float, solver: Solver, *, s
         solver=solver.name,
         pattern=str(pattern),
         iterations=answer.iterations,
-        bound=answer.bound,
+        bound=proven,
     )
 
 

@@ -35,7 +35,7 @@ class SparseGPT:
     multiply-adds a weight more; without, it is SparseGPT.
 
     Source: Frantar and Alistarh, SparseGPT (arXiv 2301.00774), algorithm 1; the recursion for the low-rank part is
-    ours, see docs/mathematics.md.
+    ours, see docs/solvers/sparsegpt.md.
     """
 
     block: int = 128
