@@ -33,7 +33,7 @@ class RowHessian:
 
     A: (d, d), symmetric, shared by all rows; kept in float64.
     U: (m, d, n), the factors of each row, or None for none. A view of memory laid out (n, m, d) is kept
-       without a copy.
+    without a copy.
 
     Arrays are NumPy, CuPy or torch; what a method returns is the same kind on the same device.
     No m x d x d array is ever formed.

@@ -10,7 +10,7 @@ from moonshot.solvers.base import Answer
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Keep the largest |w|. The baseline that looks at no data."""
+    """Keep the largest `|w|`. The baseline that looks at no data."""
 
     name = "magnitude"
 
@@ -26,7 +26,7 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Wanda:
-    """Keep the largest `|w_ij| sqrt(H_i,jj)`; on reconstruction alone, |w| times the norm of its input.
+    """Keep the largest `|w_ij| sqrt(H_i,jj)`; on reconstruction alone, `|w|` times the norm of its input.
 
     Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models
     (arXiv 2306.11695), with the diagonal of the joint Hessian in place of X'X. The paper compares
