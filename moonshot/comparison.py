@@ -10,7 +10,7 @@ import torch
 
 from moonshot.evaluation import Perplexity, perplexity
 from moonshot.models.calibration import windows
-from moonshot.objectives import Fisher, Objective, Reconstruction
+from moonshot.objectives import Objective, Reconstruction
 from moonshot.pruning import DEFAULT_OBJECTIVE, prune
 from moonshot.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
 from moonshot.storage import load
@@ -23,7 +23,6 @@ METHODS: tuple[Method, ...] = (
     ("SparseGPT", SparseGPT(), Reconstruction()),
     ("SparseGPT, joint", SparseGPT(), DEFAULT_OBJECTIVE),
     ("ADMM", ADMM(), Reconstruction()),
-    ("ADMM, Fisher", ADMM(), Fisher()),
     ("ADMM, joint", ADMM(), DEFAULT_OBJECTIVE),
 )
 
