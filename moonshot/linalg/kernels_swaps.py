@@ -26,6 +26,7 @@ from numba import get_num_threads, njit, prange
 from moonshot.linalg.kernels_cpu import FAST, kernel
 
 _DEPTH = 4  # exchanges in the longest chain
+_STARTS = 32  # chains tried where no single exchange helps
 _LOG = 16  # sweeps logged at most: two chains; a row has no more offers each way
 _TOGETHER = 2**24  # entries in the tableaus of rows worked on together, if one a thread leaves room for more
 _SINGULAR = 1e-13  # a Schur complement this small against H_kk is rounding
@@ -165,26 +166,74 @@ def _chain(k, tolerance, row, count):
 
 
 @_compiled
+def _best_exchange(i, row, count, line, promise):
+    """The column that comes in for column i at the least rise of the loss, and the rise; -1 if there is none.
+
+    promise (d,) keeps, for i and for every column that could come in, the least rise seen.
+    """
+    for b in range(len(line)):
+        line[b] = row.tableau[i, b]
+    _bring_up_to_date(line, i, row, count)
+    inverse, u, diagonal, smallest, groups = -1 / row.diagonal[i], row.u, row.diagonal, row.smallest, row.groups
+    ratio = u[i] * inverse
+    best, least = -1, np.inf
+    for b in range(len(line)):
+        schur = diagonal[b] + line[b] * line[b] * inverse
+        if not row.inside[b] and groups[b] == groups[i] and schur > smallest[b]:
+            pull = u[b] + line[b] * ratio
+            rise = u[i] * ratio - pull * pull / schur
+            promise[b] = min(promise[b], rise)
+            if rise < least:
+                best, least = b, rise
+    promise[i] = least
+    return best, least
+
+
+@_compiled
 def _descend(row, tolerance, limit):
-    """Chains from every column in turn until none lowers the loss.
+    """Single exchanges until none lowers the loss, then the most promising chains, and again.
 
     Returns the number of exchanges, and whether it ended for want of a better chain.
     """
     d = len(row.u)
+    line, promise = np.empty(d), np.full(d, np.inf)
     k = idle = moved = count = 0
-    while idle < d and moved < limit:
-        sweeps = _chain(k, tolerance, row, count)
-        k, idle = (k + 1) % d, idle + 1
-        if sweeps == 0:
-            _go_back(row)
+    while moved < limit:
+        if idle < d:
+            if row.inside[k]:
+                best, rise = _best_exchange(k, row, count, line, promise)
+                if rise < -tolerance:
+                    _sweep(k, row, count)
+                    _sweep(best, row, count + 1)
+                    count, moved, idle = _settle(row, count + 2), moved + 1, -1
+                    promise[:] = np.inf
+            k, idle = (k + 1) % d, idle + 1
             continue
-        count, moved, idle = count + sweeps, moved + sweeps // 2, 0
-        if count + 2 * _DEPTH > _LOG:
-            _carry_out(row, count)
-            count = 0
-        _begin(row)
+        before = moved
+        for start in np.argsort(promise)[:_STARTS]:
+            sweeps = _chain(start, tolerance, row, count)
+            if sweeps == 0:
+                _go_back(row)
+                continue
+            count, moved = _settle(row, count + sweeps), moved + sweeps // 2
+            if moved >= limit:
+                break
+        if moved == before:
+            break
+        idle = 0
+        promise[:] = np.inf
     _carry_out(row, count)
-    return moved, idle >= d
+    return moved, moved < limit
+
+
+@_compiled
+def _settle(row, count):
+    """Make what was swept last the start of the next chain; the number of sweeps left in the log."""
+    if count + 2 * _DEPTH > _LOG:
+        _carry_out(row, count)
+        return 0
+    _begin(row)
+    return count
 
 
 @_compiled
@@ -225,7 +274,7 @@ def gather(shared, factors, rows, orders):
 
 @kernel
 def exchange(tableaus, inside, centres, diagonals, groups, tolerances, limits, offers):
-    """Better the supports of some rows until no chain does.
+    """Better the supports of some rows until neither an exchange nor a chain does.
 
     tableaus: (rows, d, d) and inside: (rows, d) booleans, both changed in place. centres: (rows, d). diagonals:
     (rows, d), of H. groups: (rows, d), integers. tolerances, limits: (rows,), the fall of the loss that counts and

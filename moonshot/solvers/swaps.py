@@ -27,18 +27,19 @@ class _State:
 class Swaps:
     """Another solver's answer, bettered by exact exchanges on the support, all weights refitted.
 
-    An exchange takes one weight of a row out of the support and another in. From every weight in turn a chain begins:
-    that weight goes and the best one comes, the cheapest goes and the best comes, up to four exchanges. A
-    chain is kept as soon as the objective is lower, and the method ends when none is, so no single exchange helps
-    either. In N:M patterns both weights of an exchange are of one group. Where the budget is the layer's, rows also
-    trade: one gives up its cheapest weight, another gains its most valuable.
+    An exchange takes one weight of a row out of the support and another in. All pairs are tried until none lowers the
+    objective. Then chains are: a weight goes and the best one comes, the cheapest goes and the best comes, up to four
+    exchanges, kept once the objective is lower; they begin with the 32 weights whose single exchanges come nearest
+    to that. The method ends when no pair and none of these chains helps. In N:M patterns both weights of an exchange
+    are of one group. Where the budget is the layer's, rows also trade: one gives up its cheapest weight, another gains
+    its most valuable.
 
     inner: the solver whose answer is the start; the end is never above it.
     moves: the limit on the exchanges of a row, in multiples of its length.
 
     Every change of the objective is known exactly from the row's d x d tableau in float64: memory d^2 for each thread,
-    or 128 MiB where that is more. The first tableau of a row costs up to d^3 multiply-adds, a round of chains some tens
-    of d^2.
+    or 128 MiB where that is more. The first tableau of a row costs up to d^3 multiply-adds, a round over all pairs some
+    d^2.
 
     Raises NotPositiveDefiniteError where a row's Hessian is not. NumPy arrays and torch tensors on the CPU only.
 
