@@ -40,6 +40,13 @@ class Backend:
             return self.module.tensor(np.asarray(values), dtype=getattr(self.module, dtype), device=self.device)
         return self.module.asarray(values, dtype=dtype)
 
+    def has(self, dtype):
+        return hasattr(self.module, dtype)
+
+    def widened(self, array):
+        """`array` in float64, of the same kind."""
+        return array.double() if self.name.startswith("torch") else array.astype("float64")
+
     def numpy(self, array):
         """`array` as NumPy; fails unless it is of this kind and on this device."""
         if self.name.startswith("torch"):

@@ -1,6 +1,6 @@
 """Random layers of known conditioning, and degenerate ones, for the tests to run on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -82,4 +82,34 @@ def degenerate_layers():
     }
 
 
+def extreme_layers():
+    """{name: layer} of unusual shapes and units: positive definite, and far from one in size."""
+    layer = random_layer(7, 4, 8, 3, 1e2)
+    huge, tiny = 1e12, 1e-12
+
+    def scaled(weights, hessian):
+        return Layer(layer.weight * weights, layer.A * hessian, layer.U * np.sqrt(hessian))
+
+    units = {
+        "huge weights": scaled(huge, 1),
+        "tiny weights": scaled(tiny, 1),
+        "a huge Hessian": scaled(1, huge),
+        "a tiny Hessian": scaled(1, tiny),
+        "all huge": scaled(huge, huge),
+        "all tiny": scaled(tiny, tiny),
+    }
+    ill = random_layer(8, 4, 8, 3, 1e6)
+    return {
+        "equal scores": Layer(np.ones((4, 8)), np.eye(8), None),
+        "equal inputs": Layer(np.ones((4, 8)), np.ones((8, 8)) + 1e-3 * np.eye(8), None),
+        "more factors than inputs": random_layer(9, 4, 8, 11),
+        "heavy factors": Layer(layer.weight, 1e-6 * layer.A, 1e3 * layer.U),
+        "condition 1e6": Layer(ill.weight, ill.A, 1e-3 * ill.U),
+        "condition 1e6 in float32": Layer(ill.weight.astype(np.float32), ill.A, 1e-3 * ill.U),
+        **units,
+        **{f"{name} in float32": replace(x, weight=x.weight.astype(np.float32)) for name, x in units.items()},
+    }
+
+
 DEGENERATE = degenerate_layers()
+EXTREME = extreme_layers()

@@ -254,13 +254,16 @@ def test_the_scaled_quadratic_is_the_quadratic():
     layer = random_layer(0, 4, 8, 3)
     quadratic = ScaledQuadratic.of(layer.hessian, layer.weight)
     weight = np.random.default_rng(1).normal(size=(4, 8))
+    roots = np.sqrt(np.diag(layer.A))
+    unit = roots[0] / quadratic.scale[0]
+    assert unit == 2.0 ** np.ceil(np.log2(abs(layer.weight * roots).max()))
+    np.testing.assert_array_equal(quadratic.scale, roots / unit)
     x = weight * quadratic.scale
-    assert quadratic.loss(x) == pytest.approx(layer.problem.value(weight))
-    np.testing.assert_allclose(
-        (quadratic.matvec(x) - quadratic.pull) * quadratic.scale, half_gradient(layer, weight), rtol=1e-9
-    )
+    assert quadratic.loss(x) * unit**2 == pytest.approx(layer.problem.value(weight))
+    half = (quadratic.matvec(x) - quadratic.pull) * roots * unit
+    np.testing.assert_allclose(half, half_gradient(layer, weight), rtol=1e-9)
     diagonal = np.einsum("ijj->ij", layer.dense())
-    np.testing.assert_allclose(quadratic.diagonal() * quadratic.scale**2, diagonal)
+    np.testing.assert_allclose(quadratic.diagonal() * roots**2, diagonal)
     rows = np.array([2, 0])
     np.testing.assert_allclose(quadratic.rows(rows).matvec(x[rows]), quadratic.matvec(x)[rows])
     np.testing.assert_array_equal(quadratic.rows(rows).pull, quadratic.pull[rows])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import moonshot.solvers as package
+from conftest import Backend
+from every_solver import SOLVERS, each_solver
 from moonshot.certificate import lower_bound
 from moonshot.linalg import RowHessian
 from moonshot.objectives import Fisher, Reconstruction
@@ -23,51 +24,48 @@ from moonshot.solvers import (
     SparseGPT,
     solve,
 )
-from strategies import DEGENERATE, Layer, random_layer
-
-# Solvers that take arguments, by name; every other solver that the package names is made without any.
-ARGUMENTS = {"Swaps": lambda solver: solver(Magnitude()), "Exact": lambda solver: solver(nodes=1000)}
-SOLVERS = {
-    name: ARGUMENTS.get(name, lambda solver: solver())(getattr(package, name))
-    for name in package.__all__
-    if isinstance(getattr(package, name), type) and hasattr(getattr(package, name), "compute")
-    if getattr(package, name) is not Solver
-}
-each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+from strategies import Layer, random_layer
 
 PATTERNS = [
     *(Unstructured(s, scope) for s in (0, 0.3, 0.5, 0.9, 1) for scope in ("layer", "row")),
     *(NM(n, m) for n, m in ((2, 4), (1, 4), (0, 4), (4, 4), (1, 8))),
 ]
-KINDS = {
-    "numpy float64": lambda x: x,
-    "numpy float32": lambda x: x.astype(np.float32),
-    "numpy float16": lambda x: x.astype(np.float16),
-    "torch float64": torch.tensor,
-    "torch float32": lambda x: torch.tensor(x, dtype=torch.float32),
-    "torch bfloat16": lambda x: torch.tensor(x, dtype=torch.bfloat16),
-}
 
 
-def as_float64(array):
-    return array.double().numpy() if isinstance(array, torch.Tensor) else array.astype(np.float64)
+class Anywhere:
+    """A pattern that solvers of fixed patterns do not know: no zeros at all."""
+
+    def validate(self, shape):
+        pass
+
+    def zeros(self, shape):
+        return 0
+
+    def keep(self, scores):
+        return scores == scores
+
+    def check(self, mask):
+        assert bool(mask.all())
+
+    def __str__(self):
+        return "one's own"
 
 
 def explicit_value(layer, V):
     """F(V) from the explicit H_i and nothing of moonshot."""
-    difference = as_float64(V) - as_float64(layer.weight)
+    difference = V.astype(np.float64) - layer.weight.astype(np.float64)
     return float(np.einsum("ij,ijk,ik->", difference, layer.dense(), difference))
 
 
-def assert_graded(layer, result, pattern):
-    """Everything a Result says, recomputed from its weight."""
-    weight, mask = as_float64(result.weight), np.array(result.mask.tolist())
-    assert type(result.weight) is type(layer.weight) and result.weight.dtype == layer.weight.dtype
-    assert type(result.mask) is type(layer.weight) and mask.dtype == bool
+def assert_graded(layer, result, pattern, backend=None, dtype="float64"):
+    """Everything a Result says, recomputed from its weight; layer.weight: as it was given, in NumPy."""
+    backend = backend or Backend("numpy")
+    weight, mask = backend.numpy(backend.widened(result.weight)), backend.numpy(result.mask)
+    assert str(result.weight.dtype).removeprefix("torch.") == dtype and mask.dtype == bool
     assert mask.size - mask.sum() == pattern.zeros(mask.shape)
     pattern.check(mask)
     assert np.isfinite(weight).all() and (weight[~mask] == 0).all()
-    at_zero = explicit_value(layer, 0 * as_float64(layer.weight))
+    at_zero = explicit_value(layer, 0 * layer.weight)
     assert result.value == pytest.approx(explicit_value(layer, weight), rel=1e-10, abs=1e-13 * at_zero)
     assert result.relative == pytest.approx(result.value / at_zero if at_zero else 0, rel=1e-10, abs=1e-13)
     assert result.sparsity == pytest.approx(1 - mask.mean())
@@ -76,39 +74,70 @@ def assert_graded(layer, result, pattern):
 
 # the grid
 
+HESSIANS = {
+    "shared": random_layer(0, 4, 8, 0, 1e2),
+    "fewer factors than inputs": random_layer(1, 4, 8, 3, 1e2),
+    "more factors than inputs": random_layer(2, 4, 8, 12, 1e2),
+    "zero factors": replace(random_layer(3, 4, 8, 3, 1e2), U=np.zeros((4, 8, 3))),
+    "wide": random_layer(4, 2, 72, 3, 1e2),
+}
+ELSEWHERE = {"torch-cuda", "cupy"}  # the backends of a device
 
-@each_solver
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("n", [0, 3, 12])
-def test_every_combination(solver, n, kind):
-    layer = random_layer(n, 4, 8, n, condition=1e2)
-    layer = replace(layer, weight=KINDS[kind](layer.weight))
-    convert = torch.tensor if kind.startswith("torch") else np.asarray
-    hessian = RowHessian(convert(layer.A), None if layer.U is None else convert(layer.U))
-    problem, ran = Problem(layer.weight, hessian), []
-    for pattern in PATTERNS:
-        result = solve(problem, pattern, solver)
-        assert_graded(layer, result, pattern)
-        assert result.solver == solver.name
-        ran.append(result.pattern)
-    assert ran == [str(pattern) for pattern in PATTERNS] and len(set(ran)) == 15
+# Everything that is refused, with the words: (solver, what it is refused for).
+REFUSED = {
+    ("SparseGPT", "one's own"): "a sweep needs an Unstructured or NM pattern, got Anywhere",
+    ("OBS", "one's own"): "a trace of removals needs an Unstructured or NM pattern, got Anywhere",
+    ("Swaps", "one's own"): "swaps need an Unstructured or NM pattern, got Anywhere",
+    ("Exact", "one's own"): "branch and bound needs an Unstructured or NM pattern, got Anywhere",
+    ("Swaps", "device"): "missing swaps on a device: bring the weight and the Hessian to the CPU",
+    ("Exact", "device"): "missing branch and bound on a device: move the weight and the Hessian to the CPU",
+    ("Exact", "wide"): "missing hope: a row has 72 columns, branch and bound takes 64 at most",
+}
+
+
+def refusals(name, backend, kind):
+    """{pattern: words} of what REFUSED says of a solver on one kind of layer."""
+    words = {}
+    for pattern in (*PATTERNS, Anywhere()):
+        for reason in (str(pattern), "device" if backend.name in ELSEWHERE else None, kind):
+            if (name, reason) in REFUSED:
+                words.setdefault(str(pattern), REFUSED[name, reason])
+    return words
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_combination(name, dtype, backend):
+    """Each is graded or refused in words, and what is refused is what REFUSED says."""
+    solver = SOLVERS[name]
+    if not backend.has(dtype):
+        pytest.skip(f"{backend.name} has no {dtype}")
+    for kind, layer in HESSIANS.items():
+        hessian = RowHessian(backend.array(layer.A), None if layer.U is None else backend.array(layer.U))
+        problem = Problem(backend.array(layer.weight, dtype), hessian)
+        given = replace(layer, weight=backend.numpy(backend.widened(problem.weight)))
+        refused, graded = {}, []
+        for pattern in (*PATTERNS, Anywhere()):
+            try:
+                result = solve(problem, pattern, solver)
+            except NotSupportedError as error:
+                refused[str(pattern)] = str(error)
+                continue
+            assert_graded(given, result, pattern, backend, dtype)
+            assert result.solver == solver.name
+            graded.append(str(pattern))
+        expected = refusals(name, backend, kind)
+        assert refused.keys() == expected.keys(), kind
+        assert all(expected[pattern] in said for pattern, said in refused.items())
+        assert len(graded) + len(refused) == len({*graded, *refused}) == 16
 
 
 def test_the_grid_holds_every_solver_of_the_package():
     assert {"Magnitude", "Wanda", "SparseGPT"} <= set(SOLVERS)
     assert all(isinstance(solver, Solver) for solver in SOLVERS.values())
+    assert {name for name, _ in REFUSED} <= set(SOLVERS)
+    assert {reason for _, reason in REFUSED} <= {"one's own", "device", *HESSIANS}
     assert len({solver.name for solver in SOLVERS.values()}) == len(SOLVERS)
-
-
-@each_solver
-@pytest.mark.parametrize("name", DEGENERATE)
-def test_degenerate_layers(solver, name):
-    layer = DEGENERATE[name]
-    patterns = [Unstructured(s, scope) for s in (0, 0.5, 1) for scope in ("layer", "row")]
-    if layer.weight.shape[1] % 4 == 0:
-        patterns.append(NM(2, 4))
-    for pattern in patterns:
-        assert_graded(layer, solve(layer.problem, pattern, solver), pattern)
 
 
 @each_solver
@@ -155,16 +184,6 @@ def test_read_only_and_strided_arrays_and_parameters_are_taken(solver):
 
 
 @each_solver
-def test_the_same_problem_gives_the_same_answer(solver):
-    layer = random_layer(1, 16, 32, 5, 1e5)
-    for pattern in (0.6, "2:4"):
-        first, second = (solve(layer.problem, pattern, solver) for _ in range(2))
-        np.testing.assert_array_equal(first.weight, second.weight)
-        np.testing.assert_array_equal(first.mask, second.mask)
-        assert first.value == second.value
-
-
-@each_solver
 def test_one_state_serves_every_pattern(solver):
     problem = random_layer(2, 4, 8, 3).problem
     state = solver.init(problem)
@@ -173,14 +192,12 @@ def test_one_state_serves_every_pattern(solver):
         np.testing.assert_array_equal(shared.weight, fresh.weight)
 
 
-def test_a_result_comes_back_in_the_dtype_of_the_weight_and_is_graded_there():
+def test_what_is_graded_is_the_weight_as_it_comes_back():
     layer = random_layer(3, 4, 8, 3)
-    coarse = replace(layer, weight=torch.tensor(layer.weight, dtype=torch.bfloat16))
-    problem = Problem(coarse.weight, RowHessian(torch.tensor(layer.A), torch.tensor(layer.U)))
-    result = solve(problem, 0, Magnitude())
-    assert result.value == 0
-    result = solve(problem, "2:4", SparseGPT())
-    unrounded = SparseGPT().compute(SparseGPT().init(problem), NM(2, 4)).weight
+    coarse = replace(layer, weight=layer.weight.astype(np.float16))
+    assert solve(coarse.problem, 0, Magnitude()).value == 0
+    result = solve(coarse.problem, "2:4", SparseGPT())
+    unrounded = SparseGPT().compute(SparseGPT().init(coarse.problem), NM(2, 4)).weight
     assert result.value == pytest.approx(explicit_value(coarse, result.weight), rel=1e-10)
     assert result.value != pytest.approx(explicit_value(coarse, unrounded), rel=1e-6)
 
@@ -287,29 +304,6 @@ def test_what_a_solver_does_not_support_it_says():
         NotSupportedError, match="wrong is not compatible with this problem: missing a gradient"
     ):
         solve(random_layer(0, 4, 8, 3).problem, 0.5, Fussy(None))
-
-
-class Anywhere:
-    """A pattern that solvers of fixed patterns do not know: no zeros at all."""
-
-    def validate(self, shape):
-        pass
-
-    def zeros(self, shape):
-        return 0
-
-    def keep(self, scores):
-        return np.ones(scores.shape, bool)
-
-    def check(self, mask):
-        assert mask.all()
-
-
-def test_a_pattern_of_ones_own_goes_where_scores_are_all_a_solver_needs():
-    layer = random_layer(0, 4, 8, 3)
-    np.testing.assert_array_equal(solve(layer.problem, Anywhere(), Magnitude()).weight, layer.weight)
-    with pytest.raises(NotSupportedError, match="needs an Unstructured or NM pattern, got Anywhere"):
-        solve(layer.problem, Anywhere(), SparseGPT())
 
 
 # calls that are wrong

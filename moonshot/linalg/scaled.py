@@ -1,5 +1,6 @@
 """A layer's quadratic in the coordinates in which the shared matrix has a unit diagonal."""
 
+import math
 from dataclasses import dataclass
 
 from moonshot.linalg.backend import Array, as_dtype, contiguous, dtype_name, namespace
@@ -16,9 +17,13 @@ def unit_diagonal(a: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class ScaledQuadratic:
-    """`sum_i (x_i - t_i)' H_i (x_i - t_i)` with `x_j = v_j sqrt(A_jj)` and `H_i = A + U_i U_i'` scaled likewise."""
+    """`sum_i (x_i - t_i)' H_i (x_i - t_i)` with `x_j = v_j sqrt(A_jj) / s` and `H_i = A + U_i U_i'` scaled likewise.
 
-    scale: Array  # (d,)
+    s is the power of two that brings the largest t_ij between a half and one: squares stay in the range of float32
+    whatever the units of the weights and of the objective, and no digit changes.
+    """
+
+    scale: Array  # (d,), sqrt(A_jj) / s
     target: Array  # (m, d), the minimiser t
     pull: Array  # (m, d), H t
     shared: Array  # (d, d)
@@ -27,12 +32,14 @@ class ScaledQuadratic:
     @classmethod
     def of(cls, hessian: RowHessian, centre: Array) -> "ScaledQuadratic":
         """The quadratic of a Hessian about a centre (m, d), computed on in the dtype of the centre."""
-        scale, shared = (as_dtype(x, dtype_name(centre)) for x in unit_diagonal(hessian.A))
+        roots, shared = (as_dtype(x, dtype_name(centre)) for x in unit_diagonal(hessian.A))
+        largest = float(namespace(centre).max(abs(centre) * roots))
+        scale = roots / 2.0 ** math.frexp(largest)[1]
         target = centre * scale
         pull = target @ shared
         factors = None
         if hessian.factors is not None:
-            factors = as_dtype(hessian.factors, dtype_name(centre)) / scale
+            factors = as_dtype(hessian.factors, dtype_name(centre)) / roots
             pull = pull + combine(factors, project(factors, target))
         return cls(scale, target, pull, shared, factors)
 

@@ -101,8 +101,8 @@ class ADMM:
             rho *= self.growth
             inverse = _shifted_inverse(state, rho)
         weight = quadratic.refit(z, mask, self.refits)
-        if quadratic.loss(start) < quadratic.loss(weight):
-            weight, mask = start, started  # never worse than where it started
+        if quadratic.loss(start) < quadratic.loss(weight):  # never worse than where it started
+            weight, mask = quadratic.refit(start, started, self.refits), started
         return Answer(weight / quadratic.scale, mask, status, done, start=start / quadratic.scale)
 
 
