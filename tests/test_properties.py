@@ -264,8 +264,9 @@ def test_a_factor_that_all_rows_share_moved_to_the_shared_matrix(solver, case):
 
 
 @true_of(
-    "Magnitude Wanda SparseGPT OBS IHT Swaps Exact",
+    "Magnitude Wanda SparseGPT OBS Swaps Exact",
     ADMM="the penalty grows until the supports of all rows have settled",
+    seldom_false=[("IHT", "rows are refitted together, when most have settled")],
 )
 @few
 @given(cases(scopes=("row", "groups"), factors=(0, 3)))
@@ -416,7 +417,7 @@ def test_equal_scores_are_pruned_by_count(solver):
 @true_of(EVERY)
 @pytest.mark.parametrize("n", [0, 4, 40])
 def test_float32_is_as_good_as_float64(solver, n):
-    """The value within 0.1 %; of ADMM and IHT, which rounding leads to other supports, 15 %, and on average 2 %."""
+    """The value at most 0.1 % above; of ADMM and IHT, which rounding leads to other supports, 15 %, on average 2 %."""
     ratios = []
     for seed in range(5):
         layer = random_layer(seed, 12, 24, n, 1e2)
@@ -427,5 +428,5 @@ def test_float32_is_as_good_as_float64(solver, n):
             assert rounded.weight.dtype == np.float32
             ratios.append(rounded.value / exact.value)
     wanders = isinstance(solver, ADMM | IHT)
-    np.testing.assert_allclose(ratios, 1, atol=0.15 if wanders else 1e-3)
-    assert np.mean(ratios) == pytest.approx(1, abs=0.02)
+    assert max(ratios) <= 1 + (0.15 if wanders else 1e-3)
+    assert np.mean(ratios) <= 1.02

@@ -68,14 +68,18 @@ class ScaledQuadratic:
         return float(namespace(x).sum(difference * self.matvec(difference)))
 
     def refit(self, x: Array, mask: Array, steps: int) -> Array:
-        """Minimise over the support of each row, by conjugate gradients from x, which is zero outside the mask."""
+        """Minimise over the support of each row, by conjugate gradients from x, which is zero outside the mask.
+
+        A row ends when its residual is small against its first, or is rounding.
+        """
         xp = namespace(x)
         keep = xp.astype(mask, x.dtype)
         precondition = keep / self.diagonal()
         residual = (self.pull - self.matvec(x)) * keep
         direction = residual * precondition
         rho = xp.sum(residual * direction, axis=1)
-        tiny = xp.finfo(x.dtype).eps ** 1.5 * xp.max(rho, axis=0)
+        eps = xp.finfo(x.dtype).eps
+        tiny = eps**1.5 * rho + eps**2 * xp.sum(self.pull**2 * precondition, axis=1)
         for _ in range(steps):
             if not bool(xp.any(rho > tiny)):
                 break
