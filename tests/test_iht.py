@@ -191,14 +191,6 @@ def test_better_than_the_sweep_on_ill_conditioned_layers(n, pattern):
     assert solve(problem, pattern, IHT()).value < 0.7 * solve(problem, pattern, SparseGPT()).value
 
 
-def test_float32_is_as_good_as_float64():
-    layer = random_layer(0, 32, 64, 8, 1e4)
-    narrow = Layer(layer.weight.astype(np.float32), layer.A, layer.U)
-    for pattern in (NM(2, 4), Unstructured(0.7)):
-        values = [solve(x.problem, pattern, IHT()).value for x in (layer, narrow)]
-        assert values[1] == pytest.approx(values[0], rel=0.05)
-
-
 # arrays and arguments
 
 
