@@ -146,14 +146,6 @@ def test_thirty_columns_at_half_are_routine():
         assert result.status is Status.OPTIMAL
 
 
-def test_a_constant_and_a_centre_elsewhere():
-    layer = random_layer(0, 2, 8, 2)
-    moved = Problem(layer.weight, layer.hessian, centre=layer.weight[::-1] + 1, constant=5)
-    plain = Problem(layer.weight[::-1] + 1, layer.hessian)
-    left, right = (solve(problem, "2:4", Exact()) for problem in (moved, plain))
-    assert left.value == pytest.approx(right.value + 5) and left.bound == pytest.approx(right.bound + 5)
-
-
 def test_float32_weights_are_rounded_and_the_bound_is_not():
     layer = random_layer(0, 3, 12, 2, 1e3)
     coarse = Problem(layer.weight.astype(np.float32), layer.hessian)

@@ -14,7 +14,7 @@ from moonshot.patterns import NM, Unstructured
 from moonshot.problem import Problem, Status
 from moonshot.solvers import IHT, SparseGPT, solve
 from moonshot.solvers.iht import _at, _thresholded
-from strategies import DEGENERATE, Layer, layers, random_layer
+from strategies import Layer, layers, random_layer
 
 PATTERNS = [Unstructured(0.5), Unstructured(0.8), Unstructured(0.6, "row"), NM(2, 4), NM(1, 4)]
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -153,17 +153,6 @@ def test_never_worse_than_the_refitted_magnitudes(layer, sparsity, scope):
     assert start <= best + 1e-6 * at_zero
 
 
-def test_rows_do_not_know_of_one_another():
-    """Rows that have settled are left out; each ends where it ends alone."""
-    layer = random_layer(0, 12, 24, 3, 1e3)
-    for pattern in (NM(2, 4), Unstructured(0.7, "row")):
-        together = solve(layer.problem, pattern, IHT())
-        for i in range(12):
-            row = Layer(layer.weight[i : i + 1], layer.A, layer.U[i : i + 1])
-            alone = solve(row.problem, pattern, IHT())
-            np.testing.assert_allclose(together.weight[i : i + 1], alone.weight, rtol=1e-5, atol=1e-6)
-
-
 @settings(max_examples=15)
 @given(seeds, st.integers(0, 3), st.floats(1, 6))
 @each_pattern
@@ -223,16 +212,6 @@ class Bare:
 
 def in_namespace(weight, a, u, pattern):
     return IHT().compute(IHT().init(Bare(weight, a, u.permute(2, 0, 1).contiguous())), pattern)
-
-
-@pytest.mark.parametrize("name", DEGENERATE)
-def test_degenerate_layers_end_on_their_support(name):
-    layer = DEGENERATE[name]
-    for pattern in (Unstructured(0.5), Unstructured(0.5, "row")):
-        result = solve(layer.problem, pattern, IHT())
-        at_zero = layer.problem.zero_value()
-        best = values_by_row(layer, refitted(layer, result.mask)).sum()
-        assert result.value == pytest.approx(best, rel=1e-4, abs=1e-9 * at_zero)
 
 
 @pytest.mark.parametrize("field", ["iterations", "steps", "refits"])

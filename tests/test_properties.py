@@ -1,6 +1,7 @@
 """What is true of every solver, and of which it is not: optimality, invariances, order, degenerate layers."""
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -17,8 +18,10 @@ from moonshot.solvers import ADMM, IHT, Exact, Swaps, solve
 from strategies import DEGENERATE, EXTREME, Layer, random_layer
 
 # A counterexample is a seed, and a smaller one says no more.
-few = settings(max_examples=25, phases=(Phase.explicit, Phase.generate))
+few = settings(max_examples=15, phases=(Phase.explicit, Phase.generate))
 EVERY = " ".join(SOLVERS)
+REFITTING = ("OBS", "ADMM", "IHT", "Swaps", "Exact")
+LAYERS = DEGENERATE | EXTREME
 EPS = float(np.finfo(np.float64).eps)
 
 
@@ -128,6 +131,16 @@ def test_diagonal_hessians_of_the_rows_are_solved_to_optimality(solver, case):
     factors[:, 0, 0], factors[:, -1, 1] = 10 ** rng.uniform(-3, 3, (2, len(layer.weight)))
     diagonal = 10 ** rng.uniform(-3, 3, layer.weight.shape[1])
     assert_pruned_by_score(solver, pattern, Layer(layer.weight, np.diag(diagonal), factors))
+
+
+@each_solver
+@few
+@given(cases(factors=(0,)))
+def test_swaps_solve_a_diagonal_hessian_from_any_start(solver, case):
+    """From a budget spread badly over the rows too, for rows trade."""
+    layer, pattern, rng = case
+    diagonal = 10 ** rng.uniform(-3, 3, layer.weight.shape[1])
+    assert_pruned_by_score(Swaps(solver), pattern, replace(layer, A=np.diag(diagonal)))
 
 
 @each_solver
@@ -365,7 +378,7 @@ def threads():
 @true_of(EVERY)
 @pytest.mark.parametrize("pattern", [Unstructured(0.6), Unstructured(0.6, "row"), NM(2, 4)], ids=str)
 def test_the_same_answer_again_and_on_any_number_of_threads(solver, pattern, threads):
-    layer = random_layer(1, 19, 24, 5, 1e3)
+    layer = random_layer(1, 9, 20, 5, 1e3)
     for dtype in (np.float64, np.float32):
         problem = replace(layer, weight=layer.weight.astype(dtype)).problem
         first = solve(problem, pattern, solver)
@@ -384,23 +397,29 @@ def test_the_same_answer_again_and_on_any_number_of_threads(solver, pattern, thr
 # degenerate layers, and narrow numbers
 
 
+@cache
+def reached_and_proven(name, pattern):
+    """Exact's value and bound, and the lower bound, of a layer by its name."""
+    problem = LAYERS[name].problem
+    exact = solve(problem, pattern, Exact())
+    assert exact.status is Status.OPTIMAL
+    return exact.value, exact.bound, lower_bound(problem, pattern, iterations=10)
+
+
 @each_solver
-@pytest.mark.parametrize("name", [*DEGENERATE, *EXTREME])
+@pytest.mark.parametrize("name", LAYERS)
 def test_degenerate_layers(solver, name):
-    layer = DEGENERATE.get(name) or EXTREME[name]
-    problem = layer.problem
-    at_zero = problem.zero_value()
+    layer = LAYERS[name]
+    at_zero = layer.problem.zero_value()
     narrow = layer.weight.dtype != np.float64
     for pattern in patterns_of(layer):
-        exact, result = (solve(problem, pattern, s) for s in (Exact(), solver))
+        result = solve(layer.problem, pattern, solver)
         pattern.check(result.mask)
         assert np.isfinite(result.weight).all() and np.isfinite(result.value)
-        assert exact.status is Status.OPTIMAL
-        slack = 1e-4 * result.value + 1e-10 * at_zero
-        assert exact.bound <= result.value + 1e-10 * at_zero
-        assert lower_bound(problem, pattern, iterations=10) <= result.value + 1e-12 * at_zero
-        assert exact.value <= result.value + slack
-        if type(solver).__name__ in ("OBS", "ADMM", "IHT", "Swaps", "Exact"):
+        optimum, *bounds = reached_and_proven(name, pattern)
+        assert optimum <= result.value * (1 + 1e-4) + 1e-10 * at_zero
+        assert max(bounds) <= result.value + 1e-10 * at_zero
+        if type(solver).__name__ in REFITTING:
             least = refitted_value(layer, result.mask)
             assert result.value <= least * (1 + 1e-3) + (1e-6 if narrow else 1e-10) * at_zero
 
@@ -419,7 +438,7 @@ def test_equal_scores_are_pruned_by_count(solver):
 def test_float32_is_as_good_as_float64(solver, n):
     """The value at most 0.1 % above; of ADMM and IHT, which rounding leads to other supports, 15 %, on average 2 %."""
     ratios = []
-    for seed in range(5):
+    for seed in range(3):
         layer = random_layer(seed, 12, 24, n, 1e2)
         narrow = replace(layer, weight=layer.weight.astype(np.float32))
         wide = replace(layer, weight=narrow.weight.astype(np.float64))

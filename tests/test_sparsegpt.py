@@ -106,15 +106,6 @@ def test_factors_of_zeros_change_nothing():
     np.testing.assert_allclose(joint.weight, plain.weight, rtol=1e-13, atol=1e-13)
 
 
-def test_factors_shared_by_all_rows_are_part_of_the_shared_matrix():
-    layer = random_layer(0, 4, 16, 3)
-    u = layer.U[0]
-    apart = Layer(layer.weight, layer.A, np.broadcast_to(u, layer.U.shape))
-    merged = Layer(layer.weight, layer.A + u @ u.T, None)
-    left, right = (solve(x.problem, "2:4", SparseGPT()) for x in (apart, merged))
-    np.testing.assert_allclose(left.weight, right.weight, rtol=1e-10, atol=1e-10)
-
-
 def test_float32_is_as_good_as_float64():
     layer = random_layer(0, 32, 64, 8, 1e4)
     narrow = Layer(layer.weight.astype(np.float32), layer.A, layer.U)
