@@ -1,8 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs bench
+.PHONY: help demo test test-slow lint docs bench bench-solvers comparison
 
 bin := .venv/bin
 ready := .venv/.ready
+bench := .venv-bench/bin
+bench_ready := .venv-bench/.ready
+results := benchmarks/solvers/outputs/results.csv
 
 help:
 	@echo "make demo       prune the small model that comes along and show what it costs"
@@ -11,6 +14,8 @@ help:
 	@echo "make lint       linters and types alone"
 	@echo "make docs       the documentation, in docs/_build"
 	@echo "make bench      the benchmark sweep"
+	@echo "make bench-solvers  every solver and its peers on all data sets, by benchopt, in a quarter of an hour"
+	@echo "make comparison     docs/comparison.md and its figure from what that measured"
 
 $(ready): setup.cfg pyproject.toml constraints.txt
 	test -x $(bin)/python || python3 -m venv .venv
@@ -36,3 +41,16 @@ test-slow: $(ready)
 
 bench: $(ready)
 	$(bin)/python benchmarks/sweep.py
+
+$(bench_ready): benchmarks/requirements.txt setup.cfg
+	test -x $(bench)/python || python3 -m venv .venv-bench
+	$(bench)/python -m pip install --quiet -r benchmarks/requirements.txt -e .
+	@touch $@
+
+bench-solvers: $(bench_ready)
+	rm -f $(results)
+	NUMBA_NUM_THREADS=2 OMP_NUM_THREADS=2 $(bench)/benchopt run benchmarks/solvers --no-cache --no-plot --output $(results)
+
+comparison: $(bench_ready)
+	$(bench)/python benchmarks/solvers/plot.py $(results) docs/comparison.png
+	$(bench)/python benchmarks/solvers/report.py $(results) docs/comparison.md

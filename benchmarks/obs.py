@@ -12,28 +12,9 @@ import time
 
 import numpy as np
 import torch
+from solvers.benchmark_utils.references import torch_obc
 
 import moonshot as ms
-
-
-def torch_obc(weight: torch.Tensor, hessians: torch.Tensor) -> torch.Tensor:
-    """The added-up losses of Optimal Brain Compression's algorithm 1, rows in one batch, float32: written by us."""
-    w = weight.clone()
-    inverses = torch.cholesky_inverse(torch.linalg.cholesky(hessians))
-    m, d = w.shape
-    rows = torch.arange(m)
-    gone = torch.zeros_like(w, dtype=torch.bool)
-    losses = torch.zeros_like(w)
-    for k in range(d):
-        diagonal = inverses.diagonal(dim1=1, dim2=2)
-        j = torch.where(gone, torch.inf, w**2 / diagonal).argmin(dim=1)
-        column, pivot = inverses[rows, j], diagonal[rows, j]
-        losses[:, k] = w[rows, j] ** 2 / pivot
-        w -= column * (w[rows, j] / pivot)[:, None]
-        gone[rows, j] = True
-        inverses.baddbmm_(column[:, :, None], (column / pivot[:, None])[:, None, :], alpha=-1)
-        inverses[rows, j, j] = 1.0
-    return losses.cumsum(dim=1)
 
 
 def timed(run) -> float:
@@ -76,11 +57,12 @@ def main() -> None:
         ms.solve(tiny, pattern, solver)  # compiles
     half = d // 2 - 1
     ours = np.cumsum(whole().increments, axis=1)[:, half].sum()
-    theirs = float(torch_obc(torch.from_numpy(weight), hessians)[:, half].sum())
+    losses = torch_obc(torch.from_numpy(weight), hessians, d, d)[1]
+    theirs = float(losses.cumsum(dim=1)[:, half].sum())
     print(f"loss at half the weights against the reference's: {ours / theirs:.6f}")
     runs = [
         (
-            timed(lambda: torch_obc(torch.from_numpy(weight), hessians)),
+            timed(lambda: torch_obc(torch.from_numpy(weight), hessians, d, d)),
             timed(whole),
             timed(lambda: several(1)),
             timed(lambda: several(10)),

@@ -9,32 +9,9 @@ import time
 
 import numpy as np
 import torch
+from solvers.benchmark_utils.references import torch_sparsegpt
 
 import moonshot as ms
-
-
-def torch_sparsegpt(weight: torch.Tensor, hessian: torch.Tensor, block: int = 128) -> torch.Tensor:
-    """SparseGPT at 2:4 as its paper's algorithm 1 has it, in plain torch: the reference, written by us."""
-    w = weight.clone()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    d = w.shape[1]
-    for start in range(0, d, block):
-        stop = min(start + block, d)
-        part, r = w[:, start:stop].clone(), factor[start:stop, start:stop]
-        errors = torch.zeros_like(part)
-        mask = torch.zeros_like(part, dtype=torch.bool)
-        for j in range(stop - start):
-            if j % 4 == 0:
-                score = (part[:, j : j + 4] / r.diagonal()[j : j + 4]) ** 2
-                mask[:, j : j + 4].scatter_(1, score.topk(2, dim=1, largest=False).indices, True)
-            error = torch.where(mask[:, j], part[:, j] / r[j, j], 0.0)
-            part[:, j:] -= error[:, None] * r[j, j:]
-            part[:, j] = torch.where(mask[:, j], 0.0, part[:, j])
-            errors[:, j] = error
-        w[:, start:stop] = part
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
-    return w
 
 
 def timed(run) -> float:

@@ -1,0 +1,10 @@
+"""SparseGPT on each row's own Hessian."""
+
+from benchmark_utils.runs import MoonshotSolver
+
+import moonshot as ms
+
+
+class Solver(MoonshotSolver):
+    name = "SparseGPT"
+    solver = ms.SparseGPT()

@@ -1,0 +1,15 @@
+"""Swaps, from the answer of ADMM or of OBS."""
+
+from benchmark_utils.runs import MoonshotSolver
+
+import moonshot as ms
+
+
+class Solver(MoonshotSolver):
+    name = "Swaps"
+    parameters = {"inner": ["ADMM", "OBS"]}
+    parameter_template = "{inner}"
+
+    @property
+    def solver(self) -> ms.Swaps:
+        return ms.Swaps({"ADMM": ms.ADMM(), "OBS": ms.OBS()}[self.inner])

@@ -1,0 +1,104 @@
+"""The solver benchmark: it grades by itself, refuses what misses its pattern, and leaves no solver out."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moonshot as ms
+from moonshot import solvers
+from strategies import random_layer
+
+FOLDER = Path(__file__).parent.parent / "benchmarks" / "solvers"
+PATTERNS = [ms.NM(2, 4), ms.Unstructured(0.7), ms.Unstructured(0.5, scope="row")]
+
+
+@pytest.fixture
+def grading(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.delitem(sys.modules, "benchmark_utils", raising=False)
+    from benchmark_utils import grading
+
+    return grading
+
+
+def benchmark_layer(grading, factors, columns=12):
+    layer = random_layer(3, 5, columns, factors)
+    return grading.Layer(layer.weight, layer.A, layer.U), layer.problem
+
+
+@pytest.mark.parametrize("factors", [0, 3])
+def test_regrading_agrees_with_the_problem(grading, factors):
+    layer, problem = benchmark_layer(grading, factors)
+    v = np.random.default_rng(0).normal(size=layer.weight.shape)
+    assert grading.row_values(layer, v).sum() == pytest.approx(problem.value(v), rel=1e-12)
+
+
+@pytest.mark.parametrize("factors", [0, 3])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_an_answer_without_its_pattern_is_refused(grading, factors, pattern):
+    layer, problem = benchmark_layer(grading, factors)
+    weight = ms.solve(problem, pattern, ms.ADMM()).weight
+    grading.check(layer, weight, pattern)
+    one_more = weight.copy()
+    one_more[np.unravel_index(np.argmin(abs(weight)), weight.shape)] = 1.0
+    with pytest.raises(ValueError, match="asks for"):
+        grading.check(layer, one_more, pattern)
+    with pytest.raises(ValueError, match="NaN"):
+        grading.check(layer, weight * np.nan, pattern)
+    with pytest.raises(ValueError, match="the layer"):
+        grading.check(layer, weight[:1], pattern)
+
+
+@pytest.mark.parametrize("factors", [0, 3])
+@pytest.mark.parametrize("pattern", [PATTERNS[0], PATTERNS[2]], ids=str)
+def test_the_enumerated_optimum_is_the_exact_solver_s(grading, factors, pattern):
+    layer, problem = benchmark_layer(grading, factors, columns=8)
+    exact = ms.solve(problem, pattern, ms.Exact())
+    optima = grading.row_optima(layer, pattern)
+    np.testing.assert_allclose(grading.row_values(layer, exact.weight), optima, rtol=1e-9)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_references_meet_the_pattern_and_obc_is_obs(grading, pattern):
+    torch = pytest.importorskip("torch")
+    from benchmark_utils.references import torch_alps, torch_obc
+
+    layer, problem = benchmark_layer(grading, 3)
+    size, zeros = grading.budget(pattern, layer.weight.shape)
+    weight, a, u = (torch.tensor(array) for array in (layer.weight, layer.A, layer.U))
+    grading.check(layer, torch_alps(weight, a, size, zeros).numpy(), pattern)
+    if size > weight.shape[1]:
+        return
+    order, _ = torch_obc(weight, a + u @ u.mT, size, zeros)
+    pruned = torch.zeros_like(weight, dtype=torch.bool).scatter(1, order, True)
+    np.testing.assert_array_equal(~pruned.numpy(), ms.solve(problem, pattern, ms.OBS()).mask)
+
+
+def test_every_public_solver_is_benchmarked():
+    sources = [path.read_text("utf-8") for path in (FOLDER / "solvers").glob("*.py")]
+    public = [getattr(solvers, name) for name in solvers.__all__]
+    names = [item.__name__ for item in public if hasattr(item, "compute") and item is not ms.Solver]
+    assert len(names) >= 8
+    assert not [name for name in names if not any(f"ms.{name}(" in source for source in sources)]
+
+
+@pytest.mark.slow
+def test_benchopt_s_objective_gives_the_figures(monkeypatch):
+    pytest.importorskip("benchopt")
+    from benchopt.benchmark import Benchmark
+
+    benchmark = Benchmark(FOLDER)
+    (small,) = [dataset for dataset in benchmark.get_datasets() if dataset.name == "small"]
+    data = small.get_instance(condition=10.0, factors=3, pattern="2:4").get_data()
+    objective = benchmark.get_benchmark_objective().get_instance()
+    objective.set_data(**data)
+    results = [
+        ms.solve(ms.Problem(layer.weight, ms.RowHessian(layer.A, layer.U)), data["pattern"], ms.Exact())
+        for layer in data["layers"]
+    ]
+    figures = objective.evaluate_result([result.weight for result in results])
+    assert figures["solved"] == 1 and figures["gap"] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="asks for"):
+        objective.evaluate_result([layer.weight for layer in data["layers"]])
