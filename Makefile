@@ -14,7 +14,7 @@ help:
 	@echo "make lint       linters and types alone"
 	@echo "make docs       the documentation, in docs/_build"
 	@echo "make bench      the benchmark sweep"
-	@echo "make bench-solvers  every solver and its peers on all data sets, by benchopt, in a quarter of an hour"
+	@echo "make bench-solvers  every solver and its peers on all data sets, by benchopt: five minutes"
 	@echo "make comparison     docs/comparison.md and its figure from what that measured"
 
 $(ready): setup.cfg pyproject.toml constraints.txt

@@ -21,7 +21,7 @@ class Solver(TorchSolver):
 
     def skip(self, layers: tuple[Layer, ...], pattern: ms.Pattern) -> tuple[bool, str | None]:
         if layers[0].weight.shape[1] > _COLUMNS:
-            return True, f"rows of more than {_COLUMNS} columns take minutes; its answers are those of OBS"
+            return True, f"rows of more than {_COLUMNS} columns take too long here"
         return False, None
 
     def prune(self, weight: torch.Tensor, layer: Layer, pattern: ms.Pattern) -> torch.Tensor:
