@@ -133,12 +133,13 @@ def capacitance(p: Array, weights: Array | None = None) -> Array:
 
 def capacitance_inverse(p: Array, weights: Array | None = None) -> Array:
     """The inverses of the capacitance matrices, (m, n, n); p: (n, m, d), weights: (d,)."""
+    matrices = capacitance(p, weights)
     if is_numpy(p):
         from moonshot.linalg import kernels_cpu
 
-        weights = np.ones(p.shape[2], p.dtype) if weights is None else weights
-        return kernels_cpu.capacitance_inverse(p, weights)
-    return namespace(p).linalg.inv(capacitance(p, weights))
+        kernels_cpu.invert(matrices)
+        return matrices
+    return namespace(p).linalg.inv(matrices)
 
 
 def capacitance_solve(lower: Array, b: Array) -> Array:

@@ -74,20 +74,11 @@ def capacitance(p, weights):
 
 
 @kernel
-def capacitance_inverse(p, weights):
-    n, m, d = p.shape
-    out = np.empty((m, n, n), p.dtype)
+def invert(matrices):
+    """Inverses of symmetric positive definite matrices (m, n, n), in place."""
+    m, n, _ = matrices.shape
     for i in prange(m):
-        c, scaled = out[i], np.empty(d, p.dtype)
-        for k in range(n):
-            for j in range(d):
-                scaled[j] = p[k, i, j] * weights[j]
-            for q in range(k + 1):
-                total = p.dtype.type(1 if k == q else 0)
-                for j in range(d):
-                    total += scaled[j] * p[q, i, j]
-                c[k, q] = total
-                c[q, k] = total
+        c = matrices[i]
         for k in range(n):  # sweep on each column: what is left is minus the inverse
             pivot = 1 / c[k, k]
             for a in range(n):
@@ -102,7 +93,6 @@ def capacitance_inverse(p, weights):
         for a in range(n):
             for b in range(n):
                 c[a, b] = -c[a, b]
-    return out
 
 
 @kernel
