@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import moonshot.solvers.exact as module
+from moonshot import branching
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.linalg.kernels_exact import _cheapest, _largest_eigenvalue, _relaxed
 from moonshot.patterns import NM, Unstructured
@@ -186,7 +186,7 @@ def test_the_bound_counts_every_branch_that_is_left(seed, logarithm, sparsity):
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.7), Unstructured(0.7, "row")], ids=str)
 def test_a_limit_of_time(pattern, monkeypatch):
-    monkeypatch.setattr(module, "_SLICE", 1000)
+    monkeypatch.setattr(branching, "_SLICE", 1000)
     problem = random_layer(0, 2, 48, 0, 1e6).problem
     result = solve(problem, pattern, Exact(seconds=0.2))
     assert result.status is Status.TIME_LIMIT and 0 < result.gap <= 1
@@ -197,7 +197,7 @@ def test_a_limit_of_time(pattern, monkeypatch):
 def test_a_search_goes_on_where_it_stopped(pattern, monkeypatch):
     problem = random_layer(4, 3, 16, 2, 1e4).problem
     whole = solve(problem, pattern, Exact())
-    monkeypatch.setattr(module, "_SLICE", 1)
+    monkeypatch.setattr(branching, "_SLICE", 1)
     pieces = solve(problem, pattern, Exact())
     assert pieces.status is Status.OPTIMAL
     np.testing.assert_array_equal(pieces.weight, whole.weight)
@@ -252,7 +252,7 @@ def test_the_cheapest_of_every_group_ties_included():
 def test_the_best_share_of_a_budget(seed, m, d, data):
     curves = np.random.default_rng(seed).uniform(size=(m, d + 1)).cumsum(axis=1)
     total = data.draw(st.integers(0, m * d))
-    share = module._best_share(curves, total)
+    share = branching._best_share(curves, total)
     every = [s for s in product(range(d + 1), repeat=m) if sum(s) == total]
     value = min(curves[range(m), s].sum() for s in every)
     assert share.sum() == total and curves[range(m), share].sum() == pytest.approx(value, rel=1e-12)

@@ -14,7 +14,9 @@ from moonshot.linalg.factor import (
     eigenbasis,
     half_product,
     half_product_by_factor,
+    inverse,
     inverse_factor,
+    is_positive_definite,
     smallest_pivot,
 )
 from strategies import layers, random_layer, with_condition
@@ -82,6 +84,29 @@ def test_eigenbasis(backend):
     values, vectors = (backend.numpy(x) for x in eigenbasis(backend.array(a, "float32")))
     np.testing.assert_allclose((vectors * values) @ vectors.T, a.astype(np.float32), atol=1e-14)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(7), atol=1e-13)
+
+
+def test_inverse_of_a_positive_definite_matrix(backend):
+    a = with_condition(np.random.default_rng(1), 9, 1e3)
+    given_a = backend.array(a)
+    found = backend.numpy(inverse(given_a))
+    np.testing.assert_allclose(found, np.linalg.inv(a), rtol=1e-10)
+    np.testing.assert_allclose(found, found.T, rtol=1e-12)
+    np.testing.assert_array_equal(backend.numpy(given_a), a)
+    with pytest.raises(NotPositiveDefiniteError, match="smallest pivot -3"):
+        inverse(backend.array(np.diag([1.0, -3.0])))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("diagonal", "expected"), [([1, 2], True), ([1, -1], False), ([1, 0], False), ([1, np.nan], False)]
+)
+def test_is_positive_definite(backend, dtype, diagonal, expected):
+    turn = np.array([[1.0, 1.0], [-1.0, 1.0]])  # makes every entry of a sound matrix count
+    matrix = np.diag(np.array(diagonal, dtype))
+    assert is_positive_definite(backend.array(matrix)) is expected
+    if expected:
+        assert is_positive_definite(backend.array(turn.astype(dtype) @ matrix @ turn.T.astype(dtype)))
 
 
 def test_cholesky_of_a_batch_says_which_matrix_and_its_smallest_pivot(backend):

@@ -12,15 +12,17 @@ import moonshot
 ROOT = Path(moonshot.__file__).parent
 HEAVY = {"torch", "cupy", "transformers", "datasets", "matplotlib"}
 
-CORE = {"linalg", "problem", "patterns", "objectives", "solvers", "certificate"}
+CORE = {"linalg", "problem", "patterns", "objectives", "branching", "relaxation", "certificate", "solvers"}
 # Each module or package of moonshot and which others it may import, in functions too.
 MAY_IMPORT = {
     "linalg": set(),
     "problem": {"linalg"},
     "patterns": {"linalg"},
     "objectives": {"problem", "linalg"},
-    "certificate": {"problem", "patterns", "linalg"},
-    "solvers": {"certificate", "problem", "patterns", "linalg"},
+    "branching": {"problem", "linalg"},
+    "relaxation": {"problem", "linalg"},
+    "certificate": {"branching", "relaxation", "problem", "patterns", "linalg"},
+    "solvers": {"certificate", "branching", "problem", "patterns", "linalg"},
     "checks": CORE,
     "models": {"objectives", "problem", "linalg"},
     "report": {"objectives", "patterns", "problem", "linalg"},

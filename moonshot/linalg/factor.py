@@ -52,6 +52,21 @@ def inverse_factor(a: Array) -> Array:
     return xp.flip(triangular_solve(lower, eye_like(a, a.shape[0]), lower=True))
 
 
+def inverse(a: Array) -> Array:
+    """The inverse of a positive definite matrix (d, d), in float64. Raises NotPositiveDefiniteError."""
+    if not is_numpy(a):
+        r = inverse_factor(a)
+        return r.T @ r
+    lower, info = scipy.linalg.lapack.dpotrf(a.T, lower=1, clean=1)
+    if info == 0:
+        lower, info = scipy.linalg.lapack.dpotri(lower, lower=1, overwrite_c=1)
+    if info != 0:
+        raise NotPositiveDefiniteError("the matrix", smallest_pivot(a))
+    out = lower + lower.T
+    np.fill_diagonal(out, np.diag(lower))
+    return out
+
+
 def cholesky(a: Array, what: str) -> Array:
     """Lower Cholesky factor of one symmetric matrix or a batch; NotPositiveDefiniteError says `what`."""
     xp = namespace(a)
@@ -66,6 +81,20 @@ def cholesky(a: Array, what: str) -> Array:
         return lower
     matrices = as_dtype(a, "float64").reshape(-1, *a.shape[-2:])
     raise NotPositiveDefiniteError(what, min(smallest_pivot(matrix) for matrix in matrices))
+
+
+def is_positive_definite(a: Array) -> bool:
+    """Whether the Cholesky factorisation of a symmetric matrix (d, d) runs to its end. Overwrites `a`."""
+    if is_numpy(a):  # LAPACK reads the transpose as it lies in memory
+        single = a.dtype == np.float32
+        potrf = scipy.linalg.lapack.spotrf if single else scipy.linalg.lapack.dpotrf
+        lower, info = potrf(a.T, lower=1, clean=0, overwrite_a=1)
+        return info == 0 and bool(np.isfinite(np.diag(lower)).all())
+    try:
+        cholesky(a, "the matrix")
+    except NotPositiveDefiniteError:
+        return False
+    return True
 
 
 def smallest_pivot(a: Array) -> float:

@@ -1,7 +1,7 @@
 """Diagonal minorants of a positive definite matrix: D with `A - D` positive semidefinite. D is stored (d,)."""
 
 from moonshot.linalg.backend import Array, eye_like, namespace
-from moonshot.linalg.factor import NotPositiveDefiniteError, cholesky, inverse_factor
+from moonshot.linalg.factor import NotPositiveDefiniteError, inverse, is_positive_definite
 
 _SHRINK = (1e-8, 1e-6, 1e-4, 1e-2, 0.5)
 _HALVINGS = 30
@@ -31,13 +31,13 @@ def raised_minorant(a: Array, minorant: Array, slope: Array, barrier: float) -> 
         return minorant
     identity = eye_like(a, a.shape[0])
     try:
-        r = inverse_factor(a - identity * minorant)
+        within = inverse(a - identity * minorant)
     except NotPositiveDefiniteError:
         return minorant
     root = xp.sqrt(minorant)
-    inverse = (r * root).T @ (r * root)  # of A - D in units of D, so that the step is relative to D
-    gradient = gain + mu * (1 - xp.linalg.diagonal(inverse))
-    curvature = mu * inverse**2 + identity * (mu + 2 * gain)
+    within = within * (root[:, None] * root)  # in units of D, so that the step is relative to D
+    gradient = gain + mu * (1 - xp.linalg.diagonal(within))
+    curvature = mu * within**2 + identity * (mu + 2 * gain)
     unit = 1 / xp.sqrt(xp.linalg.diagonal(curvature))
     curvature = curvature * (unit[:, None] * unit) + 1e-10 * identity  # close to the boundary it is singular
     step = unit * xp.linalg.solve(curvature, (unit * gradient)[:, None])[:, 0]
@@ -51,11 +51,9 @@ def raised_minorant(a: Array, minorant: Array, slope: Array, barrier: float) -> 
 
 def _is_minorant(a: Array, minorant: Array) -> bool:
     """Whether the Cholesky factorisation of `A - D` runs to its end."""
-    try:
-        cholesky(a - eye_like(a, a.shape[0]) * minorant, "A - D")
-    except NotPositiveDefiniteError:
-        return False
-    return True
+    rest = namespace(a).asarray(a, copy=True)
+    rest.reshape(-1)[:: a.shape[0] + 1] -= minorant
+    return is_positive_definite(rest)
 
 
 def proven_minorant(a: Array, minorant: Array, rank: int = 0) -> Array:
