@@ -137,7 +137,7 @@ def all_finite(array: Array) -> bool:
     xp = namespace(array)
     if is_numpy(array):  # a sum is not finite if a summand is not; the converse needs the full look
         with np.errstate(all="ignore"):
-            if np.isfinite(np.sum(array, dtype=np.float64)):
+            if np.isfinite(np.sum(array)):
                 return True
     return bool(xp.all(xp.isfinite(array)))
 

@@ -53,33 +53,45 @@ def _add_multiple(target, factor, a):
         target[l] += factor * a[l]
 
 
+def gains(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    t, phi = (
+        np.empty_like(p),
+        np.empty((*p.shape[:2], _LANES), p.dtype),
+    )  # NumPy's large arrays have large pages
+    _fill_gains(p, t, phi)
+    return t, phi
+
+
 @kernel
-def gains(p):
+def _fill_gains(p, t, phi):
     tiles, d, n, _ = p.shape
-    t, phi = np.empty_like(p), np.empty((tiles, d, _LANES), p.dtype)
     one = p.dtype.type(1)
     for tile in prange(tiles):
-        inverse = np.zeros((n, n, _LANES), p.dtype)
+        inverse = np.zeros((n * (n + 1) // 2, _LANES), p.dtype)  # its lower triangle, row after row
         for k in range(n):
-            inverse[k, k] = one
+            inverse[k * (k + 3) // 2] = one
         u = np.empty((n, _LANES), p.dtype)
         for j in range(d - 1, -1, -1):
             column, gain, shrink = p[tile, j], t[tile, j], phi[tile, j]
-            u[:] = 0
             shrink[:] = one
             for k in range(n):
-                for q in range(n):
-                    _add_product(u[k], inverse[k, q], column[q])
+                row = inverse[k * (k + 1) // 2 : k * (k + 3) // 2 + 1]
+                u[k] = 0
+                for q in range(k):
+                    for l in range(_LANES):
+                        u[k, l] += row[q, l] * column[q, l]
+                        u[q, l] += row[q, l] * column[k, l]
+                _add_product(u[k], row[k], column[k])
+            for k in range(n):
                 _add_product(shrink, u[k], column[k])
             for l in range(_LANES):
                 shrink[l] = one / shrink[l]
             for k in range(n):
+                row = inverse[k * (k + 1) // 2 : k * (k + 3) // 2 + 1]
                 for l in range(_LANES):
                     gain[k, l] = u[k, l] * shrink[l]
-            for k in range(n):
-                for q in range(n):
-                    _subtract_product(inverse[k, q], u[k], gain[q])
-    return t, phi
+                for q in range(k + 1):
+                    _subtract_product(row[q], gain[k], u[q])
 
 
 @njit(fastmath=FAST, inline="always")
