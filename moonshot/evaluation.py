@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.blocks import evaluating
-from moonshot.models.calibration import Batch, language_model_loss, take
+from moonshot.models.calibration import Batch, batch_samples, model_loss, take
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,18 @@ def perplexity(model: nn.Module, ids: Tensor, batch_size: int = 8) -> Perplexity
     total = 0.0
     with evaluating(model):
         for part in ids.split(batch_size):
-            total += float(language_model_loss(model, {"input_ids": part.to(device)})) * len(part)
+            total += float(model_loss(model, {"input_ids": part.to(device)})) * len(part)
     return Perplexity(float(torch.tensor(total / len(ids)).exp()), ids.shape[1], len(ids))
 
 
 @torch.no_grad()
-def sample_losses(
-    model: nn.Module, batches: list[Batch], loss: Callable[..., Tensor] = language_model_loss
-) -> Tensor:
+def sample_losses(model: nn.Module, batches: list[Batch], loss: Callable[..., Tensor] = model_loss) -> Tensor:
     """The loss of each sample (samples,), on the CPU."""
     with evaluating(model):
         return torch.stack(
             [
                 loss(model, take(batch, [index])).float().cpu()
                 for batch in batches
-                for index in range(len(batch["input_ids"]))
+                for index in range(batch_samples(batch))
             ]
         )

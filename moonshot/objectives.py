@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any, ClassVar
 
 from moonshot.linalg.backend import Array, all_finite, as_dtype, eye_like, namespace, native
-from moonshot.linalg.factor import NotPositiveDefiniteError
+from moonshot.linalg.factor import NotPositiveDefiniteError, eigenbasis
 from moonshot.linalg.hessian import RowHessian
 from moonshot.problem import Problem, Term, check_weight, quadratic_loss
 
@@ -120,12 +120,43 @@ class Objective:
         shared matrix numerically indefinite, delta is raised tenfold up to six times; `problem.damping` is
         the fraction used. Raises NotPositiveDefiniteError if that does not help.
         """
+        w = check_weight(weight)
+        quadratics = [
+            term.quadratic(statistic, w)
+            for (_, term), statistic in zip(self.weighted_terms, statistics, strict=True)
+        ]
+        return self._from_quadratics(weight, quadratics, dampening_frac)
+
+    def assemble_groups(
+        self, weights: Array, statistics: list[list[Any]], *, dampening_frac: float = 0.01
+    ) -> Problem:
+        """One pruning problem (groups m, d) of a layer whose groups of outputs read inputs of their own.
+
+        weights: (groups, m, d); statistics: for each group one for each of `weighted_terms`, as `assemble` takes them.
+
+        What the rows of a group share becomes d factors of each, so that one budget can be spread over all
+        groups: meant for the few inputs of grouped convolutions. See `assemble` for damping and errors.
+        """
+        groups, m, d = weights.shape
+        weight = weights.reshape(groups * m, d)
+        w = check_weight(weight)
+        rows = [w[g * m : (g + 1) * m] for g in range(groups)]
+        quadratics = [
+            _stacked(
+                [term.quadratic(of_group[k], part) for of_group, part in zip(statistics, rows, strict=True)],
+                rows,
+            )
+            for k, (_, term) in enumerate(self.weighted_terms)
+        ]
+        return self._from_quadratics(weight, quadratics, dampening_frac)
+
+    def _from_quadratics(self, weight: Array, quadratics: list[Quadratic], dampening_frac: float) -> Problem:
         if not (isinstance(dampening_frac, Real) and isfinite(dampening_frac) and dampening_frac >= 0):
             raise ValueError(f"dampening_frac must be a number of 0 or more, got {dampening_frac!r}")
         w = check_weight(weight)
         terms = [
-            _normalised(term, share, term.quadratic(statistic, w), w)
-            for (share, term), statistic in zip(self.weighted_terms, statistics, strict=True)
+            _normalised(term, share, quadratic, w)
+            for (share, term), quadratic in zip(self.weighted_terms, quadratics, strict=True)
         ]
         shared, factors = _total_shared(terms, w), _total_factors(terms)
         hessian, damping, ridge = _damped(shared, factors, float(dampening_frac))
@@ -265,6 +296,25 @@ def _normalised(term: Objective, share: float, quadratic: Quadratic, weight: Arr
         factors = factors * sqrt(share * scale)
         return Term(term.name, share, 1.0 / share, _scaled(shared, share * scale), factors, centre)
     return Term(term.name, share, scale, shared, None, centre)
+
+
+def _stacked(quadratics: list[Quadratic], weights: list[Array]) -> Quadratic:
+    """Quadratics of several groups of rows as one, each group's shared matrix as a root among its rows' factors."""
+    xp, (m, d) = namespace(weights[0]), weights[0].shape
+    by_group = []
+    for quadratic in quadratics:
+        parts = [] if quadratic.factors is None else [as_dtype(quadratic.factors, "float64")]
+        if quadratic.shared is not None:
+            values, vectors = eigenbasis(quadratic.shared)
+            root = vectors * xp.sqrt(xp.clip(values, 0, None))
+            parts.append(xp.broadcast_to(root[None], (m, d, d)))
+        by_group.append(xp.concat(parts, axis=2))
+    if all(quadratic.centre is None for quadratic in quadratics):
+        return Quadratic(factors=xp.concat(by_group, axis=0))
+    centres = [
+        w if q.centre is None else native(q.centre, "centre") for q, w in zip(quadratics, weights, strict=True)
+    ]
+    return Quadratic(factors=xp.concat(by_group, axis=0), centre=xp.concat(centres, axis=0))
 
 
 def _scaled(array: Array | None, scale: float) -> Array | None:

@@ -13,9 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.evaluation import sample_losses
-from moonshot.models.blocks import Chain, evaluating, find_blocks, in_float32, linear_layers
-from moonshot.models.calibration import Batch, as_batches, count_samples, language_model_loss, set_aside
-from moonshot.models.replay import BlockStatistics, block_gradients, observe_block
+from moonshot.models.blocks import Loss, ModelError, evaluating, in_float32
+from moonshot.models.calibration import (
+    Batch,
+    as_batches,
+    batch_tokens,
+    count_samples,
+    model_loss,
+    moved,
+    set_aside,
+)
+from moonshot.models.cut import Cut, cut_open
+from moonshot.models.layers import LayerView, layers_of
+from moonshot.models.statistics import LayerStatistics
 from moonshot.models.targets import TargetError, select
 from moonshot.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.patterns import Pattern, as_pattern
@@ -36,7 +46,6 @@ CANDIDATES = (
 )
 
 PatternLike = Pattern | str | float
-Loss = Callable[[nn.Module, Any], Tensor]
 OnLayer = Callable[[LayerReport, int], None]
 
 
@@ -65,11 +74,11 @@ def prune(
     factors: int = 16,
     dampening_frac: float = 0.01,
     seed: int = 0,
-    loss: Loss = language_model_loss,
+    loss: Loss = model_loss,
     bound: bool = False,
     on_layer: OnLayer | None = None,
 ) -> Report:
-    """Prune the Linear layers of a decoder's blocks in place, and say how good every layer's answer is.
+    """Prune the linear and convolutional layers of a model in place, and say how good every layer's answer is.
 
     calibration: token ids (samples, tokens), a list of batches, or a DataLoader (models.calibration.as_batches).
     pattern: one for all layers, or {layer name: pattern} for those to prune.
@@ -78,28 +87,30 @@ def prune(
     targets, ignore: names, globs or `re:` expressions of layers (models.targets.select).
     factors: per-sample gradients are reduced to this many by random signs, without bias, for terms that need them.
     seed: of the signs and of the samples set aside; the same seed gives the same model.
-    loss: (model, batch) -> scalar, the mean over the batch; the model's own next-token loss by default.
+    loss: (model, batch) -> scalar, the mean over the batch; the model's own by default, for which batches other
+    than a causal language model's have labels.
     bound: whether to prove for every layer how far from the optimum its answer is at most (LayerReport.gap); it can
     take several times as long as pruning.
     on_layer: called after each layer with its report and the number of layers in all, trials included.
 
-    Inputs come from the model with its earlier blocks pruned, gradients from the dense model. Weights keep
-    their dtype; everything is computed in float32 or better. If it fails, the weights are as they were before.
+    A transformer's blocks, or the parts that a model can be cut into (models.cut), take their turns: inputs come from
+    the model with its earlier parts pruned, gradients from the dense model. Left alone by default are embeddings,
+    what a transformers model has on top of its base model, and all that lies outside a transformer's blocks.
+    Weights keep their dtype; everything is computed in float32 or better. If it fails, the weights are as they were before.
     """
     solver = ADMM() if solver is None else solver
     _check(objective, solver, factors)
-    batches = as_batches(calibration)
-    blocks = find_blocks(model)
-    patterns = _patterns(blocks, pattern, targets, ignore)
+    batches = [moved(batch, _device(model)) for batch in as_batches(calibration)]
+    cut = cut_open(model, batches, loss)
+    layers = cut.layers()
+    patterns = _patterns(cut, layers, pattern, targets, ignore)
     recipe = _Recipe(patterns, solver, factors, dampening_frac, seed, loss, bound)
-    device = next(model.parameters()).device
-    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
     report = Report(
         recipe={
             "pattern": "per layer" if isinstance(pattern, Mapping) else str(pattern),
             "solver": repr(solver),
             "samples": count_samples(batches),
-            "tokens": sum(batch["input_ids"].numel() for batch in batches),
+            "tokens": sum(batch_tokens(batch) for batch in batches),
             "factors": factors,
             "dampening_frac": dampening_frac,
             "seed": seed,
@@ -107,10 +118,10 @@ def prune(
         versions=_versions(),
     )
     begin = time.perf_counter()
-    layers = [layer for name, layer in linear_layers(blocks).items() if name in recipe.patterns]
-    with _restored_on_failure(layers) as restore, evaluating(model):
+    chosen = [layers[name].module for name in patterns]
+    with _restored_on_failure(chosen) as restore, evaluating(model):
         trials = len(CANDIDATES) if isinstance(objective, str) else 0
-        total = (trials + 1) * len(layers)
+        total = (trials + 1) * len(chosen)
 
         def advance(layer: LayerReport) -> None:
             if on_layer is not None:
@@ -120,21 +131,21 @@ def prune(
             fitted, held_out = set_aside(batches, seed)
 
             def held_out_losses(candidate: Objective) -> Tensor:
-                _prune_blocks(model, blocks, fitted, candidate, replace(recipe, bound=False), advance)
+                _prune_segments(model, cut, fitted, candidate, replace(recipe, bound=False), advance)
                 losses = sample_losses(model, held_out, loss)
                 restore()
                 return losses
 
             objective, report.trials = choose(CANDIDATES, held_out_losses)
         report.recipe["objective"] = objective.name
-        report.layers = _prune_blocks(model, blocks, batches, objective, recipe, advance)
+        report.layers = _prune_segments(model, cut, batches, objective, recipe, advance)
     report.seconds = time.perf_counter() - begin
     report.peak_memory = _peak_memory()
     return report
 
 
 @contextmanager
-def _restored_on_failure(layers: list[nn.Linear]) -> Iterator[Callable[[], None]]:
+def _restored_on_failure(layers: list[nn.Module]) -> Iterator[Callable[[], None]]:
     """Put the layers' weights back if what runs inside fails; yields a function that does so at any time."""
     originals = [layer.weight.detach().clone() for layer in layers]
 
@@ -149,44 +160,29 @@ def _restored_on_failure(layers: list[nn.Linear]) -> Iterator[Callable[[], None]
         raise
 
 
-def _prune_blocks(
+def _prune_segments(
     model: nn.Module,
-    blocks: list[tuple[str, nn.Module]],
+    cut: Cut,
     batches: list[Batch],
     objective: Objective,
     recipe: _Recipe,
     advance: Callable[[LayerReport], None],
 ) -> dict[str, LayerReport]:
-    """Prune every block's layers by one objective; {layer name: report}."""
+    """Prune every segment's layers by one objective; {layer name: report}."""
     dtype = next(model.parameters()).dtype
-    signs = _random_signs(count_samples(batches), recipe.seed).to(batches[0]["input_ids"].device)
-    chain = Chain(model, [block for _, block in blocks], recipe.loss)
-    entered = [chain.enter(batch) for batch in batches]
-    pruned = [hidden.to(dtype) for hidden, _ in entered]
-    calls = [call for _, call in entered]
+    signs = _random_signs(count_samples(batches), recipe.seed)
     needs = frozenset[str]().union(*(term.needs for _, term in objective.weighted_terms))
-    gradients = None
-    dense: list[Tensor] = []
-    if needs & {"gradients", "output_gradients"}:
-        gradients = block_gradients(chain, batches, list(pruned), calls)
-        dense = list(pruned)
+    replay = cut.replay(model, batches, recipe.loss, bool(needs & {"gradients", "output_gradients"}))
     reports = {}
-    for index, (prefix, block) in enumerate(blocks):
-        layers = {
-            name: layer for name, layer in linear_layers([(prefix, block)]).items() if name in recipe.patterns
-        }
-        with in_float32(list(block.parameters())):
-            statistics = BlockStatistics(layers, objective, recipe.factors, len(signs))
-            at_output = None if gradients is None else gradients[index]
-            observe_block(chain, index, statistics, batches, calls, pruned, dense, at_output, signs)
-            if gradients is not None:
-                gradients[index] = []
-            for name, layer in layers.items():
-                reports[name] = _prune_layer(name, layer, dtype, statistics.pop(name), objective, recipe)
+    for index, (prefix, segment) in enumerate(replay.segments):
+        views = {name: view for name, view in layers_of(prefix, segment) if name in recipe.patterns}
+        with in_float32(list(segment.parameters())):
+            statistics = LayerStatistics(views, objective, recipe.factors, signs)
+            replay.observe(index, statistics)
+            for name, view in views.items():
+                reports[name] = _prune_layer(name, view, dtype, statistics.pop(name), objective, recipe)
                 advance(reports[name])
-            with torch.no_grad():
-                for b, hidden in enumerate(pruned):
-                    pruned[b] = chain.run(index, hidden, calls[b][index]).to(dtype)
+            replay.advance(index)
     return reports
 
 
@@ -195,25 +191,36 @@ def _random_signs(count: int, seed: int) -> Tensor:
     return torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
 
 
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def _prune_layer(
     name: str,
-    layer: nn.Linear,
+    view: LayerView,
     dtype: torch.dtype,
-    statistics: list[Any],
+    statistics: list[list[Any]],
     objective: Objective,
     recipe: _Recipe,
 ) -> LayerReport:
-    weight = layer.weight.detach()
+    weights = view.matrices()
     try:
-        problem = objective.assemble(weight.to(dtype), statistics, dampening_frac=recipe.dampening_frac)
+        if view.groups == 1:
+            problem = objective.assemble(
+                weights[0].to(dtype), statistics[0], dampening_frac=recipe.dampening_frac
+            )
+        else:
+            problem = objective.assemble_groups(
+                weights.double(), statistics, dampening_frac=recipe.dampening_frac
+            )
         result = solve(problem, recipe.patterns[name], recipe.solver, bound=recipe.bound)
     except ValueError as error:
         error.add_note(f"in layer {name}")
         raise
-    layer.weight.data.copy_(result.weight)
+    view.assign(result.weight.reshape(weights.shape))
     return LayerReport(
         name=name,
-        shape=(weight.shape[0], weight.shape[1]),
+        shape=_shape(view),
         pattern=result.pattern,
         sparsity=result.sparsity,
         relative=result.relative,
@@ -223,6 +230,12 @@ def _prune_layer(
         seconds=result.seconds,
         gap=result.gap,
     )
+
+
+def _shape(view: LayerView) -> tuple[int, int]:
+    """Rows and columns of a layer's problem, those of all groups below one another."""
+    m, d = view.shape
+    return view.groups * m, d
 
 
 def _check(objective: Objective | str, solver: Solver, factors: int) -> None:
@@ -237,13 +250,13 @@ def _check(objective: Objective | str, solver: Solver, factors: int) -> None:
 
 
 def _patterns(
-    blocks: list[tuple[str, nn.Module]],
+    cut: Cut,
+    layers: dict[str, LayerView],
     pattern: PatternLike | Mapping[str, PatternLike],
     targets: str | Iterable[str] | None,
     ignore: str | Iterable[str],
 ) -> dict[str, Pattern]:
     """{layer name: pattern}, checked against every layer's shape before anything is pruned."""
-    layers = linear_layers(blocks)
     if isinstance(pattern, Mapping):
         if unknown := [name for name in pattern if name not in layers]:
             raise TargetError(
@@ -253,10 +266,15 @@ def _patterns(
         patterns = {name: as_pattern(pattern[name]) for name in names}
     else:
         one = as_pattern(pattern)
-        patterns = {name: one for name in select(layers, targets, ignore)}
+        names = [name for name in layers if targets is not None or name not in cut.heads]
+        patterns = {name: one for name in select(names, targets, ignore)}
+    if unreached := [name for name in patterns if name in cut.unreached]:
+        raise ModelError(
+            f"no calibration sample reached {', '.join(unreached)}: leave them out with ignore={unreached}"
+        )
     for name, chosen in patterns.items():
         try:
-            chosen.validate((layers[name].out_features, layers[name].in_features))
+            chosen.validate(_shape(layers[name]))
         except ValueError as error:
             error.add_note(f"in layer {name}")
             raise

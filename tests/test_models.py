@@ -14,9 +14,10 @@ from transformers import (
 )
 
 import moonshot as ms
-from moonshot.models.blocks import Chain, ModelError, find_blocks, linear_layers
-from moonshot.models.calibration import CalibrationError, as_batches, language_model_loss
-from moonshot.models.replay import block_gradients
+from moonshot.models.blocks import Chain, ModelError, find_blocks
+from moonshot.models.calibration import CalibrationError, as_batches, model_loss
+from moonshot.models.chain import block_gradients
+from moonshot.models.layers import layers_of
 from moonshot.models.targets import TargetError
 from moonshot.storage import save
 from tests.examples.diagonal_saliency import DiagonalSaliency
@@ -45,6 +46,10 @@ def tokens(samples=6, length=16):
     return torch.randint(1, 61, (samples, length), generator=torch.Generator().manual_seed(1))
 
 
+def block_layers(model):
+    return {name: view.module for part in find_blocks(model) for name, view in layers_of(*part)}
+
+
 def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -56,7 +61,7 @@ def test_decoders_get_exactly_their_pattern(config, solver):
     before = weights(model)
     report = ms.prune(model, tokens(), "2:4", objective=JOINT, solver=solver)
     assert len(report.layers) == 14
-    layers = linear_layers(find_blocks(model))
+    layers = block_layers(model)
     for name, layer in layers.items():
         assert ((layer.weight.reshape(-1, 4) != 0).sum(1) == 2).all()
         assert 0 < report.layers[name].relative < 1
@@ -80,13 +85,13 @@ def test_every_layers_gap_is_proven_if_asked():
 def test_block_gradients_are_those_of_one_backward_pass():
     model = decoder()
     blocks = [block for _, block in find_blocks(model)]
-    chain = Chain(model, blocks, language_model_loss)
+    chain = Chain(model, blocks, model_loss)
     batch = as_batches(tokens())[0]
     hidden, calls = chain.enter(batch)
     (found,) = zip(*block_gradients(chain, [batch], [hidden], [calls]), strict=True)
     outputs = []
     handles = [b.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for b in blocks]
-    loss = language_model_loss(model, batch) * len(batch["input_ids"])
+    loss = model_loss(model, batch) * len(batch["input_ids"])
     expected = torch.autograd.grad(loss, outputs)
     for handle in handles:
         handle.remove()
@@ -103,7 +108,7 @@ def test_statistics_of_the_first_block_are_those_of_the_dense_model():
     gradients = []
     for sample in ids:
         model.zero_grad()
-        language_model_loss(model, {"input_ids": sample[None]}).backward()
+        model_loss(model, {"input_ids": sample[None]}).backward()
         gradients.append(layer.weight.grad.clone())
     model(input_ids=ids)
     handle.remove()
@@ -190,7 +195,7 @@ def test_extreme_sparsities(sparsity):
     model = decoder()
     before = weights(model)
     ms.prune(model, tokens(), sparsity, objective=JOINT)
-    for name, layer in linear_layers(find_blocks(model)).items():
+    for name, layer in block_layers(model).items():
         expected = before[f"{name}.weight"] * (1 - sparsity)
         torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-4, atol=1e-6)
 
@@ -201,8 +206,13 @@ def test_extreme_sparsities(sparsity):
         (dict(calibration=tokens()[:0]), CalibrationError, "empty"),
         (dict(calibration=[]), CalibrationError, "empty"),
         (dict(calibration="text"), TypeError, "tokenize"),
-        (dict(calibration=[{"labels": tokens()}]), CalibrationError, "input_ids"),
-        (dict(calibration=torch.rand(2, 4)), CalibrationError, "integers"),
+        (dict(calibration=[{"labels": tokens()}]), ValueError, "input_ids"),
+        (dict(calibration=[{"input_ids": torch.rand(2, 4)}]), CalibrationError, "integers"),
+        (dict(calibration=[{"input_ids": tokens()[:0]}]), CalibrationError, "not empty"),
+        (dict(calibration=[{}]), CalibrationError, "no samples"),
+        (dict(calibration=torch.rand(2, 4)), CalibrationError, "pass loss="),
+        (dict(calibration=[3]), TypeError, "mapping or sequence of tensors"),
+        (dict(loss=lambda model, batch: 1.0), ModelError, "scalar tensor, got float"),
         (dict(targets="nothing"), TargetError, "matches no layer"),
         (dict(ignore="nothing"), TargetError, "matches no layer"),
         (dict(pattern={"nothing": 0.5}), TargetError, "no such layer"),
@@ -226,10 +236,23 @@ def test_bad_input_is_refused_and_changes_nothing(change, error, words):
 
 def test_a_failure_halfway_restores_the_model():
     model = decoder()
-    before = weights(model)
+    before, seen = weights(model), []
+
+    def fail(layer, total):
+        seen.append(layer.name)
+        if len(seen) == 9:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        ms.prune(model, tokens(), "2:4", objective=ms.Reconstruction(), solver=ms.Magnitude(), on_layer=fail)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_a_model_with_nan_is_refused_before_anything_is_pruned():
+    model = decoder()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = np.nan
-    before["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
-    with pytest.raises(ValueError, match="NaN"):
+    before = weights(model)
+    with pytest.raises(ModelError, match="finite scalar, got nan"):
         ms.prune(model, tokens(), "2:4", objective=ms.Reconstruction(), solver=ms.Magnitude())
     for name, parameter in model.named_parameters():
         assert torch.equal(before[name].nan_to_num(9), parameter.nan_to_num(9))
@@ -240,8 +263,8 @@ def test_meta_device_and_models_without_blocks_are_refused():
         model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
     with pytest.raises(ModelError, match="meta device"):
         ms.prune(model, tokens(), 0.5)
-    with pytest.raises(ModelError, match="decoder"):
-        ms.prune(torch.nn.Linear(3, 3), tokens(), 0.5)
+    with pytest.raises(ModelError, match="no Linear or convolutional layer"):
+        ms.prune(torch.nn.Embedding(61, 3), tokens(), 0.5)
 
 
 def test_the_report_is_saved_as_json(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 import moonshot as ms
 from moonshot.evaluation import sample_losses
-from moonshot.models.calibration import as_batches, count_samples, language_model_loss, set_aside
+from moonshot.models.calibration import as_batches, count_samples, model_loss, set_aside
 from moonshot.pruning import CANDIDATES, DEFAULT_OBJECTIVE
 from moonshot.weighting import choose
 from tests.test_models import decoder, tokens
@@ -58,7 +58,7 @@ def test_sample_losses_are_those_of_the_samples_alone():
     found = sample_losses(model, [batch])
     for index in range(5):
         alone = {name: tensor[index : index + 1] for name, tensor in batch.items()}
-        assert float(found[index]) == pytest.approx(float(language_model_loss(model, alone).detach()), rel=1e-6)
+        assert float(found[index]) == pytest.approx(float(model_loss(model, alone).detach()), rel=1e-6)
 
 
 def test_auto_prunes_by_the_objective_it_chose():

@@ -1,12 +1,17 @@
 """A model as a chain of blocks: find them, cut the model open at their boundaries, run one alone."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from moonshot.models.calibration import Batch
+from moonshot.models.layers import layers_of
+
+Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar, the mean over the batch
 
 
 class ModelError(ValueError):
@@ -22,34 +27,18 @@ class Call:
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, block) of the model's decoder blocks: its largest list of modules of one class that holds Linears."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError("the model is on the meta device and holds no weights: load it first")
+    """(name, block) of a transformer's blocks: its largest list of modules of one class that hold layers; or []."""
     candidates = [
         (sum(p.numel() for p in module.parameters()), name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len({type(block) for block in module}) == 1
-        and any(isinstance(inner, nn.Linear) for inner in module.modules())
+        and any(True for _ in layers_of("", module))
     ]
     if not candidates:
-        raise ModelError(
-            f"{type(model).__name__} has no list of decoder blocks with Linear layers: give a decoder such as Llama"
-        )
+        return []
     _, name, blocks = max(candidates, key=lambda candidate: candidate[0])
     return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
-
-
-def linear_layers(blocks: list[tuple[str, nn.Module]]) -> dict[str, nn.Linear]:
-    """{name in the model: layer} of every Linear in the blocks."""
-    return {
-        f"{prefix}.{name}": module
-        for prefix, block in blocks
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
 
 
 @contextmanager
@@ -63,6 +52,28 @@ def in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, dtype in halves:
             parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def running_in_float32(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
+    """A model that computes in float32, of whose blocks only the one that runs holds its parameters in it."""
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    running = ExitStack()
+    handles = []
+    for block in blocks:
+        parameters = list(block.parameters())
+        handles.append(
+            block.register_forward_pre_hook(
+                lambda *_, p=parameters: running.enter_context(in_float32(p)) and None
+            )
+        )
+        handles.append(block.register_forward_hook(lambda *_: running.close()))
+    try:
+        with running, in_float32([p for p in model.parameters() if id(p) not in inside]):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -94,14 +105,14 @@ class Chain:
     loss: (model, batch) -> scalar. Hidden states are the blocks' first argument and first (or only) result.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], loss: Callable[..., Tensor]):
+    def __init__(self, model: nn.Module, blocks: list[nn.Module], loss: Loss):
         self.model, self.blocks, self.loss = model, blocks, loss
         inside = {id(p) for block in blocks for p in block.parameters()}
         self._outside = [p for p in model.parameters() if id(p) not in inside]
         self._returns_tuple = False
 
     @torch.no_grad()
-    def enter(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Call]]:
+    def enter(self, batch: Batch) -> tuple[Tensor, list[Call]]:
         """The first block's hidden states, and every block's other arguments, for one batch."""
         first: list[Tensor] = []
         calls: list[Call] = []
@@ -127,7 +138,7 @@ class Chain:
             )
         return first[0], calls
 
-    def leave(self, batch: dict[str, Tensor], hidden: Tensor) -> tuple[float, Tensor]:
+    def leave(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
         """The loss of one batch from the last block's output, and its gradient there."""
         leaf = hidden.detach().float().requires_grad_()
 
@@ -136,8 +147,7 @@ class Chain:
 
         with in_float32(self._outside), _patched(self.blocks, [replace] * len(self.blocks)):
             loss = self.loss(self.model, batch)
-            if loss.ndim or not bool(torch.isfinite(loss)):
-                raise ModelError(f"the loss must be a finite scalar, got {loss.detach()}")
+            check_loss(loss)
             (gradient,) = torch.autograd.grad(loss, leaf)
         return float(loss.detach()), gradient
 
@@ -145,6 +155,14 @@ class Chain:
         """One block alone; its parameters must be in float32 (see `in_float32`)."""
         output = self.blocks[index](hidden.float(), *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+
+def check_loss(loss: Any) -> None:
+    """Raises ModelError for a loss that is not a finite scalar."""
+    if not isinstance(loss, Tensor):
+        raise ModelError(f"the loss must be a scalar tensor, got {type(loss).__name__}")
+    if loss.ndim or not bool(torch.isfinite(loss)):
+        raise ModelError(f"the loss must be a finite scalar, got {loss.detach()}")
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,24 +4,27 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
-Batch = dict[str, Tensor]
+Batch = Any  # a mapping or a sequence of tensors, or one tensor: what `loss(model, batch)` takes
 
 
 class CalibrationError(ValueError):
     """Calibration data that is empty, too little or of the wrong kind."""
 
 
-def as_batches(calibration: Any, batch_tokens: int = 2048) -> list[Batch]:
-    """A list of dict batches, each with `input_ids` (samples, tokens), from token ids, batches or a DataLoader.
+def as_batches(calibration: Any, batch_tokens: int = 2048, batch_samples: int = 16) -> list[Batch]:
+    """A list of batches from token ids, another tensor of samples, batches or a DataLoader.
 
-    calibration: an integer tensor (samples, tokens), split into batches of about `batch_tokens` tokens, so that the
-    logits of one batch stay small; or an iterable whose elements are such tensors or mappings of tensors.
+    calibration: an integer tensor (samples, tokens), split into batches {"input_ids": ...} of about `batch_tokens`
+    tokens, so that the logits of one batch stay small; any other tensor (samples, ...), split by `batch_samples`; or
+    an iterable of batches. A batch is a mapping for `model(**batch)`, or a tensor or sequence for one's own loss.
     """
     if isinstance(calibration, Tensor):
-        calibration = calibration[None] if calibration.ndim == 1 else calibration
-        size = max(batch_tokens // max(calibration.shape[-1], 1), 1)
+        tokens = _is_integer(calibration)
+        calibration = calibration[None] if calibration.ndim == 1 and tokens else calibration
+        size = max(batch_tokens // max(calibration.shape[-1], 1), 1) if tokens else batch_samples
         batches: list[Any] = list(calibration.split(size)) if calibration.numel() else []
     elif isinstance(calibration, str | bytes) or not isinstance(calibration, Iterable):
         raise TypeError(
@@ -35,49 +38,79 @@ def as_batches(calibration: Any, batch_tokens: int = 2048) -> list[Batch]:
     return [_as_batch(batch, index) for index, batch in enumerate(batches)]
 
 
+def _is_integer(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex()
+
+
 def _as_batch(batch: Any, index: int) -> Batch:
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor) and _is_integer(batch):
         batch = {"input_ids": batch}
-    if not isinstance(batch, Mapping):
+    if isinstance(batch, Mapping):
+        batch = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        _check_tokens(batch, index)
+    elif not isinstance(batch, Tensor | list | tuple):
         raise TypeError(
-            f"calibration batch {index} must be a tensor or a mapping of tensors, got {type(batch).__name__}"
+            f"calibration batch {index} must be a mapping or sequence of tensors or a tensor, got "
+            f"{type(batch).__name__}"
         )
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    ids = tensors.get("input_ids")
-    if ids is None:
-        raise CalibrationError(f"calibration batch {index} has no input_ids")
-    if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
+    if not any(tensor.ndim and len(tensor) for tensor in _tensors(batch)):
+        raise CalibrationError(f"calibration batch {index} has no samples: give tensors with the samples first")
+    return batch
+
+
+def _check_tokens(batch: dict[str, Tensor], index: int) -> None:
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is not None and (ids.ndim != 2 or ids.numel() == 0 or not _is_integer(ids)):
         raise CalibrationError(
             f"input_ids of calibration batch {index} must be integers (samples, tokens) and not empty, got "
             f"{tuple(ids.shape)} of {ids.dtype}"
         )
-    mask = tensors.get("attention_mask")
-    if mask is not None and mask.shape != ids.shape:
+    if ids is None or mask is None:
+        return
+    if mask.shape != ids.shape:
         raise CalibrationError(f"attention_mask of calibration batch {index} must have the shape of input_ids")
-    if mask is not None and not bool(mask.any()):
+    if not bool(mask.any()):
         raise CalibrationError(f"calibration batch {index} is padding only")
-    return tensors
 
 
-def token_mask(batch: Batch) -> Tensor:
-    """True (samples, tokens) where a token is real, False where it is padding."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
-    return mask.bool()
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
+
+
+def batch_samples(batch: Batch) -> int:
+    """How many samples a batch has: the length of its first tensor."""
+    return len(next(tensor for tensor in _tensors(batch) if tensor.ndim))
+
+
+def batch_tokens(batch: Batch) -> int:
+    """How many tokens a batch has; 0 where it is no text."""
+    return batch["input_ids"].numel() if isinstance(batch, Mapping) and "input_ids" in batch else 0
+
+
+def moved(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch with its tensors on a device."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def token_mask(batch: Batch) -> Tensor | None:
+    """True (samples, tokens) where a token is real, False where it is padding; None where nothing is padding."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch or "attention_mask" not in batch:
+        return None
+    mask = batch["attention_mask"].bool()
+    return None if bool(mask.all()) else mask
 
 
 def count_samples(batches: list[Batch]) -> int:
-    return sum(len(batch["input_ids"]) for batch in batches)
+    return sum(batch_samples(batch) for batch in batches)
 
 
 def take(batch: Batch, samples: list[int]) -> Batch:
     """The given samples of a batch; what is not one entry a sample is kept as it is."""
-    count = len(batch["input_ids"])
-    return {
-        name: tensor[samples] if tensor.ndim and len(tensor) == count else tensor
-        for name, tensor in batch.items()
-    }
+    count = batch_samples(batch)
+    return tree_map(
+        lambda leaf: leaf[samples] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count else leaf,
+        batch,
+    )
 
 
 def set_aside(batches: list[Batch], seed: int, share: float = 0.25) -> tuple[list[Batch], list[Batch]]:
@@ -94,7 +127,7 @@ def set_aside(batches: list[Batch], seed: int, share: float = 0.25) -> tuple[lis
     aside: list[Batch] = []
     first = 0
     for batch in batches:
-        indices = range(len(batch["input_ids"]))
+        indices = range(batch_samples(batch))
         for target, wanted in ((rest, False), (aside, True)):
             if samples := [k for k in indices if (first + k in chosen) is wanted]:
                 target.append(take(batch, samples))
@@ -123,9 +156,33 @@ def windows(tokenizer: Any, text: str, samples: int, length: int, seed: int | No
     return ids[offsets[:, None] + torch.arange(length)]
 
 
-def language_model_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """The model's own next-token loss, its mean over the batch's real tokens."""
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own loss, its mean over the batch; a causal language model without labels predicts the next token."""
+    if not isinstance(batch, Mapping):
+        raise CalibrationError(
+            f"a batch is a {type(batch).__name__}: pass loss=, a callable (model, batch) -> scalar, or batches that "
+            "are mappings for model(**batch)"
+        )
     batch = dict(batch)
-    if "labels" not in batch:
-        batch["labels"] = batch["input_ids"].masked_fill(~token_mask(batch), -100)
-    return model(**batch, use_cache=False).loss
+    if "labels" not in batch and "input_ids" in batch and _predicts_the_next_token(model):
+        mask = token_mask(batch)
+        ids = batch["input_ids"]
+        batch["labels"] = ids if mask is None else ids.masked_fill(~mask, -100)
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        batch["use_cache"] = False
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise CalibrationError(
+            f"{type(model).__name__} returns no loss for a batch of {', '.join(batch)}: add labels, or pass loss=, a "
+            "callable (model, batch) -> scalar"
+        )
+    return loss
+
+
+def _predicts_the_next_token(model: nn.Module) -> bool:
+    """Whether a model is a causal language model, by transformers' own table; one it doesn't know is taken for one."""
+    from transformers import PreTrainedModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = isinstance(model, PreTrainedModel) and type(model).__module__.startswith("transformers.")
+    return not known or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

@@ -258,3 +258,14 @@ def _boxes(shape: tuple[int, ...], limit: int) -> Iterator[tuple[slice, ...]]:
     for outer in product(*map(range, shape[:axis])):
         for start in range(0, shape[axis], step):
             yield (*(slice(i, i + 1) for i in outer), slice(start, start + step))
+
+
+def layers_of(prefix: str, module: nn.Module) -> Iterator[tuple[str, LayerView]]:
+    """(name, view) of every layer in a module that can be pruned."""
+    for name, inner in module.named_modules(prefix=prefix):
+        try:
+            view = layer_view(inner)
+        except UnsupportedLayerError:
+            continue
+        if view is not None:
+            yield name, view

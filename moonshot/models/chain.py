@@ -1,0 +1,98 @@
+"""Replay of a chain of blocks, of which each reads the one before: what Llama and most transformers are.
+
+One backward pass over the dense model, a block at a time, keeps the loss gradient at every block's output
+(`block_gradients`). When a block's turn comes, it is run alone, forward from its inputs and backward from that gradient,
+so that one block's statistics and activations are in memory at a time.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moonshot.models.blocks import Call, Chain, Loss, in_float32
+from moonshot.models.calibration import Batch, batch_samples, token_mask
+from moonshot.models.recording import Seen, output_gradients, recording
+from moonshot.models.statistics import LayerStatistics
+
+
+class ChainReplay:
+    """The blocks' inputs in the partly pruned model and in the dense one, as far as the replay has come.
+
+    gradients: whether the statistics need gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[tuple[str, nn.Module]],
+        batches: list[Batch],
+        loss: Loss,
+        gradients: bool,
+    ):
+        self.segments, self.batches = blocks, batches
+        self._chain = Chain(model, [block for _, block in blocks], loss)
+        entered = [self._chain.enter(batch) for batch in batches]
+        dtype = next(model.parameters()).dtype
+        self._pruned = [hidden.to(dtype) for hidden, _ in entered]
+        self._calls = [call for _, call in entered]
+        self._dense: list[Tensor] = []
+        self._gradients: list[list[Tensor]] = []
+        if gradients:
+            self._gradients = block_gradients(self._chain, batches, list(self._pruned), self._calls)
+            self._dense = list(self._pruned)
+
+    def observe(self, index: int, statistics: LayerStatistics) -> None:
+        """Run a block, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
+        chain, layers = self._chain, {name: view.module for name, view in statistics.layers.items()}
+        for b, batch in enumerate(self.batches):
+            call = self._calls[b][index]
+            dense_inputs: Seen = {}
+            deltas: Seen = {}
+            if self._gradients:
+                leaf = self._dense[b].float().requires_grad_()
+                outputs: Seen = {}
+                with torch.set_grad_enabled(bool(layers)), recording(layers, dense_inputs, outputs):
+                    output = chain.run(index, leaf, call)
+                if layers:
+                    deltas = output_gradients(output, [self._gradients[index][b].float()], outputs)
+                self._dense[b] = output.detach().to(self._dense[b].dtype)
+            if layers:
+                inputs: Seen = {}
+                with torch.no_grad(), recording(layers, inputs):
+                    chain.run(index, self._pruned[b], call)
+                statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, token_mask(batch))
+        if self._gradients:
+            self._gradients[index] = []
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Run the block as it is now, in float32, for the inputs of the next one."""
+        for b, hidden in enumerate(self._pruned):
+            self._pruned[b] = self._chain.run(index, hidden, self._calls[b][index]).to(hidden.dtype)
+
+
+def block_gradients(
+    chain: Chain, batches: list[Batch], hidden: list[Tensor], calls: list[list[Call]]
+) -> list[list[Tensor]]:
+    """gradients[k][b]: the gradient of sample losses at the output of block k in batch b.
+
+    hidden: the first block's inputs, one for each batch. Each batch's mean loss counts as many times as the batch
+    has samples. Kept in the dtype of `hidden` (bfloat16 for float16, whose range is too small); memory: one
+    hidden state for each block and batch.
+    """
+    boundaries = [hidden]
+    for k, block in enumerate(chain.blocks):
+        with torch.no_grad(), in_float32(list(block.parameters())):
+            boundaries.append([chain.run(k, h, calls[b][k]).to(h.dtype) for b, h in enumerate(boundaries[k])])
+    kept = torch.bfloat16 if hidden[0].dtype == torch.float16 else hidden[0].dtype
+    for b, batch in enumerate(batches):
+        _, gradient = chain.leave(batch, boundaries[-1][b])
+        boundaries[-1][b] = (gradient * batch_samples(batch)).to(kept)
+    for k in range(len(chain.blocks) - 1, 0, -1):
+        block = chain.blocks[k]
+        with in_float32(list(block.parameters())):
+            for b, h in enumerate(boundaries[k]):
+                leaf = h.float().requires_grad_()
+                output = chain.run(k, leaf, calls[b][k])
+                (gradient,) = torch.autograd.grad(output, leaf, boundaries[k + 1][b].float())
+                boundaries[k][b] = gradient.to(kept)
+    return boundaries[1:]

@@ -1,0 +1,61 @@
+"""What layers read and return while a model, or a part of it, runs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+Seen = dict[str, list[Tensor]]  # by layer name, a tensor for each call
+
+
+@contextmanager
+def recording(layers: dict[str, nn.Module], inputs: Seen, outputs: Seen | None = None) -> Iterator[None]:
+    """Append what every layer reads, and returns, to `inputs` and `outputs` at each call.
+
+    An output stays what it was where the model goes on to change it in place.
+    """
+
+    def hook(name: str) -> Callable:
+        def record(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            inputs.setdefault(name, []).append(x.detach())
+            if outputs is None:
+                return None
+            outputs.setdefault(name, []).append(output)
+            return output.clone()
+
+        return record
+
+    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def output_gradients(results: Any, gradients: list[Tensor | None], outputs: Seen) -> Seen:
+    """The gradient at every recorded output, given that at the floating-point tensors of `results`."""
+    pairs = [
+        (result, gradient.to(result.dtype))
+        for result, gradient in zip(differentiable(results), gradients, strict=True)
+        if gradient is not None and result.requires_grad
+    ]
+    calls = [(name, output) for name, made in outputs.items() for output in made]
+    if not pairs:
+        return {name: [torch.zeros_like(output) for output in made] for name, made in outputs.items()}
+    tops, seeds = zip(*pairs, strict=True)
+    found = torch.autograd.grad(tops, [output for _, output in calls], seeds, allow_unused=True)
+    deltas: Seen = {}
+    for (name, output), delta in zip(calls, found, strict=True):
+        deltas.setdefault(name, []).append(torch.zeros_like(output) if delta is None else delta)
+    return deltas
+
+
+def differentiable(results: Any) -> list[Tensor]:
+    """The floating-point tensors in whatever a module returned, in a fixed order."""
+    leaves, _ = tree_flatten(results)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
