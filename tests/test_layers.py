@@ -8,9 +8,19 @@ from unittest import mock
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+)
 from transformers.pytorch_utils import Conv1D
 
 import moonshot as ms
@@ -78,6 +88,37 @@ def linears(draw):
 
 
 any_layer = st.one_of(linears(), convolutions(), transposed_convolutions())
+any_convolution = st.one_of(convolutions(), transposed_convolutions())
+
+# What random layers seldom are: (module, sizes of the input).
+AWKWARD = {
+    **{
+        f"same, even kernel, {mode}": (nn.Conv2d(2, 3, (2, 4), padding="same", padding_mode=mode), (5, 6))
+        for mode in ("zeros", "reflect", "replicate", "circular")
+    },
+    **{
+        f"paddings of three sizes, {mode}": (
+            nn.Conv3d(2, 3, 2, padding=(0, 1, 2), padding_mode=mode),
+            (2, 3, 4),
+        )
+        for mode in ("zeros", "reflect", "replicate", "circular")
+    },
+    "valid": (nn.Conv1d(2, 3, 3, padding="valid", padding_mode="reflect"), (6,)),
+    "depthwise": (nn.Conv2d(4, 4, 3, padding=1, groups=4), (4, 5)),
+    "depthwise, two outputs each": (nn.Conv2d(4, 8, 3, stride=2, groups=4), (5, 6)),
+    "one position": (nn.Conv2d(3, 4, (4, 5)), (4, 5)),
+    "pointwise": (nn.Conv2d(6, 4, 1, groups=2), (4, 5)),
+    "pointwise, strided, padded": (nn.Conv2d(3, 4, 1, stride=2, padding=1), (4, 5)),
+    "stride beyond the kernel": (nn.Conv1d(3, 4, 2, stride=5), (13,)),
+    "more padding than input": (nn.Conv2d(2, 3, 3, padding=4, dilation=2), (2, 1)),
+    "transposed depthwise": (nn.ConvTranspose2d(4, 4, 3, 2, groups=4), (3, 4)),
+    "transposed, three strides": (nn.ConvTranspose3d(4, 6, 2, (1, 2, 3), groups=2), (2, 3, 2)),
+    "transposed, cropped to one": (nn.ConvTranspose1d(2, 3, 3, stride=2, padding=4), (4,)),
+    "transposed, cropped beyond the kernel": (nn.ConvTranspose2d(2, 3, (1, 2), 3, padding=(1, 2)), (3, 4)),
+    "transposed, output padding": (nn.ConvTranspose2d(2, 3, 3, (2, 3), 1, output_padding=(1, 2)), (3, 2)),
+    "transposed, dilated": (nn.ConvTranspose2d(2, 3, 3, 1, 2, output_padding=(1, 0), dilation=(2, 3)), (3, 4)),
+    "transposed, stride beyond the kernel": (nn.ConvTranspose1d(2, 3, 1, stride=4, output_padding=3), (3,)),
+}
 
 
 def channels_last(module, tensor):
@@ -154,9 +195,7 @@ def explicit_rows(module, inputs, outputs, group):
     return torch.stack(rows).unflatten(0, (len(mine), -1))
 
 
-@given(any_layer, BOUNDS)
-def test_rows_times_matrices_are_the_outputs(case, bound):
-    module, inputs = case
+def assert_rows_give_the_outputs(module, inputs, bound):
     outputs = module(inputs).detach()
     expected = channels_last(module, outputs)
     view = layer_view(module)
@@ -170,9 +209,8 @@ def test_rows_times_matrices_are_the_outputs(case, bound):
             torch.testing.assert_close(rows @ matrices[group].T + of_group(bias, group, view.groups), seen)
 
 
-@given(st.one_of(convolutions(), transposed_convolutions()))
-def test_rows_and_their_products_are_those_of_a_loop_over_positions(case):
-    module, inputs = case
+def assert_rows_are_those_of_a_loop(module, inputs):
+    """And their products."""
     outputs = module(inputs)
     view = layer_view(module)
     for group in range(view.groups):
@@ -183,6 +221,30 @@ def test_rows_and_their_products_are_those_of_a_loop_over_positions(case):
         torch.testing.assert_close(gram, sum(torch.outer(x, x) for x in explicit.flatten(0, 1)))
 
 
+@settings(max_examples=150)
+@given(any_layer, BOUNDS)
+def test_rows_times_matrices_are_the_outputs(case, bound):
+    assert_rows_give_the_outputs(*case, bound)
+
+
+@settings(max_examples=150)
+@given(any_convolution)
+def test_rows_and_their_products_are_those_of_a_loop_over_positions(case):
+    assert_rows_are_those_of_a_loop(*case)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_layers(name):
+    module, sizes = AWKWARD[name]
+    module = copy.deepcopy(module).double()
+    inputs = torch.randn(2, module.in_channels, *sizes).double()
+    for bound in (2**24, 40):
+        assert_rows_give_the_outputs(module, inputs, bound)
+    assert_rows_are_those_of_a_loop(module, inputs)
+
+
+@settings(max_examples=150)
 @given(any_layer, BOUNDS)
 def test_sample_gradients_are_those_of_autograd(case, bound):
     module, inputs = case
@@ -203,6 +265,7 @@ def test_sample_gradients_are_those_of_autograd(case, bound):
         torch.testing.assert_close(as_weight.weight.detach(), expected)
 
 
+@settings(max_examples=150)
 @given(any_layer)
 def test_assigned_matrices_are_what_the_layer_computes_with(case):
     module, inputs = case
@@ -219,6 +282,7 @@ def test_assigned_matrices_are_what_the_layer_computes_with(case):
     torch.testing.assert_close(torch.cat(rows, -1) + bias, outputs)
 
 
+@settings(max_examples=150)
 @given(any_layer, BOUNDS)
 def test_chunks_are_bounded_and_cover_every_row_once_in_order(case, bound):
     module, inputs = case
@@ -277,7 +341,8 @@ def test_the_columns_of_a_linear_are_its_inputs():
         assert (view.groups, view.shape, view.channels) == (1, (3, 8), 8)
 
 
-@given(st.one_of(convolutions(), transposed_convolutions()))
+@settings(max_examples=150)
+@given(any_convolution)
 def test_reconstruction_is_the_error_of_the_output(case):
     """A whole pruning of one layer, group by group: what the solver is told is what the layer then does."""
     module, inputs = case
@@ -295,6 +360,58 @@ def test_reconstruction_is_the_error_of_the_output(case):
         zero += at_zero
     view.assign(torch.stack(pruned))
     assert float((module(inputs).detach() - before).square().sum()) == pytest.approx(error, abs=1e-9 * zero)
+
+
+def images(model, config, **options):
+    return model(config(image_size=32, **options)), torch.randn(2, 3, 32, 32)
+
+
+def tokens():
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config), torch.randint(0, 50, (2, 8))
+
+
+MODELS = {
+    "GPT-2": (tokens, 5),
+    "MobileNet": (
+        lambda: images(MobileNetV2ForImageClassification, MobileNetV2Config, depth_multiplier=0.25),
+        53,
+    ),
+    "ConvNeXt": (
+        lambda: images(
+            ConvNextForImageClassification, ConvNextConfig, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1]
+        ),
+        17,
+    ),
+    "Swin": (
+        lambda: images(
+            SwinForImageClassification, SwinConfig, embed_dim=12, depths=[1, 2], num_heads=[2, 2], window_size=4
+        ),
+        21,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_of_a_model(name):
+    torch.manual_seed(0)
+    make, count = MODELS[name]
+    model, batch = make()
+    seen = []
+    for module in model.modules():
+        if layer_view(module) is not None:
+            module.register_forward_hook(lambda layer, args, output: seen.append((layer, args[0], output)))
+    with torch.no_grad():
+        model.eval()(batch)
+    assert len(seen) == count
+    for module, inputs, outputs in seen:
+        view = layer_view(module)
+        bias = torch.zeros(view.groups * view.shape[0]) if module.bias is None else module.bias.detach()
+        for group, matrix in enumerate(view.matrices()):
+            rows, found = gathered(view, inputs, outputs, group)
+            torch.testing.assert_close(
+                rows @ matrix.T + of_group(bias, group, view.groups), found, rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("sizes", [(), (3,), (2, 3), (2, 4, 4, 3)])

@@ -19,7 +19,7 @@ NUMBERS = 2**24  # in a chunk at most, unless a single row has more
 
 
 class UnsupportedLayerError(ValueError):
-    """A layer that is of a known kind but does not compute what its kind does, from a weight of its own."""
+    """A layer of a known kind that overrides its forward, or whose weight is not an ordinary parameter."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ class LayerView:
     def chunks(self, inputs: Tensor, output_gradients: Tensor | None = None, group: int = 0) -> Iterator[Chunk]:
         """The rows of one group of a batch, each once and in order, at most NUMBERS numbers at a time.
 
-        inputs: what the layer was called with; output_gradients: of what it returned, the same shape.
+        inputs: what the layer was called with; output_gradients: in the shape of what it returned.
 
-        The first dimension is the samples; a sample's positions are its tokens (all dimensions between), or the
-        positions of a convolution's output in row-major order. What has no samples is one. A chunk has several
-        samples whole, or a part of one. Where chunks begin and end depends on the shape of `inputs` alone. Sample
-        gradients add up as
+        The first dimension is the samples; an input without it is one sample. A sample's positions are its tokens (all
+        dimensions between samples and inputs), or those of a convolution's output, in row-major order. A chunk has
+        several whole samples, or a part of one. Where it begins and ends depends on the shape of `inputs` alone. The
+        gradients of all samples add up by::
 
             for chunk in view.chunks(inputs, output_gradients):
                 for s in range(len(chunk.inputs)):
