@@ -28,7 +28,7 @@ from moonshot.models.layers import LayerView, layers_of
 from moonshot.models.statistics import LayerStatistics
 from moonshot.models.targets import TargetError, select
 from moonshot.objectives import Fisher, Objective, Reconstruction, TokenFisher
-from moonshot.patterns import Pattern, as_pattern
+from moonshot.patterns import Pattern, PatternError, as_pattern
 from moonshot.report import LayerReport, Report
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver, solve
@@ -96,7 +96,7 @@ def prune(
     A transformer's blocks, or the parts that a model can be cut into (models.cut), take their turns: inputs come from
     the model with its earlier parts pruned, gradients from the dense model. Left alone by default are embeddings,
     what a transformers model has on top of its base model, and all that lies outside a transformer's blocks.
-    Weights keep their dtype; everything is computed in float32 or better. If it fails, the weights are as they were before.
+    Weights keep their dtype; everything is computed in float32 or better. If it fails, the weights are as they were.
     """
     solver = ADMM() if solver is None else solver
     _check(objective, solver, factors)
@@ -118,7 +118,7 @@ def prune(
         versions=_versions(),
     )
     begin = time.perf_counter()
-    chosen = [layers[name].module for name in patterns]
+    chosen = [layers[name] for name in patterns]
     with _restored_on_failure(chosen) as restore, evaluating(model):
         trials = len(CANDIDATES) if isinstance(objective, str) else 0
         total = (trials + 1) * len(chosen)
@@ -145,13 +145,13 @@ def prune(
 
 
 @contextmanager
-def _restored_on_failure(layers: list[nn.Module]) -> Iterator[Callable[[], None]]:
+def _restored_on_failure(layers: list[LayerView]) -> Iterator[Callable[[], None]]:
     """Put the layers' weights back if what runs inside fails; yields a function that does so at any time."""
-    originals = [layer.weight.detach().clone() for layer in layers]
+    originals = [view.matrices() for view in layers]
 
     def restore() -> None:
-        for layer, original in zip(layers, originals, strict=True):
-            layer.weight.data.copy_(original)
+        for view, original in zip(layers, originals, strict=True):
+            view.assign(original)
 
     try:
         yield restore
@@ -275,10 +275,23 @@ def _patterns(
     for name, chosen in patterns.items():
         try:
             chosen.validate(_shape(layers[name]))
+            _check_channels(chosen, layers[name])
         except ValueError as error:
             error.add_note(f"in layer {name}")
             raise
     return patterns
+
+
+def _check_channels(pattern: Pattern, view: LayerView) -> None:
+    """Groups of an N:M pattern must stay within one position of a convolution's kernel."""
+    if not hasattr(pattern, "groups"):
+        return
+    size, _ = pattern.groups(_shape(view))
+    if size < view.shape[1] and view.channels % size:
+        raise PatternError(
+            f"{pattern} needs input channels divisible by {size}, the layer has {view.channels}: "
+            "leave it out with ignore, or give it a pattern of its own"
+        )
 
 
 def _versions() -> dict[str, str]:

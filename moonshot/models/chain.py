@@ -1,8 +1,8 @@
 """Replay of a chain of blocks, of which each reads the one before: what Llama and most transformers are.
 
 One backward pass over the dense model, a block at a time, keeps the loss gradient at every block's output
-(`block_gradients`). When a block's turn comes, it is run alone, forward from its inputs and backward from that gradient,
-so that one block's statistics and activations are in memory at a time.
+(`block_gradients`). When a block's turn comes, it is run alone, forward from its inputs and backward from that
+gradient, so that one block's statistics and activations are in memory at a time.
 """
 
 import torch

@@ -7,7 +7,7 @@ gradient at what it returns; when its turn comes, a segment is run alone.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -137,11 +137,9 @@ class GraphReplay:
             return lambda *args, **kwargs: _in_float32(self._results[b][k])
 
         forwards = [returned(k) for k in range(index)] + [stop]
-        with in_float32(self._outside), _replaced([s for _, s in self.segments[: index + 1]], forwards):
-            try:
-                self._loss(self._model, self.batches[b])
-            except _Reached:
-                pass
+        replaced = _replaced([segment for _, segment in self.segments[: index + 1]], forwards)
+        with in_float32(self._outside), replaced, suppress(_Reached):
+            self._loss(self._model, self.batches[b])
         if not found:
             raise ModelError(
                 f"{self.segments[index][0]} did not run: every batch must call the same parts once"

@@ -32,7 +32,7 @@ class LayerStatistics:
     def observe(
         self, samples: int, inputs: Seen, deltas: Seen, dense_inputs: Seen, mask: Tensor | None
     ) -> None:
-        """One batch. inputs: of the partly pruned model; deltas, the gradients at outputs, and dense_inputs of the dense.
+        """One batch. inputs: in the partly pruned model; deltas: the gradients at outputs; dense_inputs: with these.
 
         mask: (samples, tokens), True where a token is real; None where all are.
         """
@@ -78,7 +78,7 @@ class LayerStatistics:
                 if chunk.output_gradients is None
                 else _rows(chunk.output_gradients, real),
             )
-            if not len(observation.inputs):
+            if real is not None and not bool(real.any()):
                 continue
             for k in wanted:
                 key = (name, group, k)
@@ -102,6 +102,7 @@ class LayerStatistics:
         for group in range(view.groups):
             for chunk in view.chunks(x, delta, group):
                 at = chunk.output_gradients
+                assert at is not None  # delta was given
                 if mask is not None and mask.shape == x.shape[:2]:
                     at = at.masked_fill(~mask[chunk.samples, chunk.positions][..., None], 0)
                 for s in range(len(chunk.inputs)):
@@ -119,7 +120,8 @@ class LayerStatistics:
             statistics = []
             for k, term in enumerate(self.terms):
                 if "gradients" in term.needs:
-                    statistics.append(term.accumulate(None, Observation(gradients=gradients[:, group])))
+                    of_group = None if gradients is None else gradients[:, group]
+                    statistics.append(term.accumulate(None, Observation(gradients=of_group)))
                 else:
                     owner = self._owner[name] if term.needs == {"inputs"} else name
                     statistics.append(self._statistics[owner, group, k])

@@ -1,0 +1,406 @@
+"""`prune` on models of every family: how they are cut open, what their layers see, what comes out."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import moonshot as ms
+from moonshot.models.blocks import ModelError
+from moonshot.models.calibration import CalibrationError, as_batches, model_loss
+from moonshot.models.chain import ChainReplay
+from moonshot.models.cut import Cut, cut_open
+from moonshot.models.graph import GraphReplay
+from moonshot.models.layers import layer_view
+from moonshot.models.statistics import LayerStatistics
+from moonshot.models.targets import TargetError
+from moonshot.patterns import PatternError
+
+JOINT = 0.5 * ms.Reconstruction() + 0.3 * ms.Fisher() + 0.2 * ms.TokenFisher()
+TEXT = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def tokens(samples=6, length=12):
+    return torch.randint(3, 61, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def images(samples=6):
+    pixels = torch.randn(samples, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return [{"pixel_values": pixels, "labels": torch.arange(samples) % 3}]
+
+
+def labelled(**inputs):
+    return [{**inputs, "labels": torch.arange(6) % 3}]
+
+
+def seq2seq(**inputs):
+    return [{**inputs, "labels": tokens(6, 7)}]
+
+
+def language(config, **changes):
+    return lambda: transformers.AutoModelForCausalLM.from_config(config(**(TEXT | changes)))
+
+
+def vision(name, **config):
+    model, config_class = (getattr(transformers, name + end) for end in ("ForImageClassification", "Config"))
+    return lambda: model(config_class(num_labels=3, **config))
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        vocab_size=61,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=20,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=61,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+GPT2 = dict(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+VIT = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    image_size=32,
+    patch_size=4,
+)
+SWIN = dict(image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)
+# model, calibration, chained, layers pruned by default, names left alone
+MODELS = {
+    "GPT-2": (
+        lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
+        tokens,
+        True,
+        8,
+        "lm_head",
+    ),
+    "OPT": (language(transformers.OPTConfig, ffn_dim=48, word_embed_proj_dim=32), tokens, True, 12, "lm_head"),
+    "Phi-3": (language(transformers.Phi3Config, num_key_value_heads=2), tokens, True, 8, "lm_head"),
+    "GPT-NeoX": (language(transformers.GPTNeoXConfig), tokens, True, 8, "embed_out"),
+    "BERT": (
+        lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=3)),
+        lambda: labelled(input_ids=tokens()),
+        True,
+        12,
+        "classifier",
+    ),
+    "T5": (t5, lambda: seq2seq(input_ids=tokens()), False, 16, "lm_head"),
+    "Whisper": (whisper, lambda: seq2seq(input_features=torch.randn(6, 8, 40)), False, 18, "proj_out"),
+    "ViT": (vision("ViT", **VIT), images, True, 12, "classifier"),
+    "Swin": (vision("Swin", **SWIN), images, False, 14, "classifier"),
+    "ConvNeXt": (
+        vision("ConvNext", hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1], image_size=32),
+        images,
+        False,
+        16,
+        "classifier",
+    ),
+    "ResNet": (
+        vision("ResNet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], layer_type="bottleneck"),
+        images,
+        False,
+        12,
+        "classifier.1",
+    ),
+    "RegNet": (
+        vision("RegNet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], groups_width=8),
+        images,
+        False,
+        13,
+        "classifier.1",
+    ),
+}
+
+
+def built(name):
+    torch.manual_seed(0)
+    make, calibration, *rest = MODELS[name]
+    return make(), calibration(), *rest
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_is_cut_and_pruned_to_its_budget(name):
+    model, calibration, chained, count, head = built(name)
+    before = copy.deepcopy(model.state_dict())
+    cut = cut_open(model, as_batches(calibration), model_loss)
+    assert cut.chained is chained
+    report = ms.prune(model, calibration, 0.5, objective=JOINT, solver=ms.SparseGPT())
+    assert len(report.layers) == count and report.sparsity == pytest.approx(0.5, abs=2e-3)
+    assert head not in report.layers
+    pruned = {f"{layer}.weight" for layer in report.layers}
+    for key, value in model.state_dict().items():
+        if key in pruned:
+            size = value.numel()
+            assert abs(int((value == 0).sum()) - size / 2) <= 0.5, key
+        else:
+            assert torch.equal(value, before[key]), key
+    assert all(0 <= layer.relative < 1 for layer in report.layers.values())
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "BERT", "T5", "Whisper", "ViT", "Swin"])
+def test_outputs_move_less_than_by_magnitude(name):
+    model, calibration, *_ = built(name)
+    model.eval()
+    (batch,) = as_batches(calibration)
+
+    def outputs(solver):
+        pruned = copy.deepcopy(model)
+        ms.prune(pruned, calibration, 0.5, objective=ms.Reconstruction(), solver=solver)
+        with torch.no_grad():
+            return pruned(**batch, **({} if "labels" in batch else {"labels": batch["input_ids"]})).logits
+
+    with torch.no_grad():
+        dense = model(**batch).logits
+    moved = [float((outputs(solver) - dense).norm()) for solver in (ms.ADMM(), ms.Magnitude())]
+    assert moved[0] < moved[1]
+
+
+def test_a_chain_and_a_graph_see_the_same():
+    torch.manual_seed(0)
+    model = language(transformers.LlamaConfig, num_key_value_heads=2)().eval()
+    batches, signs = as_batches(tokens()), torch.tensor([1.0, -1, 1, 1, -1, -1])
+    cut = cut_open(model, batches, model_loss)
+    assert cut.chained
+    found = []
+    for kind in (ChainReplay, GraphReplay):
+        replay, seen = kind(model, cut.segments, batches, model_loss, True), {}
+        for index in range(2):
+            layers = {name: view for name, view in cut.layers().items() if f"layers.{index}." in name}
+            statistics = LayerStatistics(layers, JOINT, 16, signs)
+            replay.observe(index, statistics)
+            seen |= {name: statistics.pop(name) for name in layers}
+            replay.advance(index)
+        found.append(seen)
+    for name, ((shared, factors, weighted),) in found[0].items():
+        ((other_shared, other_factors, other_weighted),) = found[1][name]
+        torch.testing.assert_close(shared, other_shared, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(factors, other_factors, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(weighted, other_weighted, rtol=1e-3, atol=1e-12)
+
+
+class Twice(nn.Module):
+    """A layer used twice, one that never runs, an in-place activation, and arguments that differ by call."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared, self.unused = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = nn.functional.relu_(self.first(x))
+        h = nn.functional.relu_(self.shared(h))
+        return self.last(self.shared(h))
+
+
+def pairs(samples=20):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(samples, 6, generator=generator), torch.arange(samples) % 3)]
+
+
+def pair_loss(model, batch):
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+def test_both_uses_of_a_layer_count():
+    torch.manual_seed(0)
+    model = Twice().eval()
+    ((x, y),) = pairs()
+    reads, gradients = [], []
+    handle = model.shared.register_forward_hook(lambda _m, args, _out: reads.append(args[0].detach()))
+    model(x)
+    handle.remove()
+    for k in range(len(x)):
+        model.zero_grad()
+        pair_loss(model, (x[k : k + 1], y[k : k + 1])).backward()
+        gradients.append(model.shared.weight.grad.clone())
+    objective = 0.5 * ms.Reconstruction() + 0.5 * ms.Fisher()
+    problem = objective.problem(
+        model.shared.weight.detach(), inputs=torch.cat(reads), gradients=torch.stack(gradients)
+    )
+    expected = ms.solve(problem, 0.5, ms.SparseGPT())
+    report = ms.prune(
+        model, pairs(), {"shared": 0.5}, objective=objective, solver=ms.SparseGPT(), factors=20, loss=pair_loss
+    )
+    assert report.layers["shared"].relative == pytest.approx(expected.relative, rel=1e-4)
+    torch.testing.assert_close(model.shared.weight.detach(), expected.weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_layer_that_never_runs_is_named():
+    model = Twice()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match=r"no calibration sample reached unused: .* ignore=\['unused'\]"):
+        ms.prune(model, pairs(), 0.5, loss=pair_loss)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    report = ms.prune(model, pairs(), 0.5, loss=pair_loss, ignore="unused")
+    assert list(report.layers) == ["first", "shared", "last"]
+
+
+def test_a_plain_network_is_cut_into_segments_that_read_the_pruned_ones_before():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(part for _ in range(6) for part in (nn.Linear(6, 6), nn.ReLU(inplace=True))))
+
+    def loss(model, batch):
+        return model(batch).square().mean()
+
+    calibration = pairs()[0][0]
+    cut = cut_open(model, as_batches(calibration), loss)
+    assert [name for name, _ in cut.segments] == ["0", "2", "4", "6", "8", "10"] and not cut.chained
+    report = ms.prune(model, calibration, 0.5, objective=ms.Reconstruction(), solver=ms.SparseGPT(), loss=loss)
+    with torch.no_grad():
+        x = model[:10](calibration)
+    problem = ms.Reconstruction().problem(model[10].weight.detach(), inputs=x)
+    assert report.recipe["samples"] == 20 and "Reconstruction" in report.layers["10"].terms
+    assert float(x.abs().max()) > 0 and problem.value(model[10].weight.detach()) >= 0
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.depthwise = nn.Conv2d(4, 8, 3, groups=4, padding=1)
+        self.pointwise = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        return self.pointwise(torch.relu(self.depthwise(x))).mean((2, 3))
+
+
+def test_a_grouped_convolution_is_one_problem_with_one_budget():
+    torch.manual_seed(0)
+    model = Grouped().eval()
+    x = torch.randn(5, 4, 7, 7, generator=torch.Generator().manual_seed(0))
+    x *= torch.tensor([0.1, 1, 3, 10])[:, None, None]  # groups that matter little and much
+    view = layer_view(model.depthwise)
+    grams = [
+        sum(chunk.inputs.flatten(0, 1).T @ chunk.inputs.flatten(0, 1) for chunk in view.chunks(x, None, g))
+        for g in range(4)
+    ]
+    dense = view.matrices()
+
+    def value(matrices):
+        moved = (matrices - dense).double()
+        return sum(float(torch.einsum("ij,jk,ik->", moved[g], grams[g].double(), moved[g])) for g in range(4))
+
+    report = ms.prune(
+        model,
+        [(x, torch.zeros(5, dtype=torch.long))],
+        {"depthwise": 0.5},
+        objective=ms.Reconstruction(),
+        solver=ms.ADMM(),
+        dampening_frac=1e-6,
+        loss=pair_loss,
+    )
+    layer = report.layers["depthwise"]
+    assert layer.shape == (8, 9) and layer.sparsity == 0.5
+    assert layer.terms["Reconstruction"] == pytest.approx(value(view.matrices()) / value(0 * dense), rel=1e-3)
+    kept = (view.matrices() != 0).sum(dim=(1, 2))
+    assert int(kept.sum()) == 36 and kept[0] < kept[3]
+
+
+def test_two_to_four_runs_along_the_channels_of_a_convolution():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    batch = (torch.randn(6, 8, 9, 9), torch.arange(6) % 3)
+    ms.prune(model, [batch], "2:4", loss=pair_loss)
+    for conv in (model[0], model[2]):
+        along = conv.weight.detach().movedim(1, -1).reshape(-1, 4)
+        assert ((along != 0).sum(1) == 2).all()
+    odd = nn.Sequential(nn.Conv2d(3, 4, 4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    images = (torch.randn(6, 3, 9, 9), torch.arange(6) % 3)
+    odd(images[0])
+    with pytest.raises(PatternError, match="input channels divisible by 4, the layer has 3: leave it out"):
+        ms.prune(odd, [images], "2:4", loss=pair_loss)
+
+
+# calls that are wrong
+
+
+def test_batches_that_give_no_loss():
+    torch.manual_seed(0)
+    model = vision("ViT", **VIT)()
+    unlabelled = [{"pixel_values": images()[0]["pixel_values"]}]
+    with pytest.raises(CalibrationError, match="ViTForImageClassification returns no loss .* add labels"):
+        ms.prune(model, unlabelled, 0.5)
+    with pytest.raises(CalibrationError, match="a batch is a tuple: pass loss="):
+        ms.prune(Twice(), pairs(), 0.5)
+    with pytest.raises(ModelError, match="ran no layer"):
+        ms.prune(Twice(), pairs(), 0.5, loss=lambda model, batch: batch[0].mean())
+    with pytest.raises(ModelError, match="ran more than once"):
+        ms.prune(
+            Twice(), pairs(), 0.5, loss=lambda model, batch: pair_loss(model, batch) + pair_loss(model, batch)
+        )
+
+
+class Fork(nn.Module):
+    """Other layers for other batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(6, 3) for _ in range(6))
+
+    def forward(self, x):
+        return sum(part(x) for part in (self.parts[:4] if len(x) == 8 else self.parts))
+
+
+@pytest.mark.parametrize("objective", [ms.Reconstruction(), ms.Fisher()])
+def test_batches_that_call_other_parts(objective):
+    model = Fork()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match="every batch must call the same"):
+        ms.prune(model, [*pairs(), *pairs(8)], 0.5, loss=pair_loss, objective=objective)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_names_of_layers_outside_the_segments_are_not_targets():
+    model, calibration, *_ = built("BERT")
+    with pytest.raises(TargetError, match="classifier"):
+        ms.prune(model, calibration, 0.5, targets="classifier")
+    model, calibration, *_ = built("ResNet")
+    report = ms.prune(model, calibration, 0.5, targets="classifier.1", solver=ms.SparseGPT())
+    assert list(report.layers) == ["classifier.1"]
+
+
+def test_a_cut_knows_its_layers():
+    model = Twice()
+    cut = cut_open(model, as_batches(pairs()), pair_loss)
+    assert isinstance(cut, Cut) and cut.unreached == {"unused"} and cut.heads == frozenset()
+    assert [name for name, _ in cut.segments] == [""]
