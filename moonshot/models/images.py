@@ -121,6 +121,7 @@ class ImageBatches:
         self.processor, self.pictures = processor, pictures
         self.samples, self.seed, self.batch_size = samples, seed, batch_size
         self.skipped: list[str] = []
+        self._require(len(pictures.labels))
         self._ids = _label_ids(pictures, model.config)
         self._mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
 
@@ -154,10 +155,15 @@ class ImageBatches:
                 continue
             found += 1
             yield image, pictures.labels[index]
-        if found < (self.samples or 1):
+        self._require(found)
+
+    def _require(self, found: int) -> None:
+        needed = self.samples or 1
+        if found < needed:
             broken = f", {len(self.skipped)} of them broken, such as {self.skipped[0]}" if self.skipped else ""
             raise CalibrationError(
-                f"{pictures.source} has {count} images{broken}; {self.samples or 1} needed: give more or lower nsamples"
+                f"{self.pictures.source} has {len(self.pictures.labels)} images{broken}; {needed} needed: "
+                "give more, or lower nsamples"
             )
 
 
