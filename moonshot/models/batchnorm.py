@@ -22,8 +22,8 @@ def reestimate(model: nn.Module, batches: list[Batch], forward: Callable[[nn.Mod
     each statistic is that of the model as it will run; for this the batches are run once for each layer, up to it.
     A layer that the model does not call, or without running statistics, is left alone.
 
-    Raises CalibrationError for a layer that sees one value of each channel, or NaN or
-    infinity, and for no batches; if it fails, all statistics are as they were before.
+    Raises CalibrationError for no batches, and for a layer that sees one value of each channel, NaN or infinity. If it
+    fails, all statistics are as they were before.
     """
     running = {layer: buffers for layer in model.modules() if (buffers := _running(layer))}
     if not running:
