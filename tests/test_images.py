@@ -1,5 +1,6 @@
 """Labelled images as batches, from folders and datasets made here, and accuracy on them."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -9,12 +10,16 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
+import moonshot
 from moonshot.evaluation import accuracy
 from moonshot.models.calibration import CalibrationError
 from moonshot.models.images import ImageBatches, find_pictures
 from moonshot.storage import is_image_classifier, load_classifier
 
+pytestmark = pytest.mark.usefixtures("dataset_cache")
+
 NAMES = ["cat", "dog", "ant"]
+DEMO = Path(moonshot.__file__).parent / "demo"
 
 
 def picture(shade, mode="RGB", size=(8, 8)):
@@ -137,11 +142,6 @@ def dataset(path, *, classes=NAMES, labels=(0, 1, 2), column="label", name="test
         made = datasets.Dataset.from_dict(undecoded, features)
     made.to_parquet(path / f"{name}.parquet")
     return f"{path}::{name}"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def test_a_dataset_with_class_names(tmp_path):
@@ -270,6 +270,17 @@ def test_accuracy_counts_images(dtype, size):
 def test_accuracy_of_nothing():
     with pytest.raises(ValueError, match="no images"):
         accuracy(Fixed(), [])
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_the_shipped_classifiers(name):
+    classifier, preprocessor = load_classifier(str(DEMO / name))
+    assert next(classifier.parameters()).dtype == torch.float16
+    images = ImageBatches(classifier, preprocessor, find_pictures(f"{DEMO / 'images'}::test"), batch_size=100)
+    found = accuracy(classifier, images)
+    assert found.images == 2000 and found.value > 0.98
+    calibration = list(ImageBatches(classifier, preprocessor, find_pictures(f"{DEMO / 'images'}::train")))
+    assert sum(len(batch["labels"]) for batch in calibration) == 512
 
 
 def test_a_classifier_round_trips(tmp_path):
