@@ -124,11 +124,28 @@ def prune(
 @app.command("eval")
 def evaluate(
     model: Model,
-    data: Data,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Text as for prune; for an image classifier a folder with one sub-folder of images for each class, "
+            "or a datasets name[:config[:split]]."
+        ),
+    ],
     seqlen: Seqlen = 2048,
-    nsamples: Annotated[int, typer.Option(help="Windows from the start of the text; 0 for all.")] = 0,
+    nsamples: Annotated[
+        int, typer.Option(help="Windows from the start of the text, or images; 0 for all.")
+    ] = 0,
 ) -> None:
-    """Print the perplexity of a causal language model on a text."""
+    """Print the perplexity of a causal language model on a text, or the accuracy of an image classifier."""
+    from moonshot import storage
+
+    if storage.is_image_classifier(model):
+        _print_accuracy(model, data, nsamples)
+    else:
+        _print_perplexity(model, data, seqlen, nsamples)
+
+
+def _print_perplexity(model: str, data: str, seqlen: int, nsamples: int) -> None:
     from moonshot import storage
     from moonshot.evaluation import perplexity
     from moonshot.models.calibration import windows
@@ -138,6 +155,21 @@ def evaluate(
     available = len(tokenizer(text, verbose=False)["input_ids"]) // max(seqlen, 1)  # type: ignore[operator]
     ids = windows(tokenizer, text, nsamples or max(available, 1), seqlen, None)
     console.print(f"perplexity {perplexity(network, ids)}", highlight=False)
+
+
+def _print_accuracy(model: str, data: str, nsamples: int) -> None:
+    from moonshot import storage
+    from moonshot.evaluation import accuracy
+    from moonshot.models.images import ImageBatches, find_pictures
+
+    pictures = find_pictures(data)
+    network, processor = storage.load_classifier(model)
+    images = ImageBatches(network, processor, pictures, nsamples or None)
+    console.print(f"accuracy {accuracy(network, images)}", highlight=False)
+    if images.skipped:
+        console.print(
+            f"{len(images.skipped)} broken images skipped: {', '.join(images.skipped)}", highlight=False
+        )
 
 
 def parse_objective(text: str):

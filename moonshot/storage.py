@@ -5,11 +5,13 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from moonshot.models.calibration import open_dataset
 from moonshot.report import Report
 
 
@@ -49,16 +51,38 @@ def save(model: nn.Module, tokenizer: object, report: Report, folder: str | Path
 
 
 def load(name: str) -> tuple[nn.Module, object]:
-    """(model, tokenizer) of a folder or a hub name, in the dtype it was saved in."""
+    """(causal language model, tokenizer) of a folder or a hub name, in the dtype it was saved in."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    return _load(name, "a causal language model", AutoModelForCausalLM, AutoTokenizer)
+
+
+def load_classifier(name: str) -> tuple[nn.Module, object]:
+    """(image classifier, image processor) of a folder or a hub name, in the dtype it was saved in."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    return _load(name, "an image classifier", AutoModelForImageClassification, AutoImageProcessor)
+
+
+def _load(name: str, kind: str, models: Any, preprocessors: Any) -> tuple[nn.Module, object]:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        preprocessor = preprocessors.from_pretrained(name)
+        model: nn.Module = models.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise ValueError(f"cannot load a causal language model from {name!r}: {first}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+        raise ValueError(f"cannot load {kind} from {name!r}: {first}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), preprocessor
+
+
+def is_image_classifier(name: str) -> bool:
+    """Whether the configuration in a folder or under a hub name is that of an image classifier."""
+    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return False  # loading says why
+    return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 
 def read_text(data: str) -> str:
@@ -83,14 +107,7 @@ def read_text(data: str) -> str:
 
 
 def _dataset_text(data: str) -> str:
-    from datasets import load_dataset
-
-    name, configuration, split = [*data.split(":"), "", ""][:3]
-    try:
-        dataset = load_dataset(name, configuration or None, split=split or "train")
-    except Exception as error:  # the library has no common base class for what it raises
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{data!r} is no file, folder or loadable dataset: {first}") from error
+    dataset = open_dataset(data)
     columns = [key for key, kind in dataset.features.items() if getattr(kind, "dtype", "") == "string"]
     if not columns:
         raise ValueError(f"the dataset {data!r} has no text column")

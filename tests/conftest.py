@@ -66,3 +66,9 @@ class Backend:
 )
 def backend(request):
     return Backend(request.param)
+
+
+@pytest.fixture
+def dataset_cache(tmp_path_factory, monkeypatch):
+    """What datasets keeps of those it loads goes to a folder of the test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))

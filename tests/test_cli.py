@@ -1,9 +1,11 @@
 """The command line, end to end on the shipped model, and its errors in one line."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -86,6 +88,42 @@ def test_data_that_is_not_text(monkeypatch, tmp_path, capsys):
     (tmp_path / "data.txt").write_text("  ")
     assert run(monkeypatch, "eval", DEMO / "model", "--data", tmp_path / "data.txt") == 1
     assert "holds no text" in capsys.readouterr().err
+
+
+def image_folder(path):
+    for name in ("A", "7"):
+        (path / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), "white").save(path / name / "0.png")
+    return path
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_eval_of_an_image_classifier(dataset_cache, monkeypatch, tmp_path, capsys, name):
+    assert run(monkeypatch, "eval", DEMO / name, "--data", f"{DEMO / 'images'}::test", "--nsamples", 200) == 0
+    found = re.search(r"accuracy ([0-9.]+) % \(200 images\)", capsys.readouterr().out)
+    assert float(found[1]) > 96
+    folder = image_folder(tmp_path / "images")
+    (folder / "A" / "1.png").write_bytes(b"no image")
+    assert run(monkeypatch, "eval", DEMO / name, "--data", folder) == 0
+    output = capsys.readouterr().out.replace("\n", "")
+    assert (
+        "(2 images)" in output and "1 broken images skipped" in output and str(folder / "A" / "1.png") in output
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda path: image_folder(path / "images" / "inside").parent, "the model has no class inside"),
+        (lambda path: image_folder(path / "images") / "A", "has no sub-folders"),
+        (lambda path: DEMO / "heldout.txt", "is a file"),
+        (lambda path: path / "missing", "is no file, folder or loadable dataset"),
+    ],
+)
+def test_data_that_is_no_images(monkeypatch, tmp_path, capsys, data, words):
+    assert run(monkeypatch, "eval", DEMO / "resnet", "--data", data(tmp_path)) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("moonshot:")]
+    assert len(lines) == 1 and words in lines[0]
 
 
 def test_compare_counts_every_method(monkeypatch, tmp_path):

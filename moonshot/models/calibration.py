@@ -135,6 +135,21 @@ def set_aside(batches: list[Batch], seed: int, share: float = 0.25) -> tuple[lis
     return rest, aside
 
 
+def open_dataset(data: str) -> Any:
+    """A dataset by its datasets name[:config[:split]], the split "train" if none is given.
+
+    Raises CalibrationError where it does not load.
+    """
+    from datasets import load_dataset
+
+    name, configuration, split = [*data.split(":"), "", ""][:3]
+    try:
+        return load_dataset(name, configuration or None, split=split or "train")
+    except Exception as error:  # the library has no common base class for what it raises
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(f"{data!r} is no file, folder or loadable dataset: {first}") from error
+
+
 def windows(tokenizer: Any, text: str, samples: int, length: int, seed: int | None = 0) -> Tensor:
     """Token ids (samples, length) of windows of a text: at seeded random offsets, or from its start on for None.
 

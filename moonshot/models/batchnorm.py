@@ -1,0 +1,123 @@
+"""Batch-norm statistics that fit the pruned model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from moonshot.models.blocks import evaluating
+from moonshot.models.calibration import Batch, CalibrationError
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: list[Batch], forward: Callable[[nn.Module, Batch], Any]) -> None:
+    """Set every batch norm's running mean and variance to those of its inputs over all batches, in place.
+
+    forward: (model, batch) -> anything, runs the model; the model is in eval mode meanwhile.
+
+    Layers are taken in the order in which the model calls them, each one's inputs computed with the new statistics of
+    those before. The variance is the unbiased one. So the result does not depend on how the samples are batched, and
+    each statistic is that of the model as it will run; for this the batches are run once for each layer, up to it.
+    A layer that the model does not call, or without running statistics, is left alone.
+
+    Raises CalibrationError for no batches, and for a layer that sees one value of each channel, NaN or infinity. If it
+    fails, all statistics are as they were before.
+    """
+    running = {layer: buffers for layer in model.modules() if (buffers := _running(layer))}
+    if not running:
+        return
+    if not batches:
+        raise CalibrationError("the calibration data is empty: give at least one sample")
+    names = {layer: name for name, layer in model.named_modules()}
+    before = [(buffer, buffer.clone()) for buffers in running.values() for buffer in buffers]
+    with evaluating(model):
+        try:
+            for layer, calls in _calls(list(running), model, batches[0], forward).items():
+                moments = _Moments()
+                for batch in batches:
+                    _run_until(layer, calls, moments, model, batch, forward)
+                for buffer, estimate in zip(running[layer], moments.result(names[layer]), strict=True):
+                    buffer.copy_(estimate)
+        except BaseException:
+            for buffer, original in before:
+                buffer.copy_(original)
+            raise
+
+
+def _running(layer: nn.Module) -> list[Tensor]:
+    """A batch norm's running mean and variance; empty for one without, and for other layers."""
+    if not isinstance(layer, _BatchNorm) or layer.running_mean is None or layer.running_var is None:
+        return []
+    return [layer.running_mean, layer.running_var]
+
+
+class _Moments:
+    """Mean and variance of each channel over all that is added, in float64 (Chan, Golub and LeVeque, 1983)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0  # sum of squared deviations from the mean
+
+    def add(self, x: Tensor) -> None:
+        """x: (samples, channels, ...)."""
+        values = x.double().transpose(0, 1).flatten(1)
+        count = values.shape[1]
+        variance, mean = torch.var_mean(values, 1, correction=0)
+        total = self.count + count
+        difference = mean - self.mean
+        self.squares = self.squares + count * variance + difference**2 * (self.count * count / total)
+        self.mean = self.mean + difference * (count / total)
+        self.count = total
+
+    def result(self, name: str) -> tuple[Tensor, Tensor]:
+        if self.count < 2:
+            raise CalibrationError(f"{name} sees one value of each channel: give more than one image")
+        mean, variance = torch.as_tensor(self.mean), torch.as_tensor(self.squares) / (self.count - 1)
+        if not bool(torch.isfinite(mean).all() and torch.isfinite(variance).all()):
+            raise CalibrationError(f"{name} sees NaN or infinity: the model is broken before it")
+        return mean, variance
+
+
+class _Reached(Exception):
+    """The layer has seen the batch: the rest of the model need not run."""
+
+
+def _calls(layers: list[nn.Module], model: nn.Module, batch: Batch, forward: Callable) -> dict[nn.Module, int]:
+    """How often each layer is called in one pass, in the order of the first calls."""
+    calls: dict[nn.Module, int] = {}
+
+    def count(layer: nn.Module, _arguments: tuple) -> None:
+        calls[layer] = calls.get(layer, 0) + 1
+
+    handles = [layer.register_forward_pre_hook(count) for layer in layers]
+    try:
+        forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _run_until(
+    layer: nn.Module, calls: int, moments: _Moments, model: nn.Module, batch: Batch, forward: Callable
+) -> None:
+    """Add what the layer sees of one batch to its moments, in as many calls."""
+    left = calls
+
+    def record(_layer: nn.Module, arguments: tuple) -> None:
+        nonlocal left
+        moments.add(arguments[0])
+        left -= 1
+        if not left:
+            raise _Reached
+
+    handle = layer.register_forward_pre_hook(record)
+    try:
+        forward(model, batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
