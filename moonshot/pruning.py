@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.evaluation import sample_losses
-from moonshot.models.blocks import Loss, ModelError, evaluating, in_float32
+from moonshot.models.batchnorm import reestimate, running_statistics
+from moonshot.models.blocks import Loss, ModelError, evaluating, held, in_float32
 from moonshot.models.calibration import (
     Batch,
     as_batches,
@@ -76,6 +77,7 @@ def prune(
     seed: int = 0,
     loss: Loss = model_loss,
     bound: bool = False,
+    batch_norm: bool = True,
     on_layer: OnLayer | None = None,
 ) -> Report:
     """Prune the linear and convolutional layers of a model in place, and say how good every layer's answer is.
@@ -91,6 +93,8 @@ def prune(
     than a causal language model's have labels.
     bound: whether to prove for every layer how far from the optimum its answer is at most (LayerReport.gap); it can
     take several times as long as pruning.
+    batch_norm: whether running statistics are estimated again on the calibration data (models.batchnorm), where there
+    are any; the report's recipe says so.
     on_layer: called after each layer with its report and the number of layers in all, trials included.
 
     A transformer's blocks, or the parts that a model can be cut into (models.cut), take their turns: inputs come from
@@ -119,7 +123,8 @@ def prune(
     )
     begin = time.perf_counter()
     chosen = [layers[name] for name in patterns]
-    with _restored_on_failure(chosen) as restore, evaluating(model):
+    again = batch_norm and bool(running_statistics(model))
+    with _restored_on_failure(model, chosen) as restore, evaluating(model):
         trials = len(CANDIDATES) if isinstance(objective, str) else 0
         total = (trials + 1) * len(chosen)
 
@@ -132,6 +137,8 @@ def prune(
 
             def held_out_losses(candidate: Objective) -> Tensor:
                 _prune_segments(model, cut, fitted, candidate, replace(recipe, bound=False), advance)
+                if again:
+                    _reestimate(model, fitted, loss)
                 losses = sample_losses(model, held_out, loss)
                 restore()
                 return losses
@@ -139,25 +146,36 @@ def prune(
             objective, report.trials = choose(CANDIDATES, held_out_losses)
         report.recipe["objective"] = objective.name
         report.layers = _prune_segments(model, cut, batches, objective, recipe, advance)
+        if again:
+            _reestimate(model, batches, loss)
+            report.recipe["batch_norm"] = "estimated again"
     report.seconds = time.perf_counter() - begin
     report.peak_memory = _peak_memory()
     return report
 
 
 @contextmanager
-def _restored_on_failure(layers: list[LayerView]) -> Iterator[Callable[[], None]]:
-    """Put the layers' weights back if what runs inside fails; yields a function that does so at any time."""
+def _restored_on_failure(model: nn.Module, layers: list[LayerView]) -> Iterator[Callable[[], None]]:
+    """Put weights and batch-norm statistics back if what runs inside fails; yields a function that does so any time."""
     originals = [view.matrices() for view in layers]
+    statistics = [(buffer, buffer.clone()) for buffer in running_statistics(model)]
 
     def restore() -> None:
         for view, original in zip(layers, originals, strict=True):
             view.assign(original)
+        for buffer, value in statistics:
+            buffer.copy_(value)
 
     try:
         yield restore
     except BaseException:
         restore()
         raise
+
+
+def _reestimate(model: nn.Module, batches: list[Batch], loss: Loss) -> None:
+    with in_float32(held(model)):
+        reestimate(model, batches, loss)
 
 
 def _prune_segments(
@@ -176,7 +194,7 @@ def _prune_segments(
     reports = {}
     for index, (prefix, segment) in enumerate(replay.segments):
         views = {name: view for name, view in layers_of(prefix, segment) if name in recipe.patterns}
-        with in_float32(list(segment.parameters())):
+        with in_float32(held(segment)):
             statistics = LayerStatistics(views, objective, recipe.factors, signs)
             replay.observe(index, statistics)
             for name, view in views.items():

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import moonshot as ms
+from moonshot import pruning
+from moonshot.models.batchnorm import reestimate
 from moonshot.models.blocks import ModelError
 from moonshot.models.calibration import CalibrationError, as_batches, model_loss
 from moonshot.models.chain import ChainReplay
@@ -168,6 +170,8 @@ def test_every_family_is_cut_and_pruned_to_its_budget(name):
     assert head not in report.layers
     pruned = {f"{layer}.weight" for layer in report.layers}
     for key, value in model.state_dict().items():
+        if "running_" in key:  # estimated again
+            continue
         if key in pruned:
             size = value.numel()
             assert abs(int((value == 0).sum()) - size / 2) <= 0.5, key
@@ -349,6 +353,48 @@ def test_two_to_four_runs_along_the_channels_of_a_convolution():
     odd(images[0])
     with pytest.raises(PatternError, match="input channels divisible by 4, the layer has 3: leave it out"):
         ms.prune(odd, [images], "2:4", loss=pair_loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_batch_norm_is_estimated_again_and_said_so(dtype):
+    model, calibration, *_ = built("ResNet")
+    model = model.to(dtype)
+    norm = model.resnet.embedder.embedder.normalization
+    plain = copy.deepcopy(model)
+    options = dict(objective=ms.Reconstruction(), solver=ms.SparseGPT())
+    report = ms.prune(model, calibration, 0.5, **options)
+    left = ms.prune(plain, calibration, 0.5, **options, batch_norm=False)
+    assert report.recipe["batch_norm"] == "estimated again" and "batch_norm" not in left.recipe
+    seen = []
+    handle = norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0].double()))
+    with torch.no_grad():
+        model.float()(**calibration[0])
+    handle.remove()
+    torch.testing.assert_close(norm.running_mean.double(), seen[0].mean((0, 2, 3)), rtol=1e-2, atol=1e-3)
+    untouched = plain.resnet.embedder.embedder.normalization
+    assert untouched.running_mean.dtype is dtype and not untouched.running_mean.any()
+    assert torch.equal(untouched.running_var, torch.ones_like(untouched.running_var))
+
+
+def test_batch_norm_is_as_it_was_after_a_failure(monkeypatch):
+    model, calibration, *_ = built("ResNet")
+    before = copy.deepcopy(model.state_dict())
+
+    def fail(*arguments):
+        reestimate(*arguments)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(pruning, "reestimate", fail)
+    with pytest.raises(RuntimeError, match="enough"):
+        ms.prune(model, calibration, 0.5, objective=ms.Reconstruction(), solver=ms.Magnitude())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_best_objective_for_a_network_with_batch_norm():
+    model, calibration, *_ = built("ResNet")
+    samples = [{name: torch.cat([tensor] * 2) for name, tensor in calibration[0].items()}]
+    report = ms.prune(model, samples, 0.5, objective="auto", solver=ms.SparseGPT())
+    assert len(report.trials) == len(pruning.CANDIDATES) and report.sparsity == pytest.approx(0.5, abs=2e-3)
 
 
 # calls that are wrong

@@ -46,6 +46,11 @@ def reestimate(model: nn.Module, batches: list[Batch], forward: Callable[[nn.Mod
             raise
 
 
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The running means and variances of all batch norms in a model."""
+    return [buffer for layer in model.modules() for buffer in _running(layer)]
+
+
 def _running(layer: nn.Module) -> list[Tensor]:
     """A batch norm's running mean and variance; empty for one without, and for other layers."""
     if not isinstance(layer, _BatchNorm) or layer.running_mean is None or layer.running_var is None:

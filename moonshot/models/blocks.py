@@ -42,34 +42,37 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Half-precision parameters as float32 inside, back in their dtype outside. Ties stay tied."""
-    halves = [(p, p.dtype) for p in dict.fromkeys(parameters) if p.is_floating_point() and p.itemsize < 4]
-    for parameter, _ in halves:
-        parameter.data = parameter.data.float()
+def in_float32(tensors: list[Tensor]) -> Iterator[None]:
+    """Half-precision parameters and buffers as float32 inside, back in their dtype outside. Ties stay tied."""
+    halves = [(t, t.dtype) for t in dict.fromkeys(tensors) if t.is_floating_point() and t.itemsize < 4]
+    for tensor, _ in halves:
+        tensor.data = tensor.data.float()
     try:
         yield
     finally:
-        for parameter, dtype in halves:
-            parameter.data = parameter.data.to(dtype)
+        for tensor, dtype in halves:
+            tensor.data = tensor.data.to(dtype)
+
+
+def held(module: nn.Module) -> list[Tensor]:
+    """All parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
 
 
 @contextmanager
 def running_in_float32(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
-    """A model that computes in float32, of whose blocks only the one that runs holds its parameters in it."""
-    inside = {id(p) for block in blocks for p in block.parameters()}
+    """A model that computes in float32, of whose blocks only the one that runs is in it."""
+    inside = {id(tensor) for block in blocks for tensor in held(block)}
     running = ExitStack()
     handles = []
     for block in blocks:
-        parameters = list(block.parameters())
+        tensors = held(block)
         handles.append(
-            block.register_forward_pre_hook(
-                lambda *_, p=parameters: running.enter_context(in_float32(p)) and None
-            )
+            block.register_forward_pre_hook(lambda *_, t=tensors: running.enter_context(in_float32(t)) and None)
         )
         handles.append(block.register_forward_hook(lambda *_: running.close()))
     try:
-        with running, in_float32([p for p in model.parameters() if id(p) not in inside]):
+        with running, in_float32([tensor for tensor in held(model) if id(tensor) not in inside]):
             yield
     finally:
         for handle in handles:
@@ -107,8 +110,8 @@ class Chain:
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], loss: Loss):
         self.model, self.blocks, self.loss = model, blocks, loss
-        inside = {id(p) for block in blocks for p in block.parameters()}
-        self._outside = [p for p in model.parameters() if id(p) not in inside]
+        inside = {id(tensor) for block in blocks for tensor in held(block)}
+        self._outside = [tensor for tensor in held(model) if id(tensor) not in inside]
         self._returns_tuple = False
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ gradient, so that one block's statistics and activations are in memory at a time
 import torch
 from torch import Tensor, nn
 
-from moonshot.models.blocks import Call, Chain, Loss, in_float32
+from moonshot.models.blocks import Call, Chain, Loss, held, in_float32
 from moonshot.models.calibration import Batch, batch_samples, token_mask
 from moonshot.models.recording import Seen, output_gradients, recording
 from moonshot.models.statistics import LayerStatistics
@@ -81,7 +81,7 @@ def block_gradients(
     """
     boundaries = [hidden]
     for k, block in enumerate(chain.blocks):
-        with torch.no_grad(), in_float32(list(block.parameters())):
+        with torch.no_grad(), in_float32(held(block)):
             boundaries.append([chain.run(k, h, calls[b][k]).to(h.dtype) for b, h in enumerate(boundaries[k])])
     kept = torch.bfloat16 if hidden[0].dtype == torch.float16 else hidden[0].dtype
     for b, batch in enumerate(batches):
@@ -89,7 +89,7 @@ def block_gradients(
         boundaries[-1][b] = (gradient * batch_samples(batch)).to(kept)
     for k in range(len(chain.blocks) - 1, 0, -1):
         block = chain.blocks[k]
-        with in_float32(list(block.parameters())):
+        with in_float32(held(block)):
             for b, h in enumerate(boundaries[k]):
                 leaf = h.float().requires_grad_()
                 output = chain.run(k, leaf, calls[b][k])

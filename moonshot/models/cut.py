@@ -13,6 +13,7 @@ from moonshot.models.blocks import (
     check_loss,
     evaluating,
     find_blocks,
+    held,
     in_float32,
     running_in_float32,
 )
@@ -128,7 +129,7 @@ def _is_chain(
     try:
         hidden, calls = chain.enter(sample)
         for index, call in enumerate(calls):
-            with in_float32(list(chain.blocks[index].parameters())):
+            with in_float32(held(chain.blocks[index])):
                 hidden = chain.run(index, hidden, call)
         with torch.enable_grad():
             found, _ = chain.leave(sample, hidden)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from moonshot.models.blocks import Loss, ModelError, check_loss, in_float32
+from moonshot.models.blocks import Loss, ModelError, check_loss, held, in_float32
 from moonshot.models.calibration import Batch, batch_samples, token_mask
 from moonshot.models.recording import Seen, differentiable, output_gradients, recording
 from moonshot.models.statistics import LayerStatistics
@@ -44,14 +44,14 @@ class GraphReplay:
         self.segments, self.batches = segments, batches
         self._model, self._loss = model, loss
         self._dtype = next(model.parameters()).dtype
-        inside = {id(p) for _, segment in segments for p in segment.parameters()}
-        self._outside = [p for p in model.parameters() if id(p) not in inside]
+        inside = {id(tensor) for _, segment in segments for tensor in held(segment)}
+        self._outside = [tensor for tensor in held(model) if id(tensor) not in inside]
         self._dense: list[list[_Arguments]] = []  # by batch and segment
         self._gradients: list[list[list[Tensor | None]]] = []  # by batch and segment, of each result
         self._results: list[list[Any]] = [[] for _ in batches]  # by batch and segment
         self._arguments: list[_Arguments] = []  # of the segment whose turn it is, by batch
         if gradients:
-            with in_float32(list(model.parameters())):
+            with in_float32(held(model)):
                 for batch in batches:
                     self._differentiate(batch)
 
