@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from moonshot.models.blocks import evaluating
 from moonshot.models.calibration import Batch, CalibrationError
+from moonshot.models.recording import counting
 
 
 @torch.no_grad()
@@ -31,10 +32,12 @@ def reestimate(model: nn.Module, batches: list[Batch], forward: Callable[[nn.Mod
     if not batches:
         raise CalibrationError("the calibration data is empty: give at least one sample")
     names = {layer: name for name, layer in model.named_modules()}
-    before = [(buffer, buffer.clone()) for buffers in running.values() for buffer in buffers]
+    before = [(buffer, buffer.clone()) for buffer in running_statistics(model)]
     with evaluating(model):
         try:
-            for layer, calls in _calls(list(running), model, batches[0], forward).items():
+            with counting(running) as order:
+                forward(model, batches[0])
+            for layer, calls in order.items():
                 moments = _Moments()
                 for batch in batches:
                     _run_until(layer, calls, moments, model, batch, forward)
@@ -88,22 +91,6 @@ class _Moments:
 
 class _Reached(Exception):
     """The layer has seen the batch: the rest of the model need not run."""
-
-
-def _calls(layers: list[nn.Module], model: nn.Module, batch: Batch, forward: Callable) -> dict[nn.Module, int]:
-    """How often each layer is called in one pass, in the order of the first calls."""
-    calls: dict[nn.Module, int] = {}
-
-    def count(layer: nn.Module, _arguments: tuple) -> None:
-        calls[layer] = calls.get(layer, 0) + 1
-
-    handles = [layer.register_forward_pre_hook(count) for layer in layers]
-    try:
-        forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
 
 
 def _run_until(

@@ -59,10 +59,15 @@ def held(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def held_outside(model: nn.Module, parts: list[nn.Module]) -> list[Tensor]:
+    """The parameters and buffers of a model that none of its parts holds."""
+    inside = {id(tensor) for part in parts for tensor in held(part)}
+    return [tensor for tensor in held(model) if id(tensor) not in inside]
+
+
 @contextmanager
 def running_in_float32(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
     """A model that computes in float32, of whose blocks only the one that runs is in it."""
-    inside = {id(tensor) for block in blocks for tensor in held(block)}
     running = ExitStack()
     handles = []
     for block in blocks:
@@ -72,7 +77,7 @@ def running_in_float32(model: nn.Module, blocks: list[nn.Module]) -> Iterator[No
         )
         handles.append(block.register_forward_hook(lambda *_: running.close()))
     try:
-        with running, in_float32([tensor for tensor in held(model) if id(tensor) not in inside]):
+        with running, in_float32(held_outside(model, blocks)):
             yield
     finally:
         for handle in handles:
@@ -92,7 +97,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _patched(blocks: list[nn.Module], forwards: list[Callable]) -> Iterator[None]:
+def patched(blocks: list[nn.Module], forwards: list[Callable]) -> Iterator[None]:
+    """Modules that run other functions inside."""
     for block, forward in zip(blocks, forwards, strict=True):
         block.forward = forward  # type: ignore[method-assign]
     try:
@@ -110,8 +116,7 @@ class Chain:
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], loss: Loss):
         self.model, self.blocks, self.loss = model, blocks, loss
-        inside = {id(tensor) for block in blocks for tensor in held(block)}
-        self._outside = [tensor for tensor in held(model) if id(tensor) not in inside]
+        self._outside = held_outside(model, blocks)
         self._returns_tuple = False
 
     @torch.no_grad()
@@ -125,7 +130,7 @@ class Chain:
             calls.append(Call(args, _without_cache(kwargs)))
             return (hidden,) if self._returns_tuple else hidden
 
-        with in_float32(self._outside), _patched(self.blocks, [record] * len(self.blocks)):
+        with in_float32(self._outside), patched(self.blocks, [record] * len(self.blocks)):
             try:
                 self.loss(self.model, batch)
             except (TypeError, IndexError, AttributeError):
@@ -148,7 +153,7 @@ class Chain:
         def replace(_hidden, *args, **kwargs):
             return (leaf,) if self._returns_tuple else leaf
 
-        with in_float32(self._outside), _patched(self.blocks, [replace] * len(self.blocks)):
+        with in_float32(self._outside), patched(self.blocks, [replace] * len(self.blocks)):
             loss = self.loss(self.model, batch)
             check_loss(loss)
             (gradient,) = torch.autograd.grad(loss, leaf)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moonshot.models.blocks import Call, Chain, Loss, held, in_float32
 from moonshot.models.calibration import Batch, batch_samples, token_mask
-from moonshot.models.recording import Seen, output_gradients, recording
+from moonshot.models.recording import Seen, gradient_dtype, output_gradients, recording
 from moonshot.models.statistics import LayerStatistics
 
 
@@ -83,7 +83,7 @@ def block_gradients(
     for k, block in enumerate(chain.blocks):
         with torch.no_grad(), in_float32(held(block)):
             boundaries.append([chain.run(k, h, calls[b][k]).to(h.dtype) for b, h in enumerate(boundaries[k])])
-    kept = torch.bfloat16 if hidden[0].dtype == torch.float16 else hidden[0].dtype
+    kept = gradient_dtype(hidden[0].dtype)
     for b, batch in enumerate(batches):
         _, gradient = chain.leave(batch, boundaries[-1][b])
         boundaries[-1][b] = (gradient * batch_samples(batch)).to(kept)

@@ -21,6 +21,7 @@ from moonshot.models.calibration import Batch, take
 from moonshot.models.chain import ChainReplay
 from moonshot.models.graph import GraphReplay
 from moonshot.models.layers import LayerView, layers_of
+from moonshot.models.recording import counting
 from moonshot.models.statistics import LayerStatistics
 
 _LAYERS = 4  # in a segment at most, where it can be divided
@@ -80,8 +81,9 @@ def cut_open(model: nn.Module, batches: list[Batch], loss: Loss) -> Cut:
         inside = sum(weights[name] for part in blocks for name, _ in layers_of(*part) if name in weights)
         if inside >= _CHAIN * sum(weights.values()) and _is_chain(model, blocks, sample, loss, expected):
             return Cut(blocks, chained=True)
-    segments = sorted(_parts("", model, order), key=lambda part: order[part[1]][0])
-    if repeated := [name or "the model" for name, part in segments if order[part][1] != 1]:
+    position = {module: index for index, module in enumerate(order)}
+    segments = sorted(_parts("", model, order), key=lambda part: position[part[1]])
+    if repeated := [name or "the model" for name, part in segments if order[part] != 1]:
         raise ModelError(f"{', '.join(repeated)} ran more than once for one loss: it must call the model once")
     unreached = frozenset(name for name, view in layers_of("", model) if view.module not in order)
     return Cut(segments, chained=False, heads=heads, unreached=unreached)
@@ -99,21 +101,10 @@ def _heads(model: nn.Module) -> frozenset[str]:
 @torch.no_grad()
 def _order(
     model: nn.Module, blocks: list[tuple[str, nn.Module]], sample: Batch, loss: Loss
-) -> tuple[dict[nn.Module, tuple[int, int]], float]:
-    """(position of the first call, number of calls) of every module that runs in one pass, and the loss."""
-    calls: dict[nn.Module, tuple[int, int]] = {}
-
-    def count(module: nn.Module, *_arguments: object) -> None:
-        first, number = calls.get(module, (len(calls), 0))
-        calls[module] = (first, number + 1)
-
-    handles = [module.register_forward_pre_hook(count) for module in model.modules()]
-    try:
-        with running_in_float32(model, [block for _, block in blocks]):
-            value = loss(model, sample)
-    finally:
-        for handle in handles:
-            handle.remove()
+) -> tuple[dict[nn.Module, int], float]:
+    """How often every module runs in one pass, in the order of the first calls, and the loss."""
+    with counting(model.modules()) as calls, running_in_float32(model, [block for _, block in blocks]):
+        value = loss(model, sample)
     check_loss(value)
     if not any(view.module in calls for _, view in layers_of("", model)):
         raise ModelError("the loss ran no layer of the model: it must call model")
@@ -138,20 +129,18 @@ def _is_chain(
     return abs(found - expected) <= _SAME * max(abs(expected), 1e-6)
 
 
-def _parts(
-    name: str, module: nn.Module, order: dict[nn.Module, tuple[int, int]]
-) -> list[tuple[str, nn.Module]]:
+def _parts(name: str, module: nn.Module, order: dict[nn.Module, int]) -> list[tuple[str, nn.Module]]:
     """A module divided until a part has few layers that run, or what is in it does not run exactly once."""
 
     def running(part: nn.Module) -> int:
         return sum(view.module in order for _, view in layers_of("", part))
 
-    _, calls = order.get(module, (0, 0))
+    once = order.get(module) == 1
     children = [
         (f"{name}.{key}".lstrip("."), child) for key, child in module.named_children() if running(child)
     ]
-    if not children or (calls == 1 and running(module) <= _LAYERS):
+    if not children or (once and running(module) <= _LAYERS):
         return [(name, module)] if running(module) else []
     parts = [part for child in children for part in _parts(*child, order)]
-    divided = all(order.get(part, (0, 0))[1] == 1 for _, part in parts)
-    return parts if divided or calls != 1 else [(name, module)]
+    divided = all(order.get(part) == 1 for _, part in parts)
+    return parts if divided or not once else [(name, module)]

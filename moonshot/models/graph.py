@@ -6,17 +6,17 @@ returned, and stopped where the segment is called. One dense pass keeps what eve
 gradient at what it returns; when its turn comes, a segment is run alone.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from moonshot.models.blocks import Loss, ModelError, check_loss, held, in_float32
+from moonshot.models.blocks import Loss, ModelError, check_loss, held, held_outside, in_float32, patched
 from moonshot.models.calibration import Batch, batch_samples, token_mask
-from moonshot.models.recording import Seen, differentiable, output_gradients, recording
+from moonshot.models.recording import Seen, differentiable, gradient_dtype, output_gradients, recording
 from moonshot.models.statistics import LayerStatistics
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -44,8 +44,7 @@ class GraphReplay:
         self.segments, self.batches = segments, batches
         self._model, self._loss = model, loss
         self._dtype = next(model.parameters()).dtype
-        inside = {id(tensor) for _, segment in segments for tensor in held(segment)}
-        self._outside = [tensor for tensor in held(model) if id(tensor) not in inside]
+        self._outside = held_outside(model, [segment for _, segment in segments])
         self._dense: list[list[_Arguments]] = []  # by batch and segment
         self._gradients: list[list[list[Tensor | None]]] = []  # by batch and segment, of each result
         self._results: list[list[Any]] = [[] for _ in batches]  # by batch and segment
@@ -83,9 +82,7 @@ class GraphReplay:
             )
         flat = [result for made in results for result in made if result.requires_grad]
         found = iter(torch.autograd.grad(loss * batch_samples(batch), flat, allow_unused=True) if flat else ())
-        kept = (
-            torch.bfloat16 if self._dtype == torch.float16 else self._dtype
-        )  # the range of float16 is too small
+        kept = gradient_dtype(self._dtype)
         self._dense.append(arguments)
         self._gradients.append([])
         for made in results:
@@ -137,7 +134,7 @@ class GraphReplay:
             return lambda *args, **kwargs: _in_float32(self._results[b][k])
 
         forwards = [returned(k) for k in range(index)] + [stop]
-        replaced = _replaced([segment for _, segment in self.segments[: index + 1]], forwards)
+        replaced = patched([segment for _, segment in self.segments[: index + 1]], forwards)
         with in_float32(self._outside), replaced, suppress(_Reached):
             self._loss(self._model, self.batches[b])
         if not found:
@@ -171,14 +168,3 @@ def _tracked(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return leaf
     return leaf if leaf.requires_grad else leaf.detach().requires_grad_().clone()
-
-
-@contextmanager
-def _replaced(segments: list[nn.Module], forwards: list[Callable]) -> Iterator[None]:
-    for segment, forward in zip(segments, forwards, strict=True):
-        segment.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for segment in segments:
-            del segment.forward

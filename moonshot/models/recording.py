@@ -1,6 +1,6 @@
 """What layers read and return while a model, or a part of it, runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,3 +59,24 @@ def differentiable(results: Any) -> list[Tensor]:
     """The floating-point tensors in whatever a module returned, in a fixed order."""
     leaves, _ = tree_flatten(results)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gradients are kept in for a model in this dtype: the range of float16 is too small."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+@contextmanager
+def counting(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, int]]:
+    """{module: number of its calls} of those that are called inside, in the order of their first calls."""
+    calls: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, _arguments: tuple) -> None:
+        calls[module] = calls.get(module, 0) + 1
+
+    handles = [module.register_forward_pre_hook(count) for module in modules]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

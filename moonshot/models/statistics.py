@@ -19,7 +19,7 @@ class LayerStatistics:
 
     def __init__(self, layers: dict[str, LayerView], objective: Objective, factors: int, signs: Tensor):
         """signs: (samples,) of all calibration samples, +1 or -1."""
-        self.layers, self.objective = layers, objective
+        self.layers = layers
         self.terms = [term for _, term in objective.weighted_terms]
         self.needs = frozenset[str]().union(*(term.needs for term in self.terms))
         self._statistics: dict[tuple[str, int, int], Any] = {}  # by layer, group and term
@@ -72,14 +72,14 @@ class LayerStatistics:
             return
         for chunk in view.chunks(x, delta, group):
             real = None if mask is None or mask.shape != x.shape[:2] else mask[chunk.samples, chunk.positions]
+            if real is not None and not bool(real.any()):
+                continue
             observation = Observation(
                 inputs=_rows(chunk.inputs, real),
                 output_gradients=None
                 if chunk.output_gradients is None
                 else _rows(chunk.output_gradients, real),
             )
-            if real is not None and not bool(real.any()):
-                continue
             for k in wanted:
                 key = (name, group, k)
                 self._statistics[key] = self.terms[k].accumulate(self._statistics.get(key), observation)
