@@ -3,18 +3,19 @@
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moonshot.choosing import choose
 from moonshot.evaluation import sample_losses
+from moonshot.layerwise import Recipe, check_fit, check_reached, chosen_layers, problem_shape, problems
 from moonshot.models.batchnorm import reestimate, running_statistics
-from moonshot.models.blocks import Loss, ModelError, evaluating, held, in_float32
+from moonshot.models.blocks import Loss, evaluating, held, in_float32
 from moonshot.models.calibration import (
     Batch,
     as_batches,
@@ -25,15 +26,15 @@ from moonshot.models.calibration import (
     set_aside,
 )
 from moonshot.models.cut import Cut, cut_open
-from moonshot.models.layers import LayerView, layers_of
-from moonshot.models.statistics import LayerStatistics
+from moonshot.models.layers import LayerView
+from moonshot.models.restoring import restored_on_failure
 from moonshot.models.targets import TargetError, select
 from moonshot.objectives import Fisher, Objective, Reconstruction, TokenFisher
-from moonshot.patterns import Pattern, PatternError, as_pattern
+from moonshot.patterns import Pattern, as_pattern
+from moonshot.problem import Problem
 from moonshot.report import LayerReport, Report
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver, solve
-from moonshot.weighting import choose
 
 DEFAULT_OBJECTIVE = 0.6 * Reconstruction() + 0.2 * TokenFisher() + 0.2 * Fisher()
 # What objective="auto" tries, the default first.
@@ -48,19 +49,6 @@ CANDIDATES = (
 
 PatternLike = Pattern | str | float
 OnLayer = Callable[[LayerReport, int], None]
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """What is asked of every layer, apart from the objective."""
-
-    patterns: dict[str, Pattern]  # by layer name
-    solver: Solver
-    factors: int
-    dampening_frac: float
-    seed: int
-    loss: Loss
-    bound: bool
 
 
 def prune(
@@ -85,7 +73,7 @@ def prune(
     calibration: token ids (samples, tokens), a list of batches, or a DataLoader (models.calibration.as_batches).
     pattern: one for all layers, or {layer name: pattern} for those to prune.
     objective: what the layers' answers are judged by; "auto" tries those in CANDIDATES on three quarters of the
-    samples and takes the one that does best on the rest (weighting.choose), for seven times the time.
+    samples and takes the one that does best on the rest (choosing.choose), for seven times the time.
     targets, ignore: names, globs or `re:` expressions of layers (models.targets.select).
     factors: per-sample gradients are reduced to this many by random signs, without bias, for terms that need them.
     seed: of the signs and of the samples set aside; the same seed gives the same model.
@@ -103,12 +91,11 @@ def prune(
     Weights keep their dtype; everything is computed in float32 or better. If it fails, the weights are as they were.
     """
     solver = ADMM() if solver is None else solver
-    _check(objective, solver, factors)
-    batches = [moved(batch, _device(model)) for batch in as_batches(calibration)]
+    _check(objective, solver)
+    recipe = Recipe(factors, dampening_frac, seed, loss)
+    batches = [moved(batch, device_of(model)) for batch in as_batches(calibration)]
     cut = cut_open(model, batches, loss)
-    layers = cut.layers()
-    patterns = _patterns(cut, layers, pattern, targets, ignore)
-    recipe = _Recipe(patterns, solver, factors, dampening_frac, seed, loss, bound)
+    patterns = _patterns(cut, pattern, targets, ignore)
     report = Report(
         recipe={
             "pattern": "per layer" if isinstance(pattern, Mapping) else str(pattern),
@@ -122,55 +109,42 @@ def prune(
         versions=_versions(),
     )
     begin = time.perf_counter()
-    chosen = [layers[name] for name in patterns]
+    layers = cut.layers()
     again = batch_norm and bool(running_statistics(model))
-    with _restored_on_failure(model, chosen) as restore, evaluating(model):
+    with restored_on_failure(model, [layers[name] for name in patterns]) as restore, evaluating(model):
         trials = len(CANDIDATES) if isinstance(objective, str) else 0
-        total = (trials + 1) * len(chosen)
+        total = (trials + 1) * len(patterns)
 
         def advance(layer: LayerReport) -> None:
             if on_layer is not None:
                 on_layer(layer, total)
 
+        def prune_by(objective: Objective, batches: list[Batch], bound: bool) -> dict[str, LayerReport]:
+            walk = problems(model, cut, patterns, batches, objective, recipe)
+            reports = _prune_layers(walk, patterns, solver, bound, advance)
+            if again:
+                _reestimate(model, batches, loss)
+            return reports
+
         if isinstance(objective, str):
             fitted, held_out = set_aside(batches, seed)
 
             def held_out_losses(candidate: Objective) -> Tensor:
-                _prune_segments(model, cut, fitted, candidate, replace(recipe, bound=False), advance)
-                if again:
-                    _reestimate(model, fitted, loss)
+                prune_by(candidate, fitted, bound=False)
                 losses = sample_losses(model, held_out, loss)
                 restore()
                 return losses
 
-            objective, report.trials = choose(CANDIDATES, held_out_losses)
+            candidates = {candidate.name: candidate for candidate in CANDIDATES}
+            best, report.trials = choose(candidates, held_out_losses)
+            objective = candidates[best]
         report.recipe["objective"] = objective.name
-        report.layers = _prune_segments(model, cut, batches, objective, recipe, advance)
+        report.layers = prune_by(objective, batches, bound)
         if again:
-            _reestimate(model, batches, loss)
             report.recipe["batch_norm"] = "estimated again"
     report.seconds = time.perf_counter() - begin
     report.peak_memory = _peak_memory()
     return report
-
-
-@contextmanager
-def _restored_on_failure(model: nn.Module, layers: list[LayerView]) -> Iterator[Callable[[], None]]:
-    """Put weights and batch-norm statistics back if what runs inside fails; yields a function that does so any time."""
-    originals = [view.matrices() for view in layers]
-    statistics = [(buffer, buffer.clone()) for buffer in running_statistics(model)]
-
-    def restore() -> None:
-        for view, original in zip(layers, originals, strict=True):
-            view.assign(original)
-        for buffer, value in statistics:
-            buffer.copy_(value)
-
-    try:
-        yield restore
-    except BaseException:
-        restore()
-        raise
 
 
 def _reestimate(model: nn.Module, batches: list[Batch], loss: Loss) -> None:
@@ -178,138 +152,74 @@ def _reestimate(model: nn.Module, batches: list[Batch], loss: Loss) -> None:
         reestimate(model, batches, loss)
 
 
-def _prune_segments(
-    model: nn.Module,
-    cut: Cut,
-    batches: list[Batch],
-    objective: Objective,
-    recipe: _Recipe,
+def _prune_layers(
+    layers: Generator[tuple[str, LayerView, Problem]],
+    patterns: dict[str, Pattern],
+    solver: Solver,
+    bound: bool,
     advance: Callable[[LayerReport], None],
 ) -> dict[str, LayerReport]:
-    """Prune every segment's layers by one objective; {layer name: report}."""
-    dtype = next(model.parameters()).dtype
-    signs = _random_signs(count_samples(batches), recipe.seed)
-    needs = frozenset[str]().union(*(term.needs for _, term in objective.weighted_terms))
-    replay = cut.replay(model, batches, recipe.loss, bool(needs & {"gradients", "output_gradients"}))
+    """Solve every layer's problem and assign the answer; {layer name: report}."""
     reports = {}
-    for index, (prefix, segment) in enumerate(replay.segments):
-        views = {name: view for name, view in layers_of(prefix, segment) if name in recipe.patterns}
-        with in_float32(held(segment)):
-            statistics = LayerStatistics(views, objective, recipe.factors, signs)
-            replay.observe(index, statistics)
-            for name, view in views.items():
-                reports[name] = _prune_layer(name, view, dtype, statistics.pop(name), objective, recipe)
-                advance(reports[name])
-            replay.advance(index)
+    with closing(layers):
+        for name, view, problem in layers:
+            try:
+                result = solve(problem, patterns[name], solver, bound=bound)
+            except ValueError as error:
+                error.add_note(f"in layer {name}")
+                raise
+            view.assign(result.weight.reshape(view.groups, *view.shape))
+            reports[name] = LayerReport(
+                name=name,
+                shape=problem_shape(view),
+                pattern=result.pattern,
+                sparsity=result.sparsity,
+                relative=result.relative,
+                terms=result.terms,
+                damping=problem.damping,
+                status=str(result.status),
+                seconds=result.seconds,
+                gap=result.gap,
+            )
+            advance(reports[name])
     return reports
 
 
-def _random_signs(count: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
-
-
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _prune_layer(
-    name: str,
-    view: LayerView,
-    dtype: torch.dtype,
-    statistics: list[list[Any]],
-    objective: Objective,
-    recipe: _Recipe,
-) -> LayerReport:
-    weights = view.matrices()
-    try:
-        if view.groups == 1:
-            problem = objective.assemble(
-                weights[0].to(dtype), statistics[0], dampening_frac=recipe.dampening_frac
-            )
-        else:
-            problem = objective.assemble_groups(
-                weights.double(), statistics, dampening_frac=recipe.dampening_frac
-            )
-        result = solve(problem, recipe.patterns[name], recipe.solver, bound=recipe.bound)
-    except ValueError as error:
-        error.add_note(f"in layer {name}")
-        raise
-    view.assign(result.weight.reshape(weights.shape))
-    return LayerReport(
-        name=name,
-        shape=_shape(view),
-        pattern=result.pattern,
-        sparsity=result.sparsity,
-        relative=result.relative,
-        terms=result.terms,
-        damping=problem.damping,
-        status=str(result.status),
-        seconds=result.seconds,
-        gap=result.gap,
-    )
-
-
-def _shape(view: LayerView) -> tuple[int, int]:
-    """Rows and columns of a layer's problem, those of all groups below one another."""
-    m, d = view.shape
-    return view.groups * m, d
-
-
-def _check(objective: Objective | str, solver: Solver, factors: int) -> None:
+def _check(objective: Objective | str, solver: Solver) -> None:
     if objective != "auto" and not isinstance(objective, Objective):
         raise TypeError(
             f'objective must be "auto" or such as 0.7 * Reconstruction() + 0.3 * Fisher(), got {objective!r}'
         )
     if isinstance(solver, type) or not isinstance(solver, Solver):
         raise TypeError(f"solver must be an instance such as moonshot.ADMM(), got {solver!r}")
-    if not isinstance(factors, int) or factors < 1:
-        raise ValueError(f"factors must be a positive integer, got {factors!r}")
 
 
 def _patterns(
     cut: Cut,
-    layers: dict[str, LayerView],
     pattern: PatternLike | Mapping[str, PatternLike],
     targets: str | Iterable[str] | None,
     ignore: str | Iterable[str],
 ) -> dict[str, Pattern]:
     """{layer name: pattern}, checked against every layer's shape before anything is pruned."""
+    layers = cut.layers()
     if isinstance(pattern, Mapping):
         if unknown := [name for name in pattern if name not in layers]:
             raise TargetError(
                 f"no such layer: {', '.join(unknown)}; layers are {', '.join(list(layers)[:4])}, ..."
             )
         names = select(list(pattern), targets, ignore)
+        check_reached(cut, names)
         patterns = {name: as_pattern(pattern[name]) for name in names}
     else:
         one = as_pattern(pattern)
-        names = [name for name in layers if targets is not None or name not in cut.heads]
-        patterns = {name: one for name in select(names, targets, ignore)}
-    if unreached := [name for name in patterns if name in cut.unreached]:
-        raise ModelError(
-            f"no calibration sample reached {', '.join(unreached)}: leave them out with ignore={unreached}"
-        )
+        patterns = dict.fromkeys(chosen_layers(cut, targets, ignore), one)
     for name, chosen in patterns.items():
-        try:
-            chosen.validate(_shape(layers[name]))
-            _check_channels(chosen, layers[name])
-        except ValueError as error:
-            error.add_note(f"in layer {name}")
-            raise
+        check_fit(name, layers[name], chosen)
     return patterns
-
-
-def _check_channels(pattern: Pattern, view: LayerView) -> None:
-    """Groups of an N:M pattern must stay within one position of a convolution's kernel."""
-    if not hasattr(pattern, "groups"):
-        return
-    size, _ = pattern.groups(_shape(view))
-    if size < view.shape[1] and view.channels % size:
-        raise PatternError(
-            f"{pattern} needs input channels divisible by {size}, the layer has {view.channels}: "
-            "leave it out with ignore, or give it a pattern of its own"
-        )
 
 
 def _versions() -> dict[str, str]:

@@ -31,7 +31,7 @@ class Trial:
     gain: mean over held-out samples of the first trial's loss minus this one's; error: its standard error.
     """
 
-    objective: str
+    name: str
     loss: float
     gain: float
     error: float
@@ -41,7 +41,7 @@ class Trial:
 class Report:
     """A pruned model: its layers by name, the recipe that made it, and what that took.
 
-    trials: what objective="auto" tried (weighting.choose), empty otherwise.
+    trials: what objective="auto" tried (choosing.choose), empty otherwise.
     sparsity: fraction of zeros over the pruned layers. seconds: wall-clock; peak_memory: bytes resident at most.
     """
 
@@ -76,7 +76,7 @@ class Report:
                 f"{100 * layer.sparsity:7.2f}  {layer.relative:8.5f}{gap}  {layer.seconds:7.2f}  {layer.status}"
             )
         lines += [
-            f"tried {trial.objective}: held-out loss {trial.loss:.4f}, gain {trial.gain:+.4f} +- {trial.error:.4f}"
+            f"tried {trial.name}: held-out loss {trial.loss:.4f}, gain {trial.gain:+.4f} +- {trial.error:.4f}"
             for trial in self.trials
         ]
         lines.append(

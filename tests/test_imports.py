@@ -28,10 +28,11 @@ MAY_IMPORT = {
     "report": {"objectives", "patterns", "problem", "linalg"},
     "storage": {"models", "report", "patterns", "problem"},
     "evaluation": {"models", "report", "patterns", "problem", "linalg"},
-    "weighting": CORE | {"models", "report", "evaluation"},
-    "pruning": CORE | {"models", "report", "storage", "evaluation", "weighting"},
-    "allocation": CORE | {"models", "report", "storage", "evaluation", "weighting", "pruning"},
-    "comparison": CORE | {"models", "report", "storage", "evaluation", "weighting", "pruning", "allocation"},
+    "choosing": {"report"},
+    "layerwise": {"models", "objectives", "patterns", "problem", "linalg"},
+    "pruning": CORE | {"models", "layerwise", "report", "evaluation", "choosing"},
+    "allocation": CORE | {"models", "layerwise", "report", "evaluation", "choosing", "pruning"},
+    "comparison": CORE | {"models", "report", "storage", "evaluation", "pruning", "allocation"},
 }
 MAY_IMPORT["cli"] = {"checks", *MAY_IMPORT["comparison"], "comparison"}
 # Who may use the public names of `import moonshot`: nobody below them, or imports would go round.
@@ -39,7 +40,17 @@ PUBLIC_NAMES = {"cli"}
 # Packages whose modules are plug-ins: they import no sibling but this one.
 ONLY_SIBLING = {"solvers": "base"}
 # Who may need torch to be imported at all.
-TORCH = {"models", "pruning", "allocation", "weighting", "evaluation", "storage", "comparison", "cli"}
+TORCH = {
+    "models",
+    "layerwise",
+    "choosing",
+    "pruning",
+    "allocation",
+    "evaluation",
+    "storage",
+    "comparison",
+    "cli",
+}
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

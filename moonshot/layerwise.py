@@ -1,0 +1,132 @@
+"""The layers of a model as pruning problems, one after the other: what `prune` solves and `allocate` compares."""
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moonshot.models.blocks import Loss, ModelError, held, in_float32
+from moonshot.models.calibration import Batch, count_samples
+from moonshot.models.cut import Cut
+from moonshot.models.layers import LayerView, layers_of
+from moonshot.models.statistics import LayerStatistics
+from moonshot.models.targets import select
+from moonshot.objectives import Objective
+from moonshot.patterns import Pattern, PatternError
+from moonshot.problem import Problem
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every layer's statistics are computed and become a problem.
+
+    factors: per-sample gradients are reduced to this many by random signs, whose seed is `seed`.
+    """
+
+    factors: int
+    dampening_frac: float
+    seed: int
+    loss: Loss
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.factors, int) or self.factors < 1:
+            raise ValueError(f"factors must be a positive integer, got {self.factors!r}")
+
+
+def problems(
+    model: nn.Module,
+    cut: Cut,
+    names: Iterable[str],
+    batches: list[Batch],
+    objective: Objective,
+    recipe: Recipe,
+) -> Generator[tuple[str, LayerView, Problem]]:
+    """(name, layer, problem) of the layers with these names, in the order in which the model runs.
+
+    Whatever is assigned to a layer before the next one is asked for is what later layers' inputs come from;
+    gradients are those of the model as it was. A segment is in float32 while its layers are given out, so close the
+    generator where it is not run to its end (contextlib.closing). A problem's weight has the model's dtype.
+    """
+    dtype = next(model.parameters()).dtype
+    wanted = set(names)
+    signs = _random_signs(count_samples(batches), recipe.seed)
+    needs = frozenset[str]().union(*(term.needs for _, term in objective.weighted_terms))
+    replay = cut.replay(model, batches, recipe.loss, bool(needs & {"gradients", "output_gradients"}))
+    for index, (prefix, segment) in enumerate(replay.segments):
+        views = {name: view for name, view in layers_of(prefix, segment) if name in wanted}
+        with in_float32(held(segment)):
+            statistics = LayerStatistics(views, objective, recipe.factors, signs)
+            replay.observe(index, statistics)
+            for name, view in views.items():
+                problem = _problem(name, view, dtype, statistics.pop(name), objective, recipe.dampening_frac)
+                yield name, view, problem
+            replay.advance(index)
+
+
+def _problem(
+    name: str,
+    view: LayerView,
+    dtype: torch.dtype,
+    statistics: list[list[Any]],
+    objective: Objective,
+    dampening_frac: float,
+) -> Problem:
+    weights = view.matrices()
+    try:
+        if view.groups == 1:
+            return objective.assemble(weights[0].to(dtype), statistics[0], dampening_frac=dampening_frac)
+        return objective.assemble_groups(weights.double(), statistics, dampening_frac=dampening_frac)
+    except ValueError as error:
+        error.add_note(f"in layer {name}")
+        raise
+
+
+def _random_signs(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
+
+
+def chosen_layers(cut: Cut, targets: str | Iterable[str] | None, ignore: str | Iterable[str]) -> list[str]:
+    """The names of the layers to prune; without targets, all but the heads.
+
+    Raises TargetError for an expression that matches nothing, ModelError for a layer that no sample reached.
+    """
+    names = [name for name in cut.layers() if targets is not None or name not in cut.heads]
+    chosen = select(names, targets, ignore)
+    check_reached(cut, chosen)
+    return chosen
+
+
+def check_reached(cut: Cut, names: Iterable[str]) -> None:
+    if unreached := [name for name in names if name in cut.unreached]:
+        raise ModelError(
+            f"no calibration sample reached {', '.join(unreached)}: leave them out with ignore={unreached}"
+        )
+
+
+def problem_shape(view: LayerView) -> tuple[int, int]:
+    """Rows and columns of a layer's problem, those of all groups below one another."""
+    m, d = view.shape
+    return view.groups * m, d
+
+
+def check_fit(name: str, view: LayerView, pattern: Pattern) -> None:
+    """PatternError where a layer cannot have a pattern.
+
+    Groups of an N:M pattern must stay within one position of a convolution's kernel.
+    """
+    try:
+        pattern.validate(problem_shape(view))
+        if not hasattr(pattern, "groups"):
+            return
+        size, _ = pattern.groups(problem_shape(view))
+        if size < view.shape[1] and view.channels % size:
+            raise PatternError(
+                f"{pattern} needs input channels divisible by {size}, the layer has {view.channels}: "
+                "leave it out with ignore, or give it a pattern of its own"
+            )
+    except ValueError as error:
+        error.add_note(f"in layer {name}")
+        raise
