@@ -14,6 +14,7 @@ from moonshot.problem import Problem, Result, Status
 from moonshot.solvers import ADMM, IHT, OBS, Answer, Exact, Magnitude, Solver, SparseGPT, Swaps, Wanda, solve
 
 if TYPE_CHECKING:
+    from moonshot.allocation import Allocation, allocate
     from moonshot.pruning import prune
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "IHT",
     "NM",
     "OBS",
+    "Allocation",
     "Answer",
     "Exact",
     "Fisher",
@@ -43,6 +45,7 @@ __all__ = [
     "TokenFisher",
     "Unstructured",
     "Wanda",
+    "allocate",
     "as_pattern",
     "lower_bound",
     "prune",
@@ -51,9 +54,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`prune` needs torch, which is imported only for those who use it."""
+    """`prune` and `allocate` need torch, which is imported only for those who use it."""
     if name == "prune":
         from moonshot.pruning import prune
 
         return prune
+    if name in ("Allocation", "allocate"):
+        from moonshot import allocation
+
+        return getattr(allocation, name)
     raise AttributeError(f"module 'moonshot' has no attribute {name!r}")

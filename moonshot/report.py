@@ -26,7 +26,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Trial:
-    """One objective tried: the mean held-out loss after pruning by it, and how far that is below the first's.
+    """An objective or a budget tried: the mean held-out loss after pruning by it, and its gain over the first's.
 
     gain: mean over held-out samples of the first trial's loss minus this one's; error: its standard error.
     """
@@ -35,6 +35,9 @@ class Trial:
     loss: float
     gain: float
     error: float
+
+    def __str__(self) -> str:
+        return f"tried {self.name}: held-out loss {self.loss:.4f}, gain {self.gain:+.4f} +- {self.error:.4f}"
 
 
 @dataclass
@@ -75,10 +78,7 @@ class Report:
                 f"{layer.name:{width}}  {layer.shape[0]:>5} x {layer.shape[1]:<5}  {layer.pattern:>7}  "
                 f"{100 * layer.sparsity:7.2f}  {layer.relative:8.5f}{gap}  {layer.seconds:7.2f}  {layer.status}"
             )
-        lines += [
-            f"tried {trial.name}: held-out loss {trial.loss:.4f}, gain {trial.gain:+.4f} +- {trial.error:.4f}"
-            for trial in self.trials
-        ]
+        lines += [str(trial) for trial in self.trials]
         lines.append(
             f"{len(self.layers)} layers, {100 * self.sparsity:.2f} % zeros, {self.seconds:.1f} s, "
             f"peak memory {self.peak_memory / 2**20:.0f} MiB"

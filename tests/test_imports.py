@@ -29,9 +29,10 @@ MAY_IMPORT = {
     "storage": {"models", "report", "patterns", "problem"},
     "evaluation": {"models", "report", "patterns", "problem", "linalg"},
     "choosing": {"report"},
+    "budgets": set(),
     "layerwise": {"models", "objectives", "patterns", "problem", "linalg"},
     "pruning": CORE | {"models", "layerwise", "report", "evaluation", "choosing"},
-    "allocation": CORE | {"models", "layerwise", "report", "evaluation", "choosing", "pruning"},
+    "allocation": CORE | {"budgets", "models", "layerwise", "report", "evaluation", "choosing", "pruning"},
     "comparison": CORE | {"models", "report", "storage", "evaluation", "pruning", "allocation"},
 }
 MAY_IMPORT["cli"] = {"checks", *MAY_IMPORT["comparison"], "comparison"}
