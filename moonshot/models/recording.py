@@ -65,7 +65,7 @@ def output_gradients(results: Any, gradients: list[Tensor | None], outputs: Seen
         if gradient is not None and result.requires_grad
     ]
     calls = [(name, output) for name, made in outputs.items() for output in made]
-    if not pairs:
+    if not pairs or not calls:
         return {name: [torch.zeros_like(output) for output in made] for name, made in outputs.items()}
     tops, seeds = zip(*pairs, strict=True)
     found = torch.autograd.grad(tops, [output for _, output in calls], seeds, allow_unused=True)
