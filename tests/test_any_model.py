@@ -16,7 +16,7 @@ from moonshot.models.calibration import CalibrationError, as_batches, model_loss
 from moonshot.models.chain import ChainReplay
 from moonshot.models.cut import Cut, cut_open
 from moonshot.models.graph import GraphReplay
-from moonshot.models.layers import layer_view
+from moonshot.models.layers import layer_view, layers_of
 from moonshot.models.statistics import LayerStatistics
 from moonshot.models.targets import TargetError
 from moonshot.patterns import PatternError
@@ -118,6 +118,27 @@ MODELS = {
     "OPT": (language(transformers.OPTConfig, ffn_dim=48, word_embed_proj_dim=32), tokens, True, 12, "lm_head"),
     "Phi-3": (language(transformers.Phi3Config, num_key_value_heads=2), tokens, True, 8, "lm_head"),
     "GPT-NeoX": (language(transformers.GPTNeoXConfig), tokens, True, 8, "embed_out"),
+    "Mixtral": (
+        language(transformers.MixtralConfig, num_key_value_heads=2, num_local_experts=4),
+        tokens,
+        True,
+        24,
+        "lm_head",
+    ),
+    "Qwen3-MoE": (
+        language(
+            transformers.Qwen3MoeConfig,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+        ),
+        tokens,
+        True,
+        24,
+        "lm_head",
+    ),
     "BERT": (
         lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=3)),
         lambda: labelled(input_ids=tokens()),
@@ -168,19 +189,21 @@ def test_every_family_is_cut_and_pruned_to_its_budget(name):
     report = ms.prune(model, calibration, 0.5, objective=JOINT, solver=ms.SparseGPT())
     assert len(report.layers) == count and report.sparsity == pytest.approx(0.5, abs=2e-3)
     assert head not in report.layers
-    pruned = {f"{layer}.weight" for layer in report.layers}
+    views = dict(layers_of("", model))
+    for layer in report.layers:
+        weight = views[layer].weight
+        assert abs(int((weight == 0).sum()) - weight.numel() / 2) <= 0.5, layer
+    pruned = {
+        layer.rpartition(".")[0] if ".experts." in layer else f"{layer}.weight" for layer in report.layers
+    }
     for key, value in model.state_dict().items():
         if "running_" in key:  # estimated again
             continue
-        if key in pruned:
-            size = value.numel()
-            assert abs(int((value == 0).sum()) - size / 2) <= 0.5, key
-        else:
-            assert torch.equal(value, before[key]), key
+        assert key in pruned or torch.equal(value, before[key]), key
     assert all(0 <= layer.relative < 1 for layer in report.layers.values())
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "BERT", "T5", "Whisper", "ViT", "Swin"])
+@pytest.mark.parametrize("name", ["GPT-2", "Mixtral", "Qwen3-MoE", "BERT", "T5", "Whisper", "ViT", "Swin"])
 def test_outputs_move_less_than_by_magnitude(name):
     model, calibration, *_ = built(name)
     model.eval()
@@ -414,6 +437,65 @@ def test_batches_that_give_no_loss():
         ms.prune(
             Twice(), pairs(), 0.5, loss=lambda model, batch: pair_loss(model, batch) + pair_loss(model, batch)
         )
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x, *, scale=1.0, shift=None):
+        h = torch.relu(self.inner(x)) * scale
+        return x + self.outer(h if shift is None else h + shift)
+
+
+class Different(nn.Module):
+    """Blocks of one list, called with different keyword arguments, one after the other or side by side."""
+
+    def __init__(self, chained):
+        super().__init__()
+        self.blocks, self.chained = nn.ModuleList(Block() for _ in range(3)), chained
+
+    def forward(self, x):
+        first, second, third = self.blocks
+        if not self.chained:
+            return (first(x, scale=2.0) + second(x, shift=x.mean()) + third(x))[:, :3]
+        return third(second(first(x, scale=2.0), shift=x.mean()))[:, :3]
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_blocks_that_take_different_arguments(chained):
+    torch.manual_seed(0)
+    model = Different(chained)
+    ((x, _),) = batches = pairs()
+    assert cut_open(model, batches, pair_loss).chained is chained
+    reads, second = [], copy.deepcopy(model.blocks[1].outer)
+    handle = model.blocks[1].outer.register_forward_hook(lambda _m, args, _out: reads.append(args[0].detach()))
+    model(x)
+    handle.remove()
+    report = ms.prune(
+        model,
+        batches,
+        {"blocks.1.outer": 0.5},
+        objective=ms.Reconstruction(),
+        solver=ms.SparseGPT(),
+        loss=pair_loss,
+    )
+    expected = ms.solve(
+        ms.Reconstruction().problem(second.weight.detach(), inputs=reads[0]), 0.5, ms.SparseGPT()
+    )
+    assert list(report.layers) == ["blocks.1.outer"]
+    torch.testing.assert_close(model.blocks[1].outer.weight.detach(), expected.weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [ms.Reconstruction(), JOINT])
+def test_a_loss_that_is_nan_in_a_later_batch(objective):
+    model = Twice()
+    before = copy.deepcopy(model.state_dict())
+    ((x, y),) = pairs()
+    with pytest.raises(ModelError, match="finite scalar, got nan"):
+        ms.prune(model, [(x, y), (x * torch.nan, y)], 0.5, objective=objective, loss=pair_loss, ignore="unused")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 class Fork(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, linear, silu
 
 import moonshot as ms
 from moonshot.models.blocks import ModelError
-from moonshot.models.calibration import as_batches, one_by_one, take
+from moonshot.models.calibration import one_by_one
 from moonshot.models.cut import cut_open
 from moonshot.models.layers import ExpertView, layers_of
 from moonshot.models.statistics import LayerStatistics
@@ -439,7 +439,6 @@ def test_an_expert_with_few_tokens_is_named():
     notes = [layer.note for name, layer in report.layers.items() if "down_proj" in name]
     assert all(note.endswith(" tokens for 48 inputs") for note in notes)
     assert sum(int(note.split()[0]) for note in notes[:4]) == 2 * 8 * 2  # two experts for each token
-    assert not report.layers["model.layers.0.self_attn.q_proj"].note or 16 < 32
     assert json.loads(report.to_json())["layers"]["model.layers.0.mlp.experts.down_proj.0"]["note"] == notes[0]
 
 
@@ -478,10 +477,9 @@ def test_a_layer_that_only_a_later_batch_reaches(objective):
         unreached="skip",
     )
     assert list(report.layers) == ["rare"] and list(report.skipped) == ["never"]
-    problem = ms.Reconstruction().problem(dense.rare.weight.detach(), inputs=torch.cat(reads))
-    value = problem.terms[0].loss(model.rare.weight.detach().double()) if objective is JOINT else None
-    expected = ms.solve(problem, 0.5, ms.SparseGPT())
-    if value is None:
+    if objective is not JOINT:
+        problem = objective.problem(dense.rare.weight.detach(), inputs=torch.cat(reads))
+        expected = ms.solve(problem, 0.5, ms.SparseGPT())
         torch.testing.assert_close(model.rare.weight.detach(), expected.weight, rtol=1e-3, atol=1e-5)
     assert torch.equal(model.never.weight, dense.never.weight)
 
@@ -518,12 +516,3 @@ def test_experts_whose_products_are_not_recognised_are_not_pruned_blindly():
         wrong = Net("transposed", *weights)
         wrong.mlp.is_transposed = False
         ms.prune(wrong, batch, 0.5, loss=net_loss)
-
-
-def test_a_part_of_the_samples_is_cut_the_same():
-    model, batches = mixture(), as_batches(tokens())
-    whole, part = (
-        cut_open(model, b, lambda m, b: m(**b, labels=b["input_ids"]).loss)
-        for b in (batches, [take(batches[0], [0])])
-    )
-    assert whole.routed and part.routed and whole.chained and part.chained

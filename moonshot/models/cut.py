@@ -89,7 +89,10 @@ def cut_open(model: nn.Module, batches: list[Batch], loss: Loss) -> Cut:
         routed = any(isinstance(view, ExpertView) for view in views.values())
         if not routed and (count := batch_samples(batches[0])) > 1:
             alike = {name: [count * rows for rows in calls] for name, calls in first.rows.items()}
-            routed = _run(model, blocks, views, batches[0], loss).rows != alike
+            others = (take(batches[0], [k]) for k in range(1, count))
+            routed = _run(model, blocks, views, batches[0], loss).rows != alike or any(
+                _run(model, blocks, views, other, loss).rows != first.rows for other in others
+            )
         inside = sum(weights[name] for part in blocks for name, _ in layers_of(*part) if name in weights)
         chained = inside >= _CHAIN * sum(weights.values()) and _is_chain(
             model, blocks, sample, loss, first.loss
