@@ -488,13 +488,43 @@ def test_blocks_that_take_different_arguments(chained):
     torch.testing.assert_close(model.blocks[1].outer.weight.detach(), expected.weight, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("objective", [ms.Reconstruction(), JOINT])
-def test_a_loss_that_is_nan_in_a_later_batch(objective):
-    model = Twice()
+def test_blocks_side_by_side_are_no_chain_whatever_the_loss():
+    model = Different(chained=False)
+    assert not cut_open(model, pairs(), lambda model, batch: 1 + 0 * model(batch[0]).sum()).chained
+
+
+def test_a_layer_of_a_chain_that_never_runs_is_named():
+    model = Different(chained=True)
+    for block in model.blocks:
+        block.unused = nn.Linear(6, 6)
+    unused = [f"blocks.{k}.unused" for k in range(3)]
+    assert cut_open(model, pairs(), pair_loss).unreached == set(unused)
+    report = ms.prune(model, pairs(), 0.5, solver=ms.SparseGPT(), loss=pair_loss, unreached="skip")
+    assert list(report.skipped) == unused and len(report.layers) == 6
+
+
+def test_padding_is_left_out_where_tokens_are_folded_into_the_samples():
+    layer, mask = layer_view(nn.Linear(4, 3)), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    x, deltas = torch.randn(2, 3, 4), torch.randn(2, 3, 3)
+    found = []
+    for shape in ((2, 3), (6,)):
+        statistics = LayerStatistics({"layer": layer}, JOINT, 16, torch.ones(2))
+        rows, at = x.view(*shape, 4), deltas.view(*shape, 3)
+        statistics.observe(2, {"layer": [rows]}, {"layer": [at]}, {"layer": [rows]}, mask)
+        assert statistics.tokens == {"layer": 3}
+        found.append([torch.as_tensor(statistic) for statistic in statistics.pop("layer")[0]])
+    for apart, folded in zip(*found, strict=True):
+        torch.testing.assert_close(apart, folded)
+    torch.testing.assert_close(found[0][0], (x[mask].T @ x[mask]).double())
+
+
+def test_a_batch_with_nan_is_refused_and_changes_nothing():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     before = copy.deepcopy(model.state_dict())
     ((x, y),) = pairs()
-    with pytest.raises(ModelError, match="finite scalar, got nan"):
-        ms.prune(model, [(x, y), (x * torch.nan, y)], 0.5, objective=objective, loss=pair_loss, ignore="unused")
+    for objective, words in ((ms.Reconstruction(), "inputs holds NaN"), (JOINT, "finite scalar, got nan")):
+        with pytest.raises(ValueError, match=words):
+            ms.prune(model, [(x, y), (x * torch.nan, y)], 0.5, objective=objective, loss=pair_loss)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

@@ -406,6 +406,15 @@ def test_ones_own_mixture():
     assert changed == {f"{name}.weight" for name in report.layers}
 
 
+def test_a_mixture_is_known_by_every_sample():
+    """Twice two of six tokens in all, but not of each sample."""
+    x = torch.ones(3, 4, 6)
+    x[..., 0] = torch.tensor([[1, 1, -1, -1], [1, 1, 1, 1], [-1, -1, -1, -1]])
+    assert cut_open(Routed(), [(x, torch.arange(3))], net_loss).routed
+    x[1:, :, 0] = x[0, :, 0]
+    assert not cut_open(Routed(), [(x, torch.arange(3))], net_loss).routed
+
+
 # layers that few tokens or none reach
 
 
@@ -448,20 +457,21 @@ class Rare(nn.Module):
     def __init__(self):
         super().__init__()
         self.usual, self.rare, self.never = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-        self.head = nn.Linear(6, 3)
+        self.more, self.head = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), nn.Linear(6, 3)
 
     def forward(self, x):
         h = self.usual(x)
         if bool((x[..., 0] < 0).any()):
             h = h + self.rare(h)
-        return self.head(h.mean(1))
+        return self.head(self.more(h).mean(1))
 
 
+@pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("objective", [ms.Reconstruction(), JOINT])
-def test_a_layer_that_only_a_later_batch_reaches(objective):
+def test_a_layer_that_only_some_batches_reach(objective, order):
     torch.manual_seed(0)
     model = Rare()
-    batches = [*routed_batch([1.0, 1]), *routed_batch([1.0]), *routed_batch([-1.0, -1])]
+    batches = [*routed_batch([1.0, 1]), *routed_batch([1.0]), *routed_batch([-1.0, -1])][::order]
     reads, dense = [], copy.deepcopy(model).eval()
     dense.rare.register_forward_hook(lambda _m, args, _out: reads.append(args[0].flatten(0, 1)))
     for x, _ in batches:
