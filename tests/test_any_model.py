@@ -498,7 +498,7 @@ def test_a_layer_of_a_chain_that_never_runs_is_named():
     for block in model.blocks:
         block.unused = nn.Linear(6, 6)
     unused = [f"blocks.{k}.unused" for k in range(3)]
-    assert cut_open(model, pairs(), pair_loss).unreached == set(unused)
+    assert set(cut_open(model, pairs(), pair_loss).unreached) == set(unused)
     report = ms.prune(model, pairs(), 0.5, solver=ms.SparseGPT(), loss=pair_loss, unreached="skip")
     assert list(report.skipped) == unused and len(report.layers) == 6
 
@@ -560,5 +560,5 @@ def test_the_names_of_layers_outside_the_segments_are_not_targets():
 def test_a_cut_knows_its_layers():
     model = Twice()
     cut = cut_open(model, as_batches(pairs()), pair_loss)
-    assert isinstance(cut, Cut) and cut.unreached == {"unused"} and cut.heads == frozenset()
+    assert isinstance(cut, Cut) and set(cut.unreached) == {"unused"} and cut.heads == frozenset()
     assert [name for name, _ in cut.segments] == [""]

@@ -1,6 +1,6 @@
 """Where a model is cut open: segments that run one after the other, and the layers in them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -46,7 +46,7 @@ class Cut:
     chained: each segment reads the one before and nothing else.
     heads: names of the layers that a transformers model has on top of its base model.
     routers: names of the layers that choose among experts, or weigh them.
-    unreached: names of the layers that no sample of any batch reached.
+    unreached: the layers that no sample of any batch reached, in a segment or not.
     routed: some layers do not read the same number of rows for every sample, such as experts; samples are then
     replayed one by one, so that all that a layer reads in a batch belongs to one sample, and none of it is padding.
     """
@@ -55,12 +55,13 @@ class Cut:
     chained: bool
     heads: frozenset[str] = frozenset()
     routers: frozenset[str] = frozenset()
-    unreached: frozenset[str] = frozenset()
+    unreached: dict[str, LayerView] = field(default_factory=dict)
     routed: bool = False
 
     def layers(self) -> dict[str, LayerView]:
-        """{name in the model: layer} of all that can be pruned in the segments."""
-        return {name: view for prefix, segment in self.segments for name, view in layers_of(prefix, segment)}
+        """{name in the model: layer} of all in the segments, and of those that were not reached."""
+        inside = {name: view for prefix, segment in self.segments for name, view in layers_of(prefix, segment)}
+        return self.unreached | inside
 
     def replay(self, model: nn.Module, batches: list[Batch], loss: Loss, gradients: bool) -> Replay:
         kind = ChainReplay if self.chained else GraphReplay
@@ -93,21 +94,20 @@ def cut_open(model: nn.Module, batches: list[Batch], loss: Loss) -> Cut:
             routed = _run(model, blocks, views, batches[0], loss).rows != alike or any(
                 _run(model, blocks, views, other, loss).rows != first.rows for other in others
             )
-        inside = sum(weights[name] for part in blocks for name, _ in layers_of(*part) if name in weights)
-        chained = inside >= _CHAIN * sum(weights.values()) and _is_chain(
-            model, blocks, sample, loss, first.loss
-        )
+        share = sum(weights[name] for part in blocks for name, _ in layers_of(*part) if name in weights)
+        chained = share >= _CHAIN * sum(weights.values()) and _is_chain(model, blocks, sample, loss, first.loss)
         once, reached = first.once, first.reached(views)
         for batch in _samples(model, batches) if routed else batches:
             if len(reached) == len(views) and (chained or not routed):
                 break
             run = _run(model, blocks, views, batch, loss)
             once, reached = once & run.once, reached | run.reached(views)
-    unreached = frozenset(views) - reached
+    unreached = {name: view for name, view in views.items() if name not in reached}
     routers = _routers(model) if routed else frozenset()
     if chained:
-        within = {name for part in blocks for name, _ in layers_of(*part)}
-        return Cut(blocks, True, routers=routers, unreached=unreached & within, routed=routed)
+        inside = {name for part in blocks for name, _ in layers_of(*part)}
+        unreached = {name: view for name, view in unreached.items() if name in inside}
+        return Cut(blocks, True, routers=routers, unreached=unreached, routed=routed)
     parts = _parts("", model, {views[name].module for name in reached}, once)
     if repeated := [name or "the model" for name, part in parts if part not in once]:
         raise ModelError(
