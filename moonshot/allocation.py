@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from moonshot import budgets
 from moonshot.choosing import choose
 from moonshot.evaluation import mean_loss, sample_losses
-from moonshot.layerwise import Recipe, check_fit, chosen_layers, problem_shape, problems
+from moonshot.layerwise import (
+    LayerProblem,
+    Recipe,
+    check_fit,
+    check_reached,
+    chosen_layers,
+    problem_shape,
+    problems,
+)
 from moonshot.models.batchnorm import estimate_in_one_pass
 from moonshot.models.blocks import Loss, evaluating, held, in_float32
 from moonshot.models.calibration import Batch, as_batches, model_loss, moved, set_aside
@@ -177,7 +185,9 @@ def allocate(
     fitted, held_out = set_aside(batches, seed)
     cut = cut_open(model, batches, loss)
     layers = cut.layers()
-    views = {name: layers[name] for name in chosen_layers(cut, targets, ignore)}
+    names = chosen_layers(cut, targets, ignore)
+    check_reached(cut, names)
+    views = {name: layers[name] for name in names}
     menus = {name: _menu(name, view, even, patterns) for name, view in views.items()}
     total = sum(even.zeros(problem_shape(view)) for view in views.values())
     budgets.check_total([[zeros for zeros, _ in menu] for menu in menus.values()], total)
@@ -251,7 +261,7 @@ def _menu(
 
 
 def _solved(
-    layers: Generator[tuple[str, LayerView, Problem]],
+    layers: Generator[LayerProblem],
     menus: dict[str, list[tuple[int, Pattern]]],
     solver: Solver,
     advance: Callable[[str], None],
@@ -259,7 +269,7 @@ def _solved(
     """Every layer solved at every choice, the other layers dense."""
     solved = {}
     with closing(layers):
-        for name, _, problem in layers:
+        for name, _, problem, _ in layers:
             state = solver.init(problem)
             solved[name] = [
                 _choice(name, problem, zeros, pattern, solver, state) for zeros, pattern in menus[name]
@@ -348,15 +358,15 @@ class _Stored:
 
 
 def _candidates(offer: _Offer, stored: _Stored, rounds: int) -> dict[str, list[int]]:
-    """The even budget, the best of those that come from a unit of the curves, and that one measured further."""
-    zeros = offer.zeros
+    """The even budget, the best of those that come from a unit of the curves, and what measuring finds from there."""
+    zeros, curves = offer.zeros, {unit: offer.costs(unit) for unit in offer.units}
     even = budgets.even(zeros, offer.sizes, offer.total)
-    by_unit = {unit: budgets.hand_out(zeros, offer.costs(unit), offer.total) for unit in offer.units}
-    losses = {unit: stored.loss(answer) for unit, answer in by_unit.items()}
+    found = {unit: budgets.hand_out(zeros, costs, offer.total) for unit, costs in curves.items()}
+    losses = {unit: stored.loss(answer) for unit, answer in found.items()}
     best = min(losses, key=losses.__getitem__)
-    start = min((stored.loss(even), even), (losses[best], by_unit[best]))[1]
-    found, _ = budgets.measured(start, zeros, offer.costs(_RELATIVE), offer.total, stored.loss, rounds)
-    candidates = {"even": even, best: by_unit[best], "measured": found}
+    start = min((stored.loss(even), even), (losses[best], found[best]))
+    measured = budgets.measured(*start, zeros, list(curves.values()), offer.total, stored.loss, rounds)
+    candidates = {"even": even, best: found[best], "measured": measured}
     return {
         name: answer
         for k, (name, answer) in enumerate(candidates.items())

@@ -96,46 +96,60 @@ def check_total(zeros: Counts, total: int) -> None:
 
 
 def measured(
+    lowest: float,
     start: Sequence[int],
     zeros: Counts,
-    costs: Curves,
+    curves: Sequence[Curves],
     total: int,
     loss: Callable[[list[int]], float],
     rounds: int,
-) -> tuple[list[int], float]:
-    """Better choices than `start` by the true loss, and their loss.
+) -> list[int]:
+    """Better choices than `start` by the true loss, or `start` itself.
 
-    Each curve is right about its own layer and says little of how much the layer matters. That is measured: with every
+    A curve is right about its own layer and says little of how much the layer matters. That is measured: with every
     layer in turn one choice denser and one sparser, the difference of the loss over what the curve says is the layer's
     weight. The curves times their weights, taken in full or damped, are handed out anew, and the best of these is
     where the next round begins; it ends where nothing is better.
 
-    loss: of any choices; it is asked (2 layers + 3) times in a round and once before.
+    lowest: the loss of `start`. curves: the layers' costs, in several units.
+    loss: of any choices; it is asked (2 layers + 3 units) times in a round.
     """
-    best, lowest = list(start), loss(list(start))
+    best = list(start)
     for _ in range(rounds):
-        weights = _weights(best, costs, loss)
+        responses = [_response(best, layer, zeros, loss) for layer in range(len(best))]
         found = []
-        for power in (1.0, 0.5, 0.25):
-            weighted = [[w**power * c for c in cost] for w, cost in zip(weights, costs, strict=True)]
-            choices = hand_out(zeros, weighted, total)
-            found.append((loss(choices), choices))
+        for costs in curves:
+            weights = _weights(best, costs, responses)
+            for power in (1.0, 0.5, 0.25):
+                weighted = [[w**power * c for c in cost] for w, cost in zip(weights, costs, strict=True)]
+                choices = hand_out(zeros, weighted, total)
+                found.append((loss(choices), choices))
         value, choices = min(found)
         if not value < lowest:
             break
         best, lowest = choices, value
-    return best, lowest
+    return best
 
 
-def _weights(choices: list[int], costs: Curves, loss: Callable[[list[int]], float]) -> list[float]:
+def _beside(choice: int, choices: int) -> tuple[int, int]:
+    return max(choice - 1, 0), min(choice + 1, choices - 1)
+
+
+def _response(choices: list[int], layer: int, zeros: Counts, loss: Callable[[list[int]], float]) -> float:
+    """By how much the loss grows from the layer's next denser choice to its next sparser one."""
+    denser, sparser = (
+        loss([*choices[:layer], k, *choices[layer + 1 :]]) for k in _beside(choices[layer], len(zeros[layer]))
+    )
+    return sparser - denser
+
+
+def _weights(choices: list[int], costs: Curves, responses: list[float]) -> list[float]:
     """By how much more the loss moves with each layer than its curve says, relative to their median."""
     ratios: list[float | None] = []
-    for layer, cost in enumerate(costs):
-        denser, sparser = max(choices[layer] - 1, 0), min(choices[layer] + 1, len(cost) - 1)
+    for choice, cost, response in zip(choices, costs, responses, strict=True):
+        denser, sparser = _beside(choice, len(cost))
         said = cost[sparser] - cost[denser]
-        moved = [loss([*choices[:layer], k, *choices[layer + 1 :]]) for k in (denser, sparser)]
-        found = moved[1] - moved[0]
-        ratios.append(found / said if said > 0 and isfinite(found) else None)
+        ratios.append(response / said if said > 0 and isfinite(response) else None)
     known = [ratio for ratio in ratios if ratio is not None and ratio > 0]
     middle = median(known) if known else 1.0
     return [1.0 if r is None else min(max(r / middle, 1 / _FACTOR), _FACTOR) for r in ratios]

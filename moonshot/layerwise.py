@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,15 @@ class Recipe:
             raise ValueError(f"factors must be a positive integer, got {self.factors!r}")
 
 
+class LayerProblem(NamedTuple):
+    """tokens: how many rows of inputs the problem was made of."""
+
+    name: str
+    view: LayerView
+    problem: Problem
+    tokens: int
+
+
 def problems(
     model: nn.Module,
     cut: Cut,
@@ -42,8 +51,8 @@ def problems(
     batches: list[Batch],
     objective: Objective,
     recipe: Recipe,
-) -> Generator[tuple[str, LayerView, Problem]]:
-    """(name, layer, problem) of the layers with these names, in the order in which the model runs.
+) -> Generator[LayerProblem]:
+    """The problems of the layers with these names, in the order in which the model runs.
 
     Whatever is assigned to a layer before the next one is asked for is what later layers' inputs come from;
     gradients are those of the model as it was. A segment is in float32 while its layers are given out, so close the
@@ -57,11 +66,11 @@ def problems(
     for index, (prefix, segment) in enumerate(replay.segments):
         views = {name: view for name, view in layers_of(prefix, segment) if name in wanted}
         with in_float32(held(segment)):
-            statistics = LayerStatistics(views, objective, recipe.factors, signs)
+            statistics = LayerStatistics(views, objective, recipe.factors, signs, cut.routed)
             replay.observe(index, statistics)
             for name, view in views.items():
                 problem = _problem(name, view, dtype, statistics.pop(name), objective, recipe.dampening_frac)
-                yield name, view, problem
+                yield LayerProblem(name, view, problem, statistics.tokens[name])
             replay.advance(index)
 
 
@@ -89,20 +98,21 @@ def _random_signs(count: int, seed: int) -> Tensor:
 
 
 def chosen_layers(cut: Cut, targets: str | Iterable[str] | None, ignore: str | Iterable[str]) -> list[str]:
-    """The names of the layers to prune; without targets, all but the heads.
+    """The names of the layers to prune; without targets, all but heads and routers.
 
-    Raises TargetError for an expression that matches nothing, ModelError for a layer that no sample reached.
+    Raises TargetError for an expression that matches nothing.
     """
-    names = [name for name in cut.layers() if targets is not None or name not in cut.heads]
-    chosen = select(names, targets, ignore)
-    check_reached(cut, chosen)
-    return chosen
+    left_alone = cut.heads | cut.routers
+    names = [name for name in cut.layers() if targets is not None or name not in left_alone]
+    return select(names, targets, ignore)
 
 
 def check_reached(cut: Cut, names: Iterable[str]) -> None:
+    """Raises ModelError for a layer that no sample reached."""
     if unreached := [name for name in names if name in cut.unreached]:
         raise ModelError(
-            f"no calibration sample reached {', '.join(unreached)}: leave them out with ignore={unreached}"
+            f"no calibration sample reached {', '.join(unreached)}: leave them out with ignore={unreached}, or with "
+            'unreached="skip"'
         )
 
 

@@ -6,14 +6,22 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from moonshot.choosing import choose
 from moonshot.evaluation import sample_losses
-from moonshot.layerwise import Recipe, check_fit, check_reached, chosen_layers, problem_shape, problems
+from moonshot.layerwise import (
+    LayerProblem,
+    Recipe,
+    check_fit,
+    check_reached,
+    chosen_layers,
+    problem_shape,
+    problems,
+)
 from moonshot.models.batchnorm import reestimate, running_statistics
 from moonshot.models.blocks import Loss, evaluating, held, in_float32
 from moonshot.models.calibration import (
@@ -26,12 +34,10 @@ from moonshot.models.calibration import (
     set_aside,
 )
 from moonshot.models.cut import Cut, cut_open
-from moonshot.models.layers import LayerView
 from moonshot.models.restoring import restored_on_failure
 from moonshot.models.targets import TargetError, select
 from moonshot.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.patterns import Pattern, as_pattern
-from moonshot.problem import Problem
 from moonshot.report import LayerReport, Report
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver, solve
@@ -66,6 +72,7 @@ def prune(
     loss: Loss = model_loss,
     bound: bool = False,
     batch_norm: bool = True,
+    unreached: Literal["error", "skip"] = "error",
     on_layer: OnLayer | None = None,
 ) -> Report:
     """Prune the linear and convolutional layers of a model in place, and say how good every layer's answer is.
@@ -83,19 +90,26 @@ def prune(
     take several times as long as pruning.
     batch_norm: whether running statistics are estimated again on the calibration data (models.batchnorm), where there
     are any; the report's recipe says so.
+    unreached: what becomes of layers that no calibration sample reached: "skip" leaves them as they are, and
+    Report.skipped names them.
     on_layer: called after each layer with its report and the number of layers in all, trials included.
 
     A transformer's blocks, or the parts that a model can be cut into (models.cut), take their turns: inputs come from
     the model with its earlier parts pruned, gradients from the dense model. Left alone by default are embeddings,
-    what a transformers model has on top of its base model, and all that lies outside a transformer's blocks.
+    what a transformers model has on top of its base model, the routers of a mixture of experts, and all that lies
+    outside a transformer's blocks.
     Weights keep their dtype; everything is computed in float32 or better. If it fails, the weights are as they were.
     """
     solver = ADMM() if solver is None else solver
-    _check(objective, solver)
+    _check(objective, solver, unreached)
     recipe = Recipe(factors, dampening_frac, seed, loss)
     batches = [moved(batch, device_of(model)) for batch in as_batches(calibration)]
     cut = cut_open(model, batches, loss)
     patterns = _patterns(cut, pattern, targets, ignore)
+    if unreached == "error":
+        check_reached(cut, patterns)
+    skipped = {name: "no calibration sample reached it" for name in patterns if name in cut.unreached}
+    patterns = {name: chosen for name, chosen in patterns.items() if name not in skipped}
     report = Report(
         recipe={
             "pattern": "per layer" if isinstance(pattern, Mapping) else str(pattern),
@@ -107,6 +121,7 @@ def prune(
             "seed": seed,
         },
         versions=_versions(),
+        skipped=skipped,
     )
     begin = time.perf_counter()
     layers = cut.layers()
@@ -121,7 +136,7 @@ def prune(
 
         def prune_by(objective: Objective, batches: list[Batch], bound: bool) -> dict[str, LayerReport]:
             walk = problems(model, cut, patterns, batches, objective, recipe)
-            reports = _prune_layers(walk, patterns, solver, bound, advance)
+            reports = _prune_layers(walk, patterns, solver, bound, cut.routed, advance)
             if again:
                 _reestimate(model, batches, loss)
             return reports
@@ -153,16 +168,17 @@ def _reestimate(model: nn.Module, batches: list[Batch], loss: Loss) -> None:
 
 
 def _prune_layers(
-    layers: Generator[tuple[str, LayerView, Problem]],
+    layers: Generator[LayerProblem],
     patterns: dict[str, Pattern],
     solver: Solver,
     bound: bool,
+    routed: bool,
     advance: Callable[[LayerReport], None],
 ) -> dict[str, LayerReport]:
     """Solve every layer's problem and assign the answer; {layer name: report}."""
     reports = {}
     with closing(layers):
-        for name, view, problem in layers:
+        for name, view, problem, tokens in layers:
             try:
                 result = solve(problem, patterns[name], solver, bound=bound)
             except ValueError as error:
@@ -180,22 +196,32 @@ def _prune_layers(
                 status=str(result.status),
                 seconds=result.seconds,
                 gap=result.gap,
+                note=_note(tokens, view.shape[1]) if routed else "",
             )
             advance(reports[name])
     return reports
+
+
+def _note(tokens: int, inputs: int) -> str:
+    """What is to be said of a layer whose inputs cannot tell all of its weights apart."""
+    if tokens >= inputs:
+        return ""
+    return f"{tokens} tokens for {inputs} inputs" if tokens else "no token reached it: pruned by magnitude"
 
 
 def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _check(objective: Objective | str, solver: Solver) -> None:
+def _check(objective: Objective | str, solver: Solver, unreached: str) -> None:
     if objective != "auto" and not isinstance(objective, Objective):
         raise TypeError(
             f'objective must be "auto" or such as 0.7 * Reconstruction() + 0.3 * Fisher(), got {objective!r}'
         )
     if isinstance(solver, type) or not isinstance(solver, Solver):
         raise TypeError(f"solver must be an instance such as moonshot.ADMM(), got {solver!r}")
+    if unreached not in ("error", "skip"):
+        raise ValueError(f'unreached must be "error" or "skip", got {unreached!r}')
 
 
 def _patterns(
@@ -212,7 +238,6 @@ def _patterns(
                 f"no such layer: {', '.join(unknown)}; layers are {', '.join(list(layers)[:4])}, ..."
             )
         names = select(list(pattern), targets, ignore)
-        check_reached(cut, names)
         patterns = {name: as_pattern(pattern[name]) for name in names}
     else:
         one = as_pattern(pattern)

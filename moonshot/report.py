@@ -10,6 +10,7 @@ class LayerReport:
     """One layer: pattern and achieved sparsity, the objective relative to an empty layer, each term's share.
 
     gap: how far the objective is from the optimum at most, (value - bound) / value, if bounds were asked for.
+    note: what the answer rests on, where that is little.
     """
 
     name: str
@@ -22,6 +23,7 @@ class LayerReport:
     status: str
     seconds: float
     gap: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Trial:
 class Report:
     """A pruned model: its layers by name, the recipe that made it, and what that took.
 
+    skipped: the layers that were to be pruned and are as they were, with the reason.
     trials: what objective="auto" tried (choosing.choose), empty otherwise.
     sparsity: fraction of zeros over the pruned layers. seconds: wall-clock; peak_memory: bytes resident at most.
     """
@@ -51,6 +54,7 @@ class Report:
     recipe: dict[str, str | int | float]
     versions: dict[str, str]
     layers: dict[str, LayerReport] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int = 0
@@ -68,7 +72,7 @@ class Report:
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
-        width = max([len(name) for name in self.layers] + [5])
+        width = max([len(name) for name in (*self.layers, *self.skipped)] + [5])
         bounded = any(layer.gap is not None for layer in self.layers.values())
         gaps = "  gap <= %" if bounded else ""
         lines = [f"{'layer':{width}}  {'shape':>13}  pattern  zeros %  relative{gaps}  seconds  status"]
@@ -77,7 +81,9 @@ class Report:
             lines.append(
                 f"{layer.name:{width}}  {layer.shape[0]:>5} x {layer.shape[1]:<5}  {layer.pattern:>7}  "
                 f"{100 * layer.sparsity:7.2f}  {layer.relative:8.5f}{gap}  {layer.seconds:7.2f}  {layer.status}"
+                + (f", {layer.note}" if layer.note else "")
             )
+        lines += [f"{name:{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
         lines += [str(trial) for trial in self.trials]
         lines.append(
             f"{len(self.layers)} layers, {100 * self.sparsity:.2f} % zeros, {self.seconds:.1f} s, "

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moonshot.models.calibration import open_dataset
+from moonshot.models.layers import layers_of
 from moonshot.report import Report
 
 
@@ -33,7 +34,7 @@ def save(model: nn.Module, tokenizer: object, report: Report, folder: str | Path
         model.save_pretrained(temporary)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
-        layers = dict(model.named_modules())
+        layers = dict(layers_of("", model))
         masks = {name: (layers[name].weight != 0).detach().cpu() for name in report.layers}
         save_file({name: mask.contiguous() for name, mask in masks.items()}, temporary / "masks.safetensors")
         (temporary / "recipe.json").write_text(json.dumps(report.recipe, indent=2) + "\n")

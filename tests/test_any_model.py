@@ -16,7 +16,7 @@ from moonshot.models.calibration import CalibrationError, as_batches, model_loss
 from moonshot.models.chain import ChainReplay
 from moonshot.models.cut import Cut, cut_open
 from moonshot.models.graph import GraphReplay
-from moonshot.models.layers import layer_view
+from moonshot.models.layers import layer_view, layers_of
 from moonshot.models.statistics import LayerStatistics
 from moonshot.models.targets import TargetError
 from moonshot.patterns import PatternError
@@ -118,6 +118,27 @@ MODELS = {
     "OPT": (language(transformers.OPTConfig, ffn_dim=48, word_embed_proj_dim=32), tokens, True, 12, "lm_head"),
     "Phi-3": (language(transformers.Phi3Config, num_key_value_heads=2), tokens, True, 8, "lm_head"),
     "GPT-NeoX": (language(transformers.GPTNeoXConfig), tokens, True, 8, "embed_out"),
+    "Mixtral": (
+        language(transformers.MixtralConfig, num_key_value_heads=2, num_local_experts=4),
+        tokens,
+        True,
+        24,
+        "lm_head",
+    ),
+    "Qwen3-MoE": (
+        language(
+            transformers.Qwen3MoeConfig,
+            num_key_value_heads=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+        ),
+        tokens,
+        True,
+        24,
+        "lm_head",
+    ),
     "BERT": (
         lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, num_labels=3)),
         lambda: labelled(input_ids=tokens()),
@@ -168,19 +189,21 @@ def test_every_family_is_cut_and_pruned_to_its_budget(name):
     report = ms.prune(model, calibration, 0.5, objective=JOINT, solver=ms.SparseGPT())
     assert len(report.layers) == count and report.sparsity == pytest.approx(0.5, abs=2e-3)
     assert head not in report.layers
-    pruned = {f"{layer}.weight" for layer in report.layers}
+    views = dict(layers_of("", model))
+    for layer in report.layers:
+        weight = views[layer].weight
+        assert abs(int((weight == 0).sum()) - weight.numel() / 2) <= 0.5, layer
+    pruned = {
+        layer.rpartition(".")[0] if ".experts." in layer else f"{layer}.weight" for layer in report.layers
+    }
     for key, value in model.state_dict().items():
         if "running_" in key:  # estimated again
             continue
-        if key in pruned:
-            size = value.numel()
-            assert abs(int((value == 0).sum()) - size / 2) <= 0.5, key
-        else:
-            assert torch.equal(value, before[key]), key
+        assert key in pruned or torch.equal(value, before[key]), key
     assert all(0 <= layer.relative < 1 for layer in report.layers.values())
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "BERT", "T5", "Whisper", "ViT", "Swin"])
+@pytest.mark.parametrize("name", ["GPT-2", "Mixtral", "Qwen3-MoE", "BERT", "T5", "Whisper", "ViT", "Swin"])
 def test_outputs_move_less_than_by_magnitude(name):
     model, calibration, *_ = built(name)
     model.eval()
@@ -416,6 +439,95 @@ def test_batches_that_give_no_loss():
         )
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x, *, scale=1.0, shift=None):
+        h = torch.relu(self.inner(x)) * scale
+        return x + self.outer(h if shift is None else h + shift)
+
+
+class Different(nn.Module):
+    """Blocks of one list, called with different keyword arguments, one after the other or side by side."""
+
+    def __init__(self, chained):
+        super().__init__()
+        self.blocks, self.chained = nn.ModuleList(Block() for _ in range(3)), chained
+
+    def forward(self, x):
+        first, second, third = self.blocks
+        if not self.chained:
+            return (first(x, scale=2.0) + second(x, shift=x.mean()) + third(x))[:, :3]
+        return third(second(first(x, scale=2.0), shift=x.mean()))[:, :3]
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_blocks_that_take_different_arguments(chained):
+    torch.manual_seed(0)
+    model = Different(chained)
+    ((x, _),) = batches = pairs()
+    assert cut_open(model, batches, pair_loss).chained is chained
+    reads, second = [], copy.deepcopy(model.blocks[1].outer)
+    handle = model.blocks[1].outer.register_forward_hook(lambda _m, args, _out: reads.append(args[0].detach()))
+    model(x)
+    handle.remove()
+    report = ms.prune(
+        model,
+        batches,
+        {"blocks.1.outer": 0.5},
+        objective=ms.Reconstruction(),
+        solver=ms.SparseGPT(),
+        loss=pair_loss,
+    )
+    expected = ms.solve(
+        ms.Reconstruction().problem(second.weight.detach(), inputs=reads[0]), 0.5, ms.SparseGPT()
+    )
+    assert list(report.layers) == ["blocks.1.outer"]
+    torch.testing.assert_close(model.blocks[1].outer.weight.detach(), expected.weight, rtol=1e-3, atol=1e-5)
+
+
+def test_blocks_side_by_side_are_no_chain_whatever_the_loss():
+    model = Different(chained=False)
+    assert not cut_open(model, pairs(), lambda model, batch: 1 + 0 * model(batch[0]).sum()).chained
+
+
+def test_a_layer_of_a_chain_that_never_runs_is_named():
+    model = Different(chained=True)
+    for block in model.blocks:
+        block.unused = nn.Linear(6, 6)
+    unused = [f"blocks.{k}.unused" for k in range(3)]
+    assert set(cut_open(model, pairs(), pair_loss).unreached) == set(unused)
+    report = ms.prune(model, pairs(), 0.5, solver=ms.SparseGPT(), loss=pair_loss, unreached="skip")
+    assert list(report.skipped) == unused and len(report.layers) == 6
+
+
+def test_padding_is_left_out_where_tokens_are_folded_into_the_samples():
+    layer, mask = layer_view(nn.Linear(4, 3)), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    x, deltas = torch.randn(2, 3, 4), torch.randn(2, 3, 3)
+    found = []
+    for shape in ((2, 3), (6,)):
+        statistics = LayerStatistics({"layer": layer}, JOINT, 16, torch.ones(2))
+        rows, at = x.view(*shape, 4), deltas.view(*shape, 3)
+        statistics.observe(2, {"layer": [rows]}, {"layer": [at]}, {"layer": [rows]}, mask)
+        assert statistics.tokens == {"layer": 3}
+        found.append([torch.as_tensor(statistic) for statistic in statistics.pop("layer")[0]])
+    for apart, folded in zip(*found, strict=True):
+        torch.testing.assert_close(apart, folded)
+    torch.testing.assert_close(found[0][0], (x[mask].T @ x[mask]).double())
+
+
+def test_a_batch_with_nan_is_refused_and_changes_nothing():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    before = copy.deepcopy(model.state_dict())
+    ((x, y),) = pairs()
+    for objective, words in ((ms.Reconstruction(), "inputs holds NaN"), (JOINT, "finite scalar, got nan")):
+        with pytest.raises(ValueError, match=words):
+            ms.prune(model, [(x, y), (x * torch.nan, y)], 0.5, objective=objective, loss=pair_loss)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 class Fork(nn.Module):
     """Other layers for other batches."""
 
@@ -448,5 +560,5 @@ def test_the_names_of_layers_outside_the_segments_are_not_targets():
 def test_a_cut_knows_its_layers():
     model = Twice()
     cut = cut_open(model, as_batches(pairs()), pair_loss)
-    assert isinstance(cut, Cut) and cut.unreached == {"unused"} and cut.heads == frozenset()
+    assert isinstance(cut, Cut) and set(cut.unreached) == {"unused"} and cut.heads == frozenset()
     assert [name for name, _ in cut.segments] == [""]

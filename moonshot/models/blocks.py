@@ -121,14 +121,22 @@ class Chain:
 
     @torch.no_grad()
     def enter(self, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """The first block's hidden states, and every block's other arguments, for one batch."""
+        """The first block's hidden states, and every block's other arguments, for one batch.
+
+        Raises ModelError where a block does not read what the one before it returned.
+        """
         first: list[Tensor] = []
         calls: list[Call] = []
 
         def record(hidden, *args, **kwargs):
-            first.append(hidden)
+            if not calls:
+                first.append(hidden)
+            elif not torch.equal(hidden, first[0] if len(calls) % 2 == 0 else -first[0]):
+                raise ModelError("a block does not read what the one before it returned")
             calls.append(Call(args, _without_cache(kwargs)))
-            return (hidden,) if self._returns_tuple else hidden
+            return (
+                (-hidden,) if self._returns_tuple else -hidden
+            )  # nothing but the next block can have read this
 
         with in_float32(self._outside), patched(self.blocks, [record] * len(self.blocks)):
             try:

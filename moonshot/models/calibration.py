@@ -113,6 +113,25 @@ def take(batch: Batch, samples: list[int]) -> Batch:
     )
 
 
+def one_by_one(batches: list[Batch], aligned: bool) -> list[Batch]:
+    """The same samples in batches of one, so that nothing in a batch belongs to another sample.
+
+    aligned: whether all that has an entry for each token, labels too, is about the tokens that attention_mask is about;
+    padding is left out then. A sample that is padding only is left out anyway.
+    """
+    alone = [take(batch, [k]) for batch in batches for k in range(batch_samples(batch))]
+    real = [batch for batch in alone if (mask := token_mask(batch)) is None or bool(mask.any())]
+    return [_unpadded(batch) for batch in real] if aligned else real
+
+
+def _unpadded(batch: Batch) -> Batch:
+    """A batch of one sample without its padded tokens."""
+    mask = token_mask(batch)
+    if mask is None:
+        return batch
+    return {name: leaf[:, mask[0]] if leaf.shape[:2] == mask.shape else leaf for name, leaf in batch.items()}
+
+
 def set_aside(batches: list[Batch], seed: int, share: float = 0.25) -> tuple[list[Batch], list[Batch]]:
     """(the batches without, and those with) a random share of the samples. CalibrationError below 8 samples."""
     count = count_samples(batches)

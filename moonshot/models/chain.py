@@ -42,7 +42,7 @@ class ChainReplay:
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
         """Run a block, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
-        chain, layers = self._chain, {name: view.module for name, view in statistics.layers.items()}
+        chain, layers = self._chain, statistics.layers
         for b, batch in enumerate(self.batches):
             call = self._calls[b][index]
             dense_inputs: Seen = {}

@@ -1,10 +1,10 @@
 """Where a model is cut open: segments that run one after the other, and the layers in them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moonshot.models.blocks import (
     Chain,
@@ -17,11 +17,11 @@ from moonshot.models.blocks import (
     in_float32,
     running_in_float32,
 )
-from moonshot.models.calibration import Batch, take
+from moonshot.models.calibration import Batch, batch_samples, one_by_one, take
 from moonshot.models.chain import ChainReplay
 from moonshot.models.graph import GraphReplay
-from moonshot.models.layers import LayerView, layers_of
-from moonshot.models.recording import counting
+from moonshot.models.layers import ExpertView, LayerView, layers_of
+from moonshot.models.recording import counting, watching
 from moonshot.models.statistics import LayerStatistics
 
 _LAYERS = 4  # in a segment at most, where it can be divided
@@ -45,20 +45,27 @@ class Cut:
 
     chained: each segment reads the one before and nothing else.
     heads: names of the layers that a transformers model has on top of its base model.
-    unreached: names of the layers that did not run.
+    routers: names of the layers that choose among experts, or weigh them.
+    unreached: the layers that no sample of any batch reached, in a segment or not.
+    routed: some layers do not read the same number of rows for every sample, such as experts; samples are then
+    replayed one by one, so that all that a layer reads in a batch belongs to one sample, and none of it is padding.
     """
 
     segments: list[tuple[str, nn.Module]]
     chained: bool
     heads: frozenset[str] = frozenset()
-    unreached: frozenset[str] = frozenset()
+    routers: frozenset[str] = frozenset()
+    unreached: dict[str, LayerView] = field(default_factory=dict)
+    routed: bool = False
 
     def layers(self) -> dict[str, LayerView]:
-        """{name in the model: layer} of all that can be pruned in the segments."""
-        return {name: view for prefix, segment in self.segments for name, view in layers_of(prefix, segment)}
+        """{name in the model: layer} of all in the segments, and of those that were not reached."""
+        inside = {name: view for prefix, segment in self.segments for name, view in layers_of(prefix, segment)}
+        return self.unreached | inside
 
     def replay(self, model: nn.Module, batches: list[Batch], loss: Loss, gradients: bool) -> Replay:
         kind = ChainReplay if self.chained else GraphReplay
+        batches = _samples(model, batches) if self.routed else batches
         return kind(model, self.segments, batches, loss, gradients)
 
 
@@ -71,22 +78,49 @@ def cut_open(model: nn.Module, batches: list[Batch], loss: Loss) -> Cut:
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("the model is on the meta device and holds no weights: load it first")
-    heads = _heads(model)
-    weights = {name: view.module.weight.numel() for name, view in layers_of("", model) if name not in heads}
+    heads, views = _heads(model), dict(layers_of("", model))
+    weights = {name: view.weight.numel() for name, view in views.items() if name not in heads}
     if not weights:
         raise ModelError(f"{type(model).__name__} has no Linear or convolutional layer to prune")
     sample, blocks = take(batches[0], [0]), find_blocks(model)
     with evaluating(model):
-        order, expected = _order(model, blocks, sample, loss)
-        inside = sum(weights[name] for part in blocks for name, _ in layers_of(*part) if name in weights)
-        if inside >= _CHAIN * sum(weights.values()) and _is_chain(model, blocks, sample, loss, expected):
-            return Cut(blocks, chained=True)
-    position = {module: index for index, module in enumerate(order)}
-    segments = sorted(_parts("", model, order), key=lambda part: position[part[1]])
-    if repeated := [name or "the model" for name, part in segments if order[part] != 1]:
-        raise ModelError(f"{', '.join(repeated)} ran more than once for one loss: it must call the model once")
-    unreached = frozenset(name for name, view in layers_of("", model) if view.module not in order)
-    return Cut(segments, chained=False, heads=heads, unreached=unreached)
+        first = _run(model, blocks, views, sample, loss)
+        if not first.rows:
+            raise ModelError("the loss ran no layer of the model: it must call model")
+        routed = any(isinstance(view, ExpertView) for view in views.values())
+        if not routed and (count := batch_samples(batches[0])) > 1:
+            alike = {name: [count * rows for rows in calls] for name, calls in first.rows.items()}
+            others = (take(batches[0], [k]) for k in range(1, count))
+            routed = _run(model, blocks, views, batches[0], loss).rows != alike or any(
+                _run(model, blocks, views, other, loss).rows != first.rows for other in others
+            )
+        share = sum(weights[name] for part in blocks for name, _ in layers_of(*part) if name in weights)
+        chained = share >= _CHAIN * sum(weights.values()) and _is_chain(model, blocks, sample, loss, first.loss)
+        once, reached = first.once, first.reached(views)
+        for batch in _samples(model, batches) if routed else batches:
+            if len(reached) == len(views) and (chained or not routed):
+                break
+            run = _run(model, blocks, views, batch, loss)
+            once, reached = once & run.once, reached | run.reached(views)
+    unreached = {name: view for name, view in views.items() if name not in reached}
+    routers = _routers(model) if routed else frozenset()
+    if chained:
+        inside = {name for part in blocks for name, _ in layers_of(*part)}
+        unreached = {name: view for name, view in unreached.items() if name in inside}
+        return Cut(blocks, True, routers=routers, unreached=unreached, routed=routed)
+    parts = _parts("", model, {views[name].module for name in reached}, once)
+    if repeated := [name or "the model" for name, part in parts if part not in once]:
+        raise ModelError(
+            f"{', '.join(repeated)} ran more than once for one loss, or not for every batch: it must call the model "
+            "once"
+        )
+    segments = sorted(parts, key=lambda part: first.order.index(part[1]))
+    return Cut(segments, False, heads, routers, unreached, routed)
+
+
+def _samples(model: nn.Module, batches: list[Batch]) -> list[Batch]:
+    sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return one_by_one(batches, aligned=not sequences)
 
 
 def _heads(model: nn.Module) -> frozenset[str]:
@@ -98,17 +132,60 @@ def _heads(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, view in layers_of("", model) if view.module not in within)
 
 
+def _routers(model: nn.Module) -> frozenset[str]:
+    """Layers beside a list of experts, alone in their module, with as many outputs as there are experts, or one."""
+    found = set()
+    for prefix, module in model.named_modules():
+        children = [(f"{prefix}.{name}".lstrip("."), child) for name, child in module.named_children()]
+        counts = {1, *(_experts(child) for _, child in children)} - {0}
+        if len(counts) > 1:
+            beside = [list(layers_of(*child)) for child in children if not _experts(child[1])]
+            found |= {layers[0][0] for layers in beside if len(layers) == 1 and layers[0][1].shape[0] in counts}
+    return frozenset(found)
+
+
+def _experts(module: nn.Module) -> int:
+    """How many experts a module consists of, or may: the length of a list of modules that hold layers."""
+    views = [view for _, view in layers_of("", module)]
+    if any(isinstance(view, ExpertView) and view.module is module for view in views):
+        return int(module.num_experts)  # type: ignore[arg-type]
+    return len(module) if views and isinstance(module, nn.ModuleList | nn.ModuleDict) else 0
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One pass: the modules in the order of their first calls, those that ran once, the rows of each layer's calls."""
+
+    order: list[nn.Module]
+    once: set[nn.Module]
+    rows: dict[str, list[int]]
+    loss: float
+
+    def reached(self, views: dict[str, LayerView]) -> set[str]:
+        """The layers that ran. An expert counts as one where any of its parameter did."""
+        ran = {(views[name].module, views[name].parameter) for name in self.rows}
+        return {name for name, view in views.items() if (view.module, view.parameter) in ran}
+
+
 @torch.no_grad()
-def _order(
-    model: nn.Module, blocks: list[tuple[str, nn.Module]], sample: Batch, loss: Loss
-) -> tuple[dict[nn.Module, int], float]:
-    """How often every module runs in one pass, in the order of the first calls, and the loss."""
-    with counting(model.modules()) as calls, running_in_float32(model, [block for _, block in blocks]):
-        value = loss(model, sample)
+def _run(
+    model: nn.Module,
+    blocks: list[tuple[str, nn.Module]],
+    views: dict[str, LayerView],
+    batch: Batch,
+    loss: Loss,
+) -> _Run:
+    rows: dict[str, list[int]] = {}
+
+    def record(name: str, x: Tensor, output: Tensor) -> Tensor:
+        rows.setdefault(name, []).append(len(x))
+        return output
+
+    parts = [block for _, block in blocks]
+    with counting(model.modules()) as calls, watching(views, record), running_in_float32(model, parts):
+        value = loss(model, batch)
     check_loss(value)
-    if not any(view.module in calls for _, view in layers_of("", model)):
-        raise ModelError("the loss ran no layer of the model: it must call model")
-    return calls, float(value)
+    return _Run(list(calls), {module for module, count in calls.items() if count == 1}, rows, float(value))
 
 
 @torch.no_grad()
@@ -129,18 +206,19 @@ def _is_chain(
     return abs(found - expected) <= _SAME * max(abs(expected), 1e-6)
 
 
-def _parts(name: str, module: nn.Module, order: dict[nn.Module, int]) -> list[tuple[str, nn.Module]]:
+def _parts(
+    name: str, module: nn.Module, layers: set[nn.Module], once: set[nn.Module]
+) -> list[tuple[str, nn.Module]]:
     """A module divided until a part has few layers that run, or what is in it does not run exactly once."""
 
     def running(part: nn.Module) -> int:
-        return sum(view.module in order for _, view in layers_of("", part))
+        return sum(view.module in layers for _, view in layers_of("", part))
 
-    once = order.get(module) == 1
     children = [
         (f"{name}.{key}".lstrip("."), child) for key, child in module.named_children() if running(child)
     ]
-    if not children or (once and running(module) <= _LAYERS):
+    if not children or (module in once and running(module) <= _LAYERS):
         return [(name, module)] if running(module) else []
-    parts = [part for child in children for part in _parts(*child, order)]
-    divided = all(order.get(part) == 1 for _, part in parts)
-    return parts if divided or not once else [(name, module)]
+    parts = [part for child in children for part in _parts(*child, layers, once)]
+    divided = all(part in once for _, part in parts)
+    return parts if divided or module not in once else [(name, module)]

@@ -92,7 +92,7 @@ class GraphReplay:
     def observe(self, index: int, statistics: LayerStatistics) -> None:
         """Run a segment, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
         _, segment = self.segments[index]
-        layers = {name: view.module for name, view in statistics.layers.items()}
+        layers = statistics.layers
         self._arguments = []
         for b, batch in enumerate(self.batches):
             dense_inputs: Seen = {}

@@ -1,7 +1,8 @@
 """A trained layer of any kind as matrices to prune: `output rows = input rows @ matrix.T (+ bias)`.
 
-`layer_view` knows Linear, transformers' Conv1D, convolutions and transposed convolutions. A convolution of G groups is
-G matrices, each with rows of its own; every other layer is one. docs/convolutions.md has the mathematics.
+`layer_view` knows Linear, transformers' Conv1D, convolutions and transposed convolutions; `layers_of` also finds the
+experts of a mixture that are slices of one parameter. A convolution of G groups is G matrices, each with rows of its
+own; every other layer is one. docs/convolutions.md has the mathematics.
 """
 
 import sys
@@ -84,6 +85,7 @@ class LayerView:
     The view holds the module and not its weight, which may be replaced.
     """
 
+    parameter = "weight"  # of the module
     flipped: tuple[int, ...] = ()  # dimensions of _weight() that the matrices have in reverse
 
     def __init__(self, module: Any):
@@ -150,6 +152,17 @@ class LayerView:
             raise ValueError(f"{name} have {tensor.shape[-1]} channels, the layer {self.groups * channels}")
         return tensor.narrow(-1, group * channels, channels)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the module holds it."""
+        return getattr(self.module, self.parameter)
+
+    def by_sample(self, tensor: Tensor, samples: int) -> Tensor:
+        """What the layer reads or returns in a batch, (samples, ...) where that was folded with another dimension."""
+        if tensor.ndim < 2 or len(tensor) == samples or len(tensor) % samples:
+            return tensor
+        return tensor.unflatten(0, (samples, -1))
+
     def _weight(self) -> Tensor:
         """A view of the weight as (groups, m, *kernel, channels)."""
         return self.module.weight.data[None]
@@ -175,6 +188,25 @@ class _TransposedLinear(LayerView):
         return self.module.weight.data.T[None]
 
 
+class ExpertView(LayerView):
+    """One expert of a mixture: a slice of a parameter (experts, m, d), or (experts, d, m) if `is_transposed`."""
+
+    def __init__(self, module: Any, parameter: str, expert: int):
+        self.parameter, self.expert = parameter, expert
+        super().__init__(module)
+
+    @property
+    def weight(self) -> Tensor:
+        return getattr(self.module, self.parameter).data[self.expert]
+
+    def matrix(self) -> Tensor:
+        """(m, d), a view."""
+        return self.weight.T if self.module.is_transposed else self.weight
+
+    def _weight(self) -> Tensor:
+        return self.matrix()[None]
+
+
 class _Convolution(LayerView):
     """A convolution in 1, 2 or 3 dimensions: an output position sees what its kernel covers."""
 
@@ -191,6 +223,9 @@ class _Convolution(LayerView):
 
     def _weight(self) -> Tensor:
         return self.module.weight.data.unflatten(0, (self.module.groups, -1)).movedim(2, -1)
+
+    def by_sample(self, tensor: Tensor, samples: int) -> Tensor:
+        return tensor
 
     def _channels_last(self, tensor: Tensor) -> Tensor:
         if tensor.ndim == len(self.reach) + 1:
@@ -263,9 +298,24 @@ def _boxes(shape: tuple[int, ...], limit: int) -> Iterator[tuple[slice, ...]]:
 def layers_of(prefix: str, module: nn.Module) -> Iterator[tuple[str, LayerView]]:
     """(name, view) of every layer in a module that can be pruned."""
     for name, inner in module.named_modules(prefix=prefix):
+        for key, expert in _experts(inner):
+            yield f"{name}.{key}".lstrip("."), expert
         try:
             view = layer_view(inner)
         except UnsupportedLayerError:
             continue
         if view is not None:
             yield name, view
+
+
+def _experts(module: nn.Module) -> Iterator[tuple[str, ExpertView]]:
+    """The experts in a module's three-dimensional parameters.
+
+    `num_experts` and `is_transposed` are what transformers gives such a module (use_experts_implementation).
+    """
+    count = getattr(module, "num_experts", None)
+    if not hasattr(module, "is_transposed"):
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim == 3 and len(parameter) == count and parameter.is_floating_point():
+            yield from ((f"{name}.{k}", ExpertView(module, name, k)) for k in range(count))

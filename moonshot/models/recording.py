@@ -8,33 +8,53 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from moonshot.models.experts import Record, watching_experts
+from moonshot.models.layers import ExpertView, LayerView
+
 Seen = dict[str, list[Tensor]]  # by layer name, a tensor for each call
 
 
 @contextmanager
-def recording(layers: dict[str, nn.Module], inputs: Seen, outputs: Seen | None = None) -> Iterator[None]:
+def watching(layers: dict[str, LayerView], record: Record) -> Iterator[None]:
+    """Call `record` whenever a layer has read something, to go on with what it gives back."""
+
+    def hook(name: str) -> Callable:
+        def watch(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            return record(name, x, output) if len(x) else None
+
+        return watch
+
+    experts = {name: view for name, view in layers.items() if isinstance(view, ExpertView)}
+    handles = [
+        view.module.register_forward_hook(hook(name), with_kwargs=True)
+        for name, view in layers.items()
+        if name not in experts
+    ]
+    try:
+        with watching_experts(experts, record):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recording(layers: dict[str, LayerView], inputs: Seen, outputs: Seen | None = None) -> Iterator[None]:
     """Append what every layer reads, and returns, to `inputs` and `outputs` at each call.
 
     An output stays what it was where the model goes on to change it in place.
     """
 
-    def hook(name: str) -> Callable:
-        def record(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            inputs.setdefault(name, []).append(x.detach())
-            if outputs is None:
-                return None
-            outputs.setdefault(name, []).append(output)
-            return output.clone()
+    def record(name: str, x: Tensor, output: Tensor) -> Tensor:
+        inputs.setdefault(name, []).append(x.detach())
+        if outputs is None:
+            return output
+        outputs.setdefault(name, []).append(output)
+        return output.clone()
 
-        return record
-
-    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
+    with watching(layers, record):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def output_gradients(results: Any, gradients: list[Tensor | None], outputs: Seen) -> Seen:
@@ -45,7 +65,7 @@ def output_gradients(results: Any, gradients: list[Tensor | None], outputs: Seen
         if gradient is not None and result.requires_grad
     ]
     calls = [(name, output) for name, made in outputs.items() for output in made]
-    if not pairs:
+    if not pairs or not calls:
         return {name: [torch.zeros_like(output) for output in made] for name, made in outputs.items()}
     tops, seeds = zip(*pairs, strict=True)
     found = torch.autograd.grad(tops, [output for _, output in calls], seeds, allow_unused=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moonshot.models.blocks import ModelError
-from moonshot.models.layers import LayerView
+from moonshot.models.layers import ExpertView, LayerView
 from moonshot.models.recording import Seen
 from moonshot.objectives import Objective, Observation
 
@@ -14,14 +14,28 @@ from moonshot.objectives import Objective, Observation
 class LayerStatistics:
     """Statistics of some layers, for each group of a layer and each term of the objective.
 
-    A term that reads inputs alone has one statistic for all Linear layers with the same input (q/k/v; gate/up).
+    A term that reads inputs alone has one statistic for all linear layers with the same input (q/k/v; gate/up).
+
+    tokens: how many rows each layer has read in the partly pruned model, padding apart.
     """
 
-    def __init__(self, layers: dict[str, LayerView], objective: Objective, factors: int, signs: Tensor):
-        """signs: (samples,) of all calibration samples, +1 or -1."""
-        self.layers = layers
+    def __init__(
+        self,
+        layers: dict[str, LayerView],
+        objective: Objective,
+        factors: int,
+        signs: Tensor,
+        routed: bool = False,
+    ):
+        """signs: (samples,) of all calibration samples, +1 or -1.
+
+        routed: whether layers may read other tokens in the partly pruned model than in the dense one, as experts do.
+        Output gradients are then paired with the inputs of the dense model, and a layer may read nothing at all.
+        """
+        self.layers, self.routed = layers, routed
         self.terms = [term for _, term in objective.weighted_terms]
         self.needs = frozenset[str]().union(*(term.needs for term in self.terms))
+        self.tokens = dict.fromkeys(layers, 0)
         self._statistics: dict[tuple[str, int, int], Any] = {}  # by layer, group and term
         self._owner: dict[str, str] = {}  # layer -> the first layer that reads the same input
         self._factors = min(factors, len(signs))
@@ -37,52 +51,58 @@ class LayerStatistics:
         mask: (samples, tokens), True where a token is real; None where all are.
         """
         first_reader: dict[tuple, str] = {}
+        summed = [k for k, term in enumerate(self.terms) if "gradients" not in term.needs]
+        paired = [k for k in summed if "output_gradients" in self.terms[k].needs]
         for name, view in self.layers.items():
-            if name not in inputs:
-                continue
-            reads = (
-                (name,) if type(view) is not LayerView else tuple((x.data_ptr(), x.shape) for x in inputs[name])
+            read, dense, at_outputs = (
+                [view.by_sample(tensor, samples) for tensor in seen.get(name, [])]
+                for seen in (inputs, dense_inputs, deltas)
             )
-            owner = self._owner.setdefault(name, first_reader.setdefault(reads, name))
-            at_outputs: list[Any] = deltas.get(name) or [None] * len(inputs[name])
-            for x, delta in zip(inputs[name], at_outputs, strict=True):
-                for group in range(view.groups):
-                    self._accumulate(name, owner, view, group, x, delta, mask)
+            if read:
+                linear = type(view) in (LayerView, ExpertView)
+                reads = tuple((x.data_ptr(), x.shape) for x in read) if linear else (name,)
+                self._owner.setdefault(name, first_reader.setdefault(reads, name))
+                self.tokens[name] += sum(_count(x, mask) for x in read)
+            if self.routed:
+                self._accumulate(name, view, read, None, mask, [k for k in summed if k not in paired])
+                self._accumulate(name, view, dense, at_outputs, mask, paired)
+            else:
+                self._accumulate(name, view, read, at_outputs or None, mask, summed)
             if "gradients" in self.needs:
-                for x, delta in zip(dense_inputs[name], at_outputs, strict=True):
+                for x, delta in zip(dense, at_outputs, strict=True):
                     self._add_gradients(name, view, x, delta, samples, mask)
         self._seen += samples
 
     def _accumulate(
         self,
         name: str,
-        owner: str,
         view: LayerView,
-        group: int,
-        x: Tensor,
-        delta: Tensor | None,
+        inputs: list[Tensor],
+        deltas: list[Tensor] | None,
         mask: Tensor | None,
+        terms: list[int],
     ) -> None:
-        wanted = [
-            k
-            for k, term in enumerate(self.terms)
-            if "gradients" not in term.needs and (owner == name or term.needs != {"inputs"})
-        ]
+        """Add what was seen in some calls of a layer to the statistics of these terms."""
+        owned = self._owner.get(name, name) == name
+        wanted = [k for k in terms if owned or self.terms[k].needs != {"inputs"}]
         if not wanted:
             return
-        for chunk in view.chunks(x, delta, group):
-            real = None if mask is None or mask.shape != x.shape[:2] else mask[chunk.samples, chunk.positions]
-            if real is not None and not bool(real.any()):
-                continue
-            observation = Observation(
-                inputs=_rows(chunk.inputs, real),
-                output_gradients=None
-                if chunk.output_gradients is None
-                else _rows(chunk.output_gradients, real),
-            )
-            for k in wanted:
-                key = (name, group, k)
-                self._statistics[key] = self.terms[k].accumulate(self._statistics.get(key), observation)
+        at_outputs: list[Any] = deltas or [None] * len(inputs)
+        for x, delta in zip(inputs, at_outputs, strict=True):
+            padded = mask is not None and mask.shape == x.shape[:2]
+            for group in range(view.groups):
+                for chunk in view.chunks(x, delta, group):
+                    real = mask[chunk.samples, chunk.positions] if mask is not None and padded else None
+                    if real is not None and not bool(real.any()):
+                        continue
+                    at = chunk.output_gradients
+                    observation = Observation(
+                        inputs=_rows(chunk.inputs, real),
+                        output_gradients=None if at is None else _rows(at, real),
+                    )
+                    for k in wanted:
+                        key = (name, group, k)
+                        self._statistics[key] = self.terms[k].accumulate(self._statistics.get(key), observation)
 
     def _add_gradients(
         self, name: str, view: LayerView, x: Tensor, delta: Tensor, samples: int, mask: Tensor | None
@@ -113,8 +133,10 @@ class LayerStatistics:
     def pop(self, name: str) -> list[list[Any]]:
         """For each group of a layer its statistics in the order of the objective's terms; gradients are let go."""
         view, gradients = self.layers[name], self._gradients.pop(name, None)
-        if name not in self._owner:
+        if name not in self._owner and not self.routed:
             raise ModelError(f"no calibration batch reached the layer {name}: leave it out with ignore")
+        if gradients is None and self.routed:  # what the loss does not pass through has none
+            gradients = torch.zeros((1, view.groups, *view.shape), device=view.weight.device)
         groups = []
         for group in range(view.groups):
             statistics = []
@@ -122,11 +144,26 @@ class LayerStatistics:
                 if "gradients" in term.needs:
                     of_group = None if gradients is None else gradients[:, group]
                     statistics.append(term.accumulate(None, Observation(gradients=of_group)))
+                    continue
+                owner = self._owner.get(name, name) if term.needs == {"inputs"} else name
+                if (key := (owner, group, k)) in self._statistics:
+                    statistics.append(self._statistics[key])
                 else:
-                    owner = self._owner[name] if term.needs == {"inputs"} else name
-                    statistics.append(self._statistics[owner, group, k])
+                    statistics.append(term.accumulate(None, _nothing(view)))
             groups.append(statistics)
         return groups
+
+
+def _nothing(view: LayerView) -> Observation:
+    """One token that is zero."""
+    m, d = view.shape
+    zeros = torch.zeros((1, m + d), device=view.weight.device)
+    return Observation(inputs=zeros[:, :d], output_gradients=zeros[:, d:])
+
+
+def _count(x: Tensor, mask: Tensor | None) -> int:
+    """Rows of what a layer read, without the padded tokens."""
+    return int(mask.sum()) if mask is not None and mask.shape == x.shape[:2] else x.shape[:-1].numel()
 
 
 def _rows(chunk: Tensor, real: Tensor | None) -> Tensor:
