@@ -174,11 +174,15 @@ def allocate(
     Raises what `prune` raises, and BudgetError where the choices cannot have that many zeros.
     """
     solver = ADMM() if solver is None else solver
+    if isinstance(solver, type) or not isinstance(solver, Solver):
+        raise TypeError(f"solver must be an instance such as moonshot.ADMM(), got {solver!r}")
     if not isinstance(objective, Objective):
         raise TypeError(
             f"objective must be such as 0.7 * Reconstruction() + 0.3 * Fisher(), got {objective!r}: budgets are "
             'compared for one objective, prune can choose another by "auto"'
         )
+    if not isinstance(rounds, int) or rounds < 0:
+        raise ValueError(f"rounds must be 0 or a positive integer, got {rounds!r}")
     even = _even_pattern(sparsity)
     recipe = Recipe(factors, dampening_frac, seed, loss)
     batches = [moved(batch, device_of(model)) for batch in as_batches(calibration)]
@@ -191,7 +195,8 @@ def allocate(
     menus = {name: _menu(name, view, even, patterns) for name, view in views.items()}
     total = sum(even.zeros(problem_shape(view)) for view in views.values())
     budgets.check_total([[zeros for zeros, _ in menu] for menu in menus.values()], total)
-    steps = len(views) * (4 + 2 * rounds)
+    units = 1 + len(objective.weighted_terms)
+    steps = len(views) * (4 + 2 * rounds) + 1 + units * (1 + 3 * rounds)
 
     def advance(what: str) -> None:
         if on_step is not None:
@@ -285,7 +290,7 @@ def _choice(name: str, problem: Problem, zeros: int, pattern: Pattern, solver: S
         error.add_note(f"in layer {name}")
         raise
     costs = {_RELATIVE: result.relative}
-    costs |= {term.name: result.terms[term.name] / term.coefficient for term in problem.terms}
+    costs |= {term.name: result.terms[term.name] * term.at_zero for term in problem.terms}
     return _Choice(pattern, zeros, costs, _Sparse(result.weight))
 
 

@@ -160,13 +160,13 @@ def exact(zeros: Sequence[int], sizes: Sequence[int], total: int) -> list[int]:
 
     zeros: `total` or more together.
     """
-    kept = [size - z for size, z in zip(sizes, zeros, strict=True)]
+    kept = [max(size - z, 1e-6) for size, z in zip(sizes, zeros, strict=True)]  # so that nothing can grow too
     wanted = sum(sizes) - total
 
     def grown(factor: float) -> list[float]:
         return [min(factor * k, size) for k, size in zip(kept, sizes, strict=True)]
 
-    low, high = 1.0, max((size / k for k, size in zip(kept, sizes, strict=True) if k), default=1.0)
+    low, high = 1.0, max(size / k for k, size in zip(kept, sizes, strict=True))
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(grown(middle)) < wanted else (low, middle)

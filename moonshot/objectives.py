@@ -294,8 +294,8 @@ def _normalised(term: Objective, share: float, quadratic: Quadratic, weight: Arr
     scale = 1 / at_zero if at_zero > 0 else 0.0  # a term that is zero everywhere says nothing
     if factors is not None:
         factors = factors * sqrt(share * scale)
-        return Term(term.name, share, 1.0 / share, _scaled(shared, share * scale), factors, centre)
-    return Term(term.name, share, scale, shared, None, centre)
+        return Term(term.name, share, 1.0 / share, _scaled(shared, share * scale), factors, centre, at_zero)
+    return Term(term.name, share, scale, shared, None, centre, at_zero)
 
 
 def _stacked(quadratics: list[Quadratic], weights: list[Array]) -> Quadratic:

@@ -26,7 +26,7 @@ class Term:
     """One term of the objective on one layer, without damping: `coefficient * sum_i q_i(v_i - c_i)`.
 
     q_i is the quadratic form of `shared` (d, d) plus `factors` (m, d, n); either may be None. The
-    coefficient makes `loss(0) = 1`.
+    coefficient makes `loss(0) = 1`; at_zero is q_t(0) in the term's own units.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Term:
     shared: Array | None
     factors: Array | None
     centre: Array
+    at_zero: float
 
     def loss(self, V: Array) -> float:
         """`q_t(V) / q_t(0)` in float64; V: (m, d), computed on as it is (see backend.native)."""

@@ -137,8 +137,8 @@ def set_aside(batches: list[Batch], seed: int, share: float = 0.25) -> tuple[lis
     count = count_samples(batches)
     if count < 8:
         raise CalibrationError(
-            f'objective="auto" sets a quarter of the samples aside and needs at least 8, got {count}: '
-            "give more, or choose the weights yourself"
+            f'to compare on samples set aside (objective="auto", allocate) at least 8 are needed, got {count}: '
+            "give more, or choose yourself"
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = set(torch.randperm(count, generator=generator)[: round(share * count)].tolist())
