@@ -23,7 +23,7 @@ from moonshot.layerwise import (
     problems,
 )
 from moonshot.models.batchnorm import reestimate, running_statistics
-from moonshot.models.blocks import Loss, evaluating, held, in_float32
+from moonshot.models.blocks import Loss, evaluating, held, in_float32, running_in_float32
 from moonshot.models.calibration import (
     Batch,
     as_batches,
@@ -146,7 +146,8 @@ def prune(
 
             def held_out_losses(candidate: Objective) -> Tensor:
                 prune_by(candidate, fitted, bound=False)
-                losses = sample_losses(model, held_out, loss)
+                with running_in_float32(model, [segment for _, segment in cut.segments]):
+                    losses = sample_losses(model, held_out, loss)
                 restore()
                 return losses
 

@@ -413,8 +413,10 @@ def test_batch_norm_is_as_it_was_after_a_failure(monkeypatch):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_the_best_objective_for_a_network_with_batch_norm():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_best_objective_for_a_network_with_batch_norm(dtype):
     model, calibration, *_ = built("ResNet")
+    model = model.to(dtype)
     samples = [{name: torch.cat([tensor] * 2) for name, tensor in calibration[0].items()}]
     report = ms.prune(model, samples, 0.5, objective="auto", solver=ms.SparseGPT())
     assert len(report.trials) == len(pruning.CANDIDATES) and report.sparsity == pytest.approx(0.5, abs=2e-3)
