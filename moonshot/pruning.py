@@ -138,7 +138,7 @@ def prune(
             walk = problems(model, cut, patterns, batches, objective, recipe)
             reports = _prune_layers(walk, patterns, solver, bound, cut.routed, advance)
             if again:
-                _reestimate(model, batches, loss)
+                _reestimate(model, batches, loss, [segment for _, segment in cut.segments])
             return reports
 
         if isinstance(objective, str):
@@ -163,9 +163,9 @@ def prune(
     return report
 
 
-def _reestimate(model: nn.Module, batches: list[Batch], loss: Loss) -> None:
+def _reestimate(model: nn.Module, batches: list[Batch], loss: Loss, parts: list[nn.Module]) -> None:
     with in_float32(held(model)):
-        reestimate(model, batches, loss)
+        reestimate(model, batches, loss, parts)
 
 
 def _prune_layers(
