@@ -40,11 +40,16 @@ def labelled_tokens(samples: int) -> dict[str, Tensor]:
     return tokens(samples) | classes(samples)
 
 
-def images(samples: int) -> dict[str, Tensor]:
+def images(samples: int, pixels: int = PIXELS) -> dict[str, Tensor]:
     """Smooth noise: neighbouring pixels are alike, as in pictures."""
-    coarse = torch.randn(samples, 3, PIXELS // 4, PIXELS // 4)
-    smooth = nn.functional.interpolate(coarse, size=PIXELS, mode="bicubic")
+    coarse = torch.randn(samples, 3, pixels // 4, pixels // 4)
+    smooth = nn.functional.interpolate(coarse, size=pixels, mode="bicubic")
     return {"pixel_values": smooth + 0.1 * torch.randn_like(smooth)} | classes(samples)
+
+
+def large_images(samples: int) -> dict[str, Tensor]:
+    """For networks that reduce images to a 32nd of their size, so that more than one position is left."""
+    return images(samples, 2 * PIXELS)
 
 
 def translations(samples: int) -> dict[str, Tensor]:
@@ -103,7 +108,7 @@ WHISPER = {
     "max_target_positions": 64,
     "decoder_start_token_id": 1,
 }
-MOBILE = {"depth_multiplier": 0.5, "min_depth": 8, "classifier_dropout_prob": 0.0}
+MOBILE = {"depth_multiplier": 0.25, "min_depth": 8, "classifier_dropout_prob": 0.0}
 
 
 def transformer(model: str, **config: object) -> Make:
@@ -144,7 +149,7 @@ MODELS = {
     "Swin": Tried(
         vision("Swin", patch_size=2, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4), images
     ),
-    "ConvNeXt": Tried(vision("ConvNext", hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 2, 1]), images),
+    "ConvNeXt": Tried(vision("ConvNext", hidden_sizes=[16, 32, 32, 64], depths=[1, 1, 2, 1]), large_images),
     "ResNet": Tried(
         vision("ResNet", embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2], layer_type="bottleneck"),
         images,
@@ -152,8 +157,8 @@ MODELS = {
     "RegNet": Tried(
         vision("RegNet", embedding_size=16, hidden_sizes=[32, 64], depths=[1, 2], groups_width=8), images
     ),
-    "MobileNetV1": Tried(vision("MobileNetV1", **MOBILE), images),
-    "MobileNetV2": Tried(vision("MobileNetV2", **MOBILE), images),
+    "MobileNetV1": Tried(vision("MobileNetV1", **MOBILE), large_images),
+    "MobileNetV2": Tried(vision("MobileNetV2", **MOBILE), large_images),
     "convolutions, batch norm, one Linear": Tried(convolutional, images),
     "four Linear layers": Tried(perceptron, images),
 }

@@ -78,9 +78,7 @@ def prune(
         str, typer.Option(help='Terms reconstruction, fisher, token_fisher with weights, or "auto".')
     ] = "0.6 reconstruction + 0.2 token_fisher + 0.2 fisher",
     solver: Annotated[SolverName, typer.Option(help="The method.")] = SolverName.admm,
-    nsamples: Annotated[
-        int | None, typer.Option(help="Calibration samples; 128 of text or 512 images unless given.")
-    ] = None,
+    nsamples: Annotated[int, typer.Option(help="Calibration samples: windows of text, or images.")] = 128,
     seqlen: Seqlen = None,
     seed: Seed = 0,
     factors: Annotated[int, typer.Option(help="Random factors for per-sample gradients.")] = 16,
@@ -100,12 +98,11 @@ def prune(
         raise FileExistsError(f"{save} exists: choose another folder, or remove it first")
     if images := storage.is_image_classifier(model):
         _refuse_seqlen(seqlen)
-        network, processor, pictures = _pictures(model, data, 512 if nsamples is None else nsamples, seed)
+        network, processor, pictures = _pictures(model, data, nsamples, seed)
         calibration = list(pictures)
         _print_skipped(pictures.skipped)
     else:
-        samples = 128 if nsamples is None else nsamples
-        network, processor, calibration = _windows(model, data, samples, seqlen, seed)
+        network, processor, calibration = _windows(model, data, nsamples, seqlen, seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("gradients", total=None)

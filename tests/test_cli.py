@@ -175,12 +175,6 @@ def test_the_seed_chooses_the_images_that_prune_reads(dataset_cache, monkeypatch
     assert found[0].equal(found[1]) and not found[0].equal(found[2])
 
 
-def test_prune_reads_512_images_unless_told(dataset_cache, monkeypatch, tmp_path):
-    arguments = image_arguments(tmp_path, nsamples=None, targets="re:.*embedder.convolution")
-    assert run(monkeypatch, "prune", DEMO / "resnet", *arguments) == 0
-    assert json.loads((tmp_path / "pruned" / "recipe.json").read_text())["samples"] == 512
-
-
 @pytest.mark.parametrize(
     "changes, words",
     [
