@@ -32,8 +32,14 @@ class SolverName(str, Enum):
 
 
 Model = Annotated[str, typer.Argument(help="A folder or hub name that transformers loads.")]
-Data = Annotated[str, typer.Option(help="A text file, a folder of them, or a datasets name[:config[:split]].")]
-Seqlen = Annotated[int, typer.Option(help="Tokens a sample.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A text file or a folder of them; for an image classifier a folder with one sub-folder of images for each "
+        "class; or a datasets name[:config[:split]]."
+    ),
+]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens a sample of text; 2048 unless given.")]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration samples and random signs.")]
 
 
@@ -72,8 +78,8 @@ def prune(
         str, typer.Option(help='Terms reconstruction, fisher, token_fisher with weights, or "auto".')
     ] = "0.6 reconstruction + 0.2 token_fisher + 0.2 fisher",
     solver: Annotated[SolverName, typer.Option(help="The method.")] = SolverName.admm,
-    nsamples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    seqlen: Seqlen = 2048,
+    nsamples: Annotated[int, typer.Option(help="Calibration samples: windows of text, or images.")] = 128,
+    seqlen: Seqlen = None,
     seed: Seed = 0,
     factors: Annotated[int, typer.Option(help="Random factors for per-sample gradients.")] = 16,
     dampening_frac: Annotated[float, typer.Option(help="Ridge, as a fraction of the mean diagonal.")] = 0.01,
@@ -83,17 +89,20 @@ def prune(
         bool, typer.Option("--bound", help="Prove how far from the optimum each layer is at most.")
     ] = False,
 ) -> None:
-    """Prune a causal language model and save it with its mask, recipe and report."""
+    """Prune a causal language model or an image classifier and save it with its mask, recipe and report."""
     from moonshot import pruning, storage
-    from moonshot.models.calibration import windows
 
     chosen = _pattern(pattern, sparsity)
     terms = parse_objective(objective)
     if save.exists():
         raise FileExistsError(f"{save} exists: choose another folder, or remove it first")
-    text = storage.read_text(data)
-    network, tokenizer = storage.load(model)
-    calibration = windows(tokenizer, text, nsamples, seqlen, seed)
+    if images := storage.is_image_classifier(model):
+        _refuse_seqlen(seqlen)
+        network, processor, pictures = _pictures(model, data, nsamples, seed)
+        calibration = list(pictures)
+        _print_skipped(pictures.skipped)
+    else:
+        network, processor, calibration = _windows(model, data, nsamples, seqlen, seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("gradients", total=None)
@@ -116,60 +125,68 @@ def prune(
             on_layer=advance,
         )
     report.recipe.update(model=model, data=data)
+    if images:
+        report.recipe["broken_images"] = len(pictures.skipped)
     console.print(str(report), highlight=False, soft_wrap=True)
-    storage.save(network, tokenizer, report, save)
+    storage.save(network, processor, report, save)
     console.print(f"saved: {save}")
 
 
 @app.command("eval")
 def evaluate(
     model: Model,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Text as for prune; for an image classifier a folder with one sub-folder of images for each class, "
-            "or a datasets name[:config[:split]]."
-        ),
-    ],
-    seqlen: Seqlen = 2048,
+    data: Data,
+    seqlen: Seqlen = None,
     nsamples: Annotated[
         int, typer.Option(help="Windows from the start of the text, or images; 0 for all.")
     ] = 0,
 ) -> None:
     """Print the perplexity of a causal language model on a text, or the accuracy of an image classifier."""
-    from moonshot import storage
+    from moonshot import evaluation, storage
 
     if storage.is_image_classifier(model):
-        _print_accuracy(model, data, nsamples)
+        _refuse_seqlen(seqlen)
+        network, _, pictures = _pictures(model, data, nsamples or None, 0)
+        console.print(f"accuracy {evaluation.accuracy(network, pictures)}", highlight=False)
+        _print_skipped(pictures.skipped)
     else:
-        _print_perplexity(model, data, seqlen, nsamples)
+        network, _, ids = _windows(model, data, nsamples or None, seqlen, None)
+        console.print(f"perplexity {evaluation.perplexity(network, ids)}", highlight=False)
 
 
-def _print_perplexity(model: str, data: str, seqlen: int, nsamples: int) -> None:
+def _windows(model: str, data: str, samples: int | None, seqlen: int | None, seed: int | None):
+    """(language model, tokenizer, token ids); as many windows as the text has for samples=None."""
     from moonshot import storage
-    from moonshot.evaluation import perplexity
     from moonshot.models.calibration import windows
 
     text = storage.read_text(data)
     network, tokenizer = storage.load(model)
-    available = len(tokenizer(text, verbose=False)["input_ids"]) // max(seqlen, 1)  # type: ignore[operator]
-    ids = windows(tokenizer, text, nsamples or max(available, 1), seqlen, None)
-    console.print(f"perplexity {perplexity(network, ids)}", highlight=False)
+    length = 2048 if seqlen is None else seqlen
+    if samples is None:
+        tokens = len(tokenizer(text, verbose=False)["input_ids"])  # type: ignore[operator]
+        samples = max(tokens // max(length, 1), 1)
+    return network, tokenizer, windows(tokenizer, text, samples, length, seed)
 
 
-def _print_accuracy(model: str, data: str, nsamples: int) -> None:
+def _pictures(model: str, data: str, samples: int | None, seed: int | None):
+    """(image classifier, image processor, batches of images)"""
     from moonshot import storage
-    from moonshot.evaluation import accuracy
     from moonshot.models.images import ImageBatches, find_pictures
 
-    pictures = find_pictures(data)
+    found = find_pictures(data)
     network, processor = storage.load_classifier(model)
-    images = ImageBatches(network, processor, pictures, nsamples or None)
-    console.print(f"accuracy {accuracy(network, images)}", highlight=False)
-    if images.skipped:
-        console.print(
-            f"{len(images.skipped)} broken images skipped: {', '.join(images.skipped)}", highlight=False
-        )
+    return network, processor, ImageBatches(network, processor, found, samples, seed)
+
+
+def _refuse_seqlen(seqlen: int | None) -> None:
+    if seqlen is not None:
+        raise ValueError("--seqlen is tokens of text, and the model is an image classifier: leave it out")
+
+
+def _print_skipped(skipped: list[str]) -> None:
+    if skipped:
+        names = ", ".join(skipped)
+        console.print(f"{len(skipped)} broken images skipped: {names}", highlight=False, soft_wrap=True)
 
 
 def parse_objective(text: str):

@@ -23,7 +23,7 @@ from moonshot.layerwise import (
     problems,
 )
 from moonshot.models.batchnorm import reestimate, running_statistics
-from moonshot.models.blocks import Loss, evaluating, held, in_float32
+from moonshot.models.blocks import Loss, evaluating, held, in_float32, running_in_float32
 from moonshot.models.calibration import (
     Batch,
     as_batches,
@@ -138,7 +138,7 @@ def prune(
             walk = problems(model, cut, patterns, batches, objective, recipe)
             reports = _prune_layers(walk, patterns, solver, bound, cut.routed, advance)
             if again:
-                _reestimate(model, batches, loss)
+                _reestimate(model, batches, loss, [segment for _, segment in cut.segments])
             return reports
 
         if isinstance(objective, str):
@@ -146,7 +146,8 @@ def prune(
 
             def held_out_losses(candidate: Objective) -> Tensor:
                 prune_by(candidate, fitted, bound=False)
-                losses = sample_losses(model, held_out, loss)
+                with running_in_float32(model, [segment for _, segment in cut.segments]):
+                    losses = sample_losses(model, held_out, loss)
                 restore()
                 return losses
 
@@ -162,9 +163,9 @@ def prune(
     return report
 
 
-def _reestimate(model: nn.Module, batches: list[Batch], loss: Loss) -> None:
+def _reestimate(model: nn.Module, batches: list[Batch], loss: Loss, parts: list[nn.Module]) -> None:
     with in_float32(held(model)):
-        reestimate(model, batches, loss)
+        reestimate(model, batches, loss, parts)
 
 
 def _prune_layers(

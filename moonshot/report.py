@@ -85,6 +85,8 @@ class Report:
             )
         lines += [f"{name:{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
         lines += [str(trial) for trial in self.trials]
+        if "batch_norm" in self.recipe:
+            lines.append(f"batch norm: {self.recipe['batch_norm']}")
         lines.append(
             f"{len(self.layers)} layers, {100 * self.sparsity:.2f} % zeros, {self.seconds:.1f} s, "
             f"peak memory {self.peak_memory / 2**20:.0f} MiB"

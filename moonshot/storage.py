@@ -16,8 +16,8 @@ from moonshot.models.layers import layers_of
 from moonshot.report import Report
 
 
-def save(model: nn.Module, tokenizer: object, report: Report, folder: str | Path) -> Path:
-    """Write model, tokenizer, masks, recipe and report to `folder`, which must not exist.
+def save(model: nn.Module, processor: object, report: Report, folder: str | Path) -> Path:
+    """Write model, processor (of text or images, or None), masks, recipe and report to `folder`, which must not exist.
 
     Everything goes to a temporary folder beside it first, renamed at the end: a failure or a kill leaves nothing
     under the final name. `masks.safetensors` holds a boolean tensor for each pruned layer, True where its weight is
@@ -32,8 +32,8 @@ def save(model: nn.Module, tokenizer: object, report: Report, folder: str | Path
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
         model.save_pretrained(temporary)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
+        if processor is not None:
+            processor.save_pretrained(temporary)  # type: ignore[attr-defined]
         layers = dict(layers_of("", model))
         masks = {name: (layers[name].weight != 0).detach().cpu() for name in report.layers}
         save_file({name: mask.contiguous() for name, mask in masks.items()}, temporary / "masks.safetensors")
@@ -70,19 +70,25 @@ def _load(name: str, kind: str, models: Any, preprocessors: Any) -> tuple[nn.Mod
         preprocessor = preprocessors.from_pretrained(name)
         model: nn.Module = models.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"cannot load {kind} from {name!r}: {first}") from error
+        raise _cannot_load(kind, name, error) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), preprocessor
 
 
+def _cannot_load(kind: str, name: str, error: Exception) -> ValueError:
+    return ValueError(f"cannot load {kind} from {name!r}: {str(error).splitlines()[0]}")
+
+
 def is_image_classifier(name: str) -> bool:
-    """Whether the configuration in a folder or under a hub name is that of an image classifier."""
+    """Whether the configuration in a folder or under a hub name is that of an image classifier.
+
+    Raises ValueError where there is none.
+    """
     from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError):
-        return False  # loading says why
+    except (OSError, ValueError) as error:
+        raise _cannot_load("a model", name, error) from error
     return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 

@@ -106,8 +106,26 @@ VIT = dict(
     patch_size=4,
 )
 SWIN = dict(image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)
+MOBILE = dict(image_size=32, depth_multiplier=0.25, min_depth=8)
 # model, calibration, chained, layers pruned by default, names left alone
 MODELS = {
+    "Llama": (language(transformers.LlamaConfig, num_key_value_heads=2), tokens, True, 14, "lm_head"),
+    "Qwen2": (language(transformers.Qwen2Config, num_key_value_heads=2), tokens, True, 14, "lm_head"),
+    "Qwen3": (
+        language(transformers.Qwen3Config, num_key_value_heads=2, head_dim=8),
+        tokens,
+        True,
+        14,
+        "lm_head",
+    ),
+    "Gemma": (
+        language(transformers.GemmaConfig, num_key_value_heads=1, head_dim=8),
+        tokens,
+        True,
+        14,
+        "lm_head",
+    ),
+    "Phi": (language(transformers.PhiConfig), tokens, True, 12, "lm_head"),
     "GPT-2": (
         lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
         tokens,
@@ -164,6 +182,8 @@ MODELS = {
         12,
         "classifier.1",
     ),
+    "MobileNetV1": (vision("MobileNetV1", **MOBILE), images, False, 27, "classifier"),
+    "MobileNetV2": (vision("MobileNetV2", **MOBILE), images, False, 52, "classifier"),
     "RegNet": (
         vision("RegNet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], groups_width=8),
         images,
@@ -244,6 +264,20 @@ def test_a_chain_and_a_graph_see_the_same():
         torch.testing.assert_close(weighted, other_weighted, rtol=1e-3, atol=1e-12)
 
 
+def test_a_layer_whose_weight_a_model_reads_without_calling_it_is_named():
+    torch.manual_seed(0)
+    model = language(transformers.MambaConfig, state_size=4)()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ModelError, match=r"no calibration sample reached .*mixer.conv1d, .*mixer.dt_proj: leave"
+    ):
+        ms.prune(model, tokens(), 0.5)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    report = ms.prune(model, tokens(), 0.5, objective=JOINT, solver=ms.SparseGPT(), unreached="skip")
+    assert {name.split(".")[-1] for name in report.skipped} == {"conv1d", "dt_proj"}
+    assert len(report.layers) == 6 and report.sparsity == pytest.approx(0.5, abs=2e-3)
+
+
 class Twice(nn.Module):
     """A layer used twice, one that never runs, an in-place activation, and arguments that differ by call."""
 
@@ -317,6 +351,46 @@ def test_a_plain_network_is_cut_into_segments_that_read_the_pruned_ones_before()
     problem = ms.Reconstruction().problem(model[10].weight.detach(), inputs=x)
     assert report.recipe["samples"] == 20 and "Reconstruction" in report.layers["10"].terms
     assert float(x.abs().max()) > 0 and problem.value(model[10].weight.detach()) >= 0
+
+
+class InPlace(nn.Module):
+    """Adds in place to what its parts return and, inside one, to what it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Sequential(Plus(), nn.Linear(6, 6)) for _ in range(6))
+
+    def forward(self, x):
+        for part in self.parts:
+            h = part(x.clone())
+            h += x
+            x = h
+        return x
+
+
+class Plus(nn.Module):
+    def forward(self, x):
+        return x.add_(1)
+
+
+def test_a_network_that_changes_in_place_what_its_parts_read_and_return():
+    torch.manual_seed(0)
+    model, (calibration, _) = InPlace(), pairs(40)[0]
+    last, seen = model.parts[5][1], []
+    weight = last.weight.detach().clone()
+    report = ms.prune(
+        model,
+        calibration,
+        0.5,
+        objective=ms.Reconstruction(),
+        solver=ms.SparseGPT(),
+        loss=lambda model, batch: model(batch).square().mean(),
+    )
+    last.register_forward_pre_hook(lambda _layer, arguments: seen.append(arguments[0]))
+    with torch.no_grad():
+        model(calibration)
+    expected = ms.solve(ms.Reconstruction().problem(weight, inputs=seen[0]), 0.5, ms.SparseGPT())
+    assert report.layers["parts.5.1"].relative == pytest.approx(expected.relative, rel=1e-4)
 
 
 class Grouped(nn.Module):
@@ -413,8 +487,10 @@ def test_batch_norm_is_as_it_was_after_a_failure(monkeypatch):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_the_best_objective_for_a_network_with_batch_norm():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_best_objective_for_a_network_with_batch_norm(dtype):
     model, calibration, *_ = built("ResNet")
+    model = model.to(dtype)
     samples = [{name: torch.cat([tensor] * 2) for name, tensor in calibration[0].items()}]
     report = ms.prune(model, samples, 0.5, objective="auto", solver=ms.SparseGPT())
     assert len(report.trials) == len(pruning.CANDIDATES) and report.sparsity == pytest.approx(0.5, abs=2e-3)

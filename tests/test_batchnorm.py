@@ -1,5 +1,7 @@
 """Batch-norm statistics estimated again: exact, whatever the batch size, and nothing else changed."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -107,6 +109,47 @@ def test_a_layer_that_is_called_twice_counts_both_calls():
     torch.testing.assert_close(model.norm.running_mean, mean)
     torch.testing.assert_close(model.norm.running_var, variance)
     assert torch.equal(model.unused.running_var, torch.ones(3))
+
+
+class Residual(nn.Module):
+    """What a part returned is changed in place after it; a norm lies between parts, and one is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True))
+            for _ in range(4)
+        )
+        self.between, self.shared = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        for k, part in enumerate(self.parts):
+            h = part(x)
+            h += x
+            x = self.shared(h) if k % 2 else h
+            if k == 1:
+                x = self.between(x)
+        return x
+
+
+def test_parts_whose_results_are_kept_run_less_often_and_change_nothing():
+    torch.manual_seed(0)
+    plain = Residual()
+    kept = copy.deepcopy(plain)
+    runs = dict.fromkeys(range(4), 0)
+
+    def counted(k):
+        return lambda *_: runs.update({k: runs[k] + 1})
+
+    for k, part in enumerate(kept.parts):
+        part[0].register_forward_hook(counted(k))
+    reestimate(plain, batches(5), forward)
+    reestimate(kept, batches(5), forward, list(kept.parts))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, kept.state_dict()[name]), name
+    assert runs == {0: 1 + 3 * 2, 1: 1 + 3 * 3, 2: 1 + 3 * 3, 3: 1 + 3 * 2}
+    hooks = [len(part._forward_hooks) + ("forward" in vars(part)) for part in kept.parts]
+    assert hooks == [0] * 4
 
 
 def test_a_model_in_half_precision():

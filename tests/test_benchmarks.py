@@ -10,7 +10,8 @@ import moonshot as ms
 from moonshot import solvers
 from strategies import random_layer
 
-FOLDER = Path(__file__).parent.parent / "benchmarks" / "solvers"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FOLDER = BENCHMARKS / "solvers"
 PATTERNS = [ms.NM(2, 4), ms.Unstructured(0.7), ms.Unstructured(0.5, scope="row")]
 
 
@@ -82,6 +83,36 @@ def test_every_public_solver_is_benchmarked():
     names = [item.__name__ for item in public if hasattr(item, "compute") and item is not ms.Solver]
     assert len(names) >= 8
     assert not [name for name in names if not any(f"ms.{name}(" in source for source in sources)]
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    import models
+
+    yield models
+    del sys.modules["models"]
+
+
+def test_the_models_tried_are_compared_on_the_same_layers(tried):
+    name = "convolutions, batch norm, one Linear"
+    (cut, *cells), better = tried.measured(tried.MODELS[name], 32, seed=0)
+    numbers = [float(cell) for cell in cells]
+    assert cut == "graph" and len(numbers) == 8 and better
+    for _, zeros, magnitude, admm in (numbers[:4], numbers[4:]):
+        assert zeros == 50 and 0 < admm < magnitude < 1
+    assert (numbers[0], numbers[4]) == (4, 3)  # 2:4 has no room along three input channels
+
+
+def test_the_models_tried_have_batch_norms_that_know_their_data(tried):
+    model, calibration, held_out = tried.built(tried.MODELS["ResNet"], 16, 0)
+    seen = []
+    norm = model.resnet.embedder.embedder.normalization
+    norm.register_forward_pre_hook(lambda _norm, arguments: seen.append(arguments[0]))
+    dense = tried.logits(model, calibration)
+    assert dense.shape == (16, tried.CLASSES) and not dense.equal(tried.logits(model, held_out))
+    np.testing.assert_allclose(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

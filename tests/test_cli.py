@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
 
 import moonshot
 from moonshot import cli
@@ -97,6 +97,11 @@ def image_folder(path):
     return path
 
 
+def empty_folder(path):
+    path.mkdir(parents=True)
+    return path
+
+
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_eval_of_an_image_classifier(dataset_cache, monkeypatch, tmp_path, capsys, name):
     assert run(monkeypatch, "eval", DEMO / name, "--data", f"{DEMO / 'images'}::test", "--nsamples", 200) == 0
@@ -111,12 +116,109 @@ def test_eval_of_an_image_classifier(dataset_cache, monkeypatch, tmp_path, capsy
     )
 
 
+def image_arguments(tmp_path, **changes):
+    options = {
+        "pattern": "50%",
+        "data": f"{DEMO / 'images'}::train",
+        "save": tmp_path / "pruned",
+        "solver": "magnitude",
+        "objective": "reconstruction",
+        "nsamples": 64,
+        "seqlen": None,
+    }
+    return prune_arguments(tmp_path, **options | changes)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_prune_then_eval_of_an_image_classifier(dataset_cache, monkeypatch, tmp_path, capsys, name):
+    assert run(monkeypatch, "prune", DEMO / name, *image_arguments(tmp_path)) == 0
+    folder = tmp_path / "pruned"
+    model = AutoModelForImageClassification.from_pretrained(folder, dtype="auto")
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert processor.to_dict() == AutoImageProcessor.from_pretrained(DEMO / name).to_dict()
+    masks = load_file(folder / "masks.safetensors")
+    for layer, mask in masks.items():
+        assert ((model.get_submodule(layer).weight != 0) == mask).all()
+    recipe, report = (json.loads((folder / f"{file}.json").read_text()) for file in ("recipe", "report"))
+    assert recipe == report["recipe"] and set(masks) == set(report["layers"])
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert recipe["samples"] == 64 and recipe["broken_images"] == 0
+    estimated = name == "resnet"
+    assert ("batch_norm" in recipe) is estimated
+    assert ("batch norm: estimated again" in capsys.readouterr().out) is estimated
+    data = f"{DEMO / 'images'}::test"
+    assert run(monkeypatch, "eval", folder, "--data", data, "--nsamples", 200) == 0
+    found = re.search(r"accuracy ([0-9.]+) % \(200 images\)", capsys.readouterr().out)
+    assert float(found[1]) > 80
+
+
+def test_prune_on_a_folder_with_a_broken_image(monkeypatch, tmp_path, capsys):
+    folder = image_folder(tmp_path / "images")
+    (folder / "A" / "1.png").write_bytes(b"no image")
+    assert run(monkeypatch, "prune", DEMO / "resnet", *image_arguments(tmp_path, data=folder, nsamples=2)) == 0
+    assert f"1 broken images skipped: {folder / 'A' / '1.png'}" in capsys.readouterr().out
+    recipe = json.loads((tmp_path / "pruned" / "recipe.json").read_text())
+    assert (recipe["samples"], recipe["broken_images"]) == (2, 1)
+
+
+def test_the_seed_chooses_the_images_that_prune_reads(dataset_cache, monkeypatch, tmp_path):
+    found = []
+    for seed in (0, 0, 1):
+        save = tmp_path / str(len(found))
+        arguments = image_arguments(
+            tmp_path, save=save, seed=seed, nsamples=4, targets="re:.*embedder.convolution"
+        )
+        assert run(monkeypatch, "prune", DEMO / "resnet", *arguments) == 0
+        found.append(
+            load_file(save / "model.safetensors")["resnet.embedder.embedder.normalization.running_mean"]
+        )
+    assert found[0].equal(found[1]) and not found[0].equal(found[2])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(seqlen=64), "--seqlen is tokens of text"),
+        (dict(nsamples=0), "at least one image"),
+        (dict(nsamples=513), "has 512 images; 513 needed: give more, or lower nsamples"),
+        (dict(data=DEMO / "heldout.txt"), "is a file: give a folder"),
+        (dict(data=DEMO / "vit"), "has no sub-folders"),
+        (dict(pattern="2:4", targets="re:.*embedder.convolution"), "needs a number of inputs divisible by 4"),
+        (dict(targets="nothing"), "matches no layer"),
+        (dict(save=DEMO), "exists"),
+    ],
+)
+def test_a_mistake_with_images_is_one_line_and_leaves_nothing(
+    dataset_cache, monkeypatch, tmp_path, capsys, changes, words
+):
+    assert run(monkeypatch, "prune", DEMO / "resnet", *image_arguments(tmp_path, **changes)) == 1
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("moonshot:")]
+    assert len(lines) == 1 and words in lines[0] and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_of_an_image_classifier_has_no_seqlen(monkeypatch, capsys):
+    assert run(monkeypatch, "eval", DEMO / "vit", "--data", DEMO / "images", "--seqlen", 64) == 1
+    assert "--seqlen is tokens of text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["prune", "eval"])
+def test_a_model_that_is_not_there(monkeypatch, tmp_path, capsys, command):
+    data = image_folder(tmp_path / "images")
+    options = ["--pattern", "2:4", "--save", tmp_path / "pruned"] if command == "prune" else []
+    assert run(monkeypatch, command, tmp_path / "missing", "--data", data, *options) == 1
+    assert "cannot load a model from" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
         (lambda path: image_folder(path / "images" / "inside").parent, "the model has no class inside"),
         (lambda path: image_folder(path / "images") / "A", "has no sub-folders"),
         (lambda path: DEMO / "heldout.txt", "is a file"),
+        (lambda path: empty_folder(path / "images"), "has no sub-folders"),
+        (lambda path: empty_folder(path / "images" / "A").parent, "0 images; 1 needed: give more"),
         (lambda path: path / "missing", "is no file, folder or loadable dataset"),
     ],
 )

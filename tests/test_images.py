@@ -288,7 +288,9 @@ def test_a_classifier_round_trips(tmp_path):
     saved.save_pretrained(tmp_path / "model")
     processor().save_pretrained(tmp_path / "model")
     name = str(tmp_path / "model")
-    assert is_image_classifier(name) and not is_image_classifier(str(tmp_path / "missing"))
+    assert is_image_classifier(name) and not is_image_classifier(str(DEMO / "model"))
+    with pytest.raises(ValueError, match="cannot load a model from .*missing"):
+        is_image_classifier(str(tmp_path / "missing"))
     loaded, preprocessor = load_classifier(name)
     data = find_pictures(folder(tmp_path / "images"))
     expected = list(ImageBatches(saved, processor(), data))

@@ -1,22 +1,30 @@
 """Batch-norm statistics that fit the pruned model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
-from moonshot.models.blocks import evaluating
+from moonshot.models.blocks import evaluating, patched
 from moonshot.models.calibration import Batch, CalibrationError
 from moonshot.models.recording import counting
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, batches: list[Batch], forward: Callable[[nn.Module, Batch], Any]) -> None:
+def reestimate(
+    model: nn.Module,
+    batches: list[Batch],
+    forward: Callable[[nn.Module, Batch], Any],
+    parts: Sequence[nn.Module] = (),
+) -> None:
     """Set every batch norm's running mean and variance to those of its inputs over all batches, in place.
 
     forward: (model, batch) -> anything, runs the model; the model is in eval mode meanwhile.
+    parts: modules that run once each in a pass, none inside another. What they return for each batch is kept, so that
+    those that have no layer left to estimate need not run again: faster, for the memory.
 
     Layers are taken in the order in which the model calls them, each one's inputs computed with the new statistics of
     those before. The variance is the unbiased one. So the result does not depend on how the samples are batched, and
@@ -37,10 +45,13 @@ def reestimate(model: nn.Module, batches: list[Batch], forward: Callable[[nn.Mod
         try:
             with counting(running) as order:
                 forward(model, batches[0])
+            kept: list[_Kept] = [{} for _ in batches]
             for layer, calls in order.items():
                 moments = _Moments()
-                for batch in batches:
-                    _run_until(layer, calls, moments, model, batch, forward)
+                for batch, results in zip(batches, kept, strict=True):
+                    finished = _run_until(layer, calls, moments, model, batch, forward, parts, results)
+                    if calls == 1:  # so that every layer in what ran before it has its new statistics
+                        results.update(finished)
                 for buffer, estimate in zip(running[layer], moments.result(names[layer]), strict=True):
                     buffer.copy_(estimate)
         except BaseException:
@@ -117,11 +128,25 @@ class _Reached(Exception):
     """The layer has seen the batch: the rest of the model need not run."""
 
 
+_Kept = dict[nn.Module, Any]  # what parts return for one batch
+
+
 def _run_until(
-    layer: nn.Module, calls: int, moments: _Moments, model: nn.Module, batch: Batch, forward: Callable
-) -> None:
-    """Add what the layer sees of one batch to its moments, in as many calls."""
+    layer: nn.Module,
+    calls: int,
+    moments: _Moments,
+    model: nn.Module,
+    batch: Batch,
+    forward: Callable,
+    parts: Sequence[nn.Module],
+    results: _Kept,
+) -> _Kept:
+    """Add what the layer sees of one batch to its moments, in as many calls; what other parts returned before them.
+
+    results: of parts that need not run. A batch that does not call the layer so often has none to add.
+    """
     left = calls
+    finished: _Kept = {}
 
     def record(_layer: nn.Module, arguments: tuple) -> None:
         nonlocal left
@@ -130,10 +155,23 @@ def _run_until(
         if not left:
             raise _Reached
 
-    handle = layer.register_forward_pre_hook(record)
+    def keep(part: nn.Module, _arguments: tuple, output: Any) -> None:
+        finished[part] = _copied(output)
+
+    forwards = [lambda *_, part=part, **__: _copied(results[part]) for part in results]
+    handles = [layer.register_forward_pre_hook(record)]
+    handles += [part.register_forward_hook(keep) for part in parts if part not in results]
     try:
-        forward(model, batch)
+        with patched(list(results), forwards):
+            forward(model, batch)
     except _Reached:
-        pass
+        return finished
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    return {}
+
+
+def _copied(tree: Any) -> Any:
+    """A copy of whatever a module returns, which others may change in place."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)

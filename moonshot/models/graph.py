@@ -156,11 +156,15 @@ class GraphReplay:
 
 
 def _in_float32(tree: Any) -> Any:
-    """The same with every half-precision tensor in float32, so that a module in float32 can read it."""
+    """A copy, which a module may change in place, with half-precision tensors in float32, so that it can read them."""
     halves = (torch.float16, torch.bfloat16)
-    return tree_map(
-        lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in halves else leaf, tree
-    )
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(torch.float32 if leaf.dtype in halves else leaf.dtype, copy=True)
+
+    return tree_map(copied, tree)
 
 
 def _tracked(leaf: Any) -> Any:

@@ -114,7 +114,7 @@ class ImageBatches:
         pictures: Pictures,
         samples: int | None = None,
         seed: int | None = 0,
-        batch_size: int = 32,
+        batch_size: int = 16,
     ):
         if samples is not None and samples < 1:
             raise CalibrationError("at least one image is needed")
