@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from moonshot.models.restoring import restored_on_failure
 from moonshot.objectives import Objective
 from moonshot.patterns import Pattern, PatternError, Unstructured, as_pattern
 from moonshot.problem import Problem
-from moonshot.pruning import DEFAULT_OBJECTIVE, PatternLike, device_of, prune
+from moonshot.pruning import DEFAULT_OBJECTIVE, PatternLike, check_method, device_of, prune
 from moonshot.report import Trial
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver, solve
@@ -154,6 +154,7 @@ def allocate(
     seed: int = 0,
     loss: Loss = model_loss,
     rounds: int = 2,
+    unreached: Literal["error", "skip"] = "error",
     on_step: OnStep | None = None,
 ) -> Allocation:
     """Patterns with a fraction `sparsity` of zeros over all layers together, for `prune`; the model stays as it is.
@@ -161,6 +162,7 @@ def allocate(
     patterns: what each layer can have, such as ["1:4", "2:4", 0]; those that do not fit a layer are not offered to it.
     By default any fraction of zeros, from a grid that is geometric in the weights kept.
     rounds: how often the layers' curves are weighed by the model's true loss (budgets.measured), 2 passes a layer each.
+    unreached: as in `prune`; layers that are skipped have no part in the budget.
     on_step: called with what was just done and the number of steps in all, at most.
     The other arguments are those of `prune`.
 
@@ -170,17 +172,13 @@ def allocate(
     really pruned with an even budget, the best unit's and the measured one, and they are compared on the samples set
     aside: another replaces the even one only where it gains more than noise (choosing.choose).
 
-    Memory: the kept weights of all choices, about 3.4 kept model sizes and a bit for each weight and choice.
+    Memory: the nonzeros of all choices, at most 3.4 times the model, and a bit for each weight and choice.
     Raises what `prune` raises, and BudgetError where the choices cannot have that many zeros.
     """
     solver = ADMM() if solver is None else solver
-    if isinstance(solver, type) or not isinstance(solver, Solver):
-        raise TypeError(f"solver must be an instance such as moonshot.ADMM(), got {solver!r}")
-    if not isinstance(objective, Objective):
-        raise TypeError(
-            f"objective must be such as 0.7 * Reconstruction() + 0.3 * Fisher(), got {objective!r}: budgets are "
-            'compared for one objective, prune can choose another by "auto"'
-        )
+    check_method(objective, solver, unreached)
+    if isinstance(objective, str):
+        raise TypeError('budgets are compared for one objective: name it, prune can choose another by "auto"')
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"rounds must be 0 or a positive integer, got {rounds!r}")
     even = _even_pattern(sparsity)
@@ -190,8 +188,9 @@ def allocate(
     cut = cut_open(model, batches, loss)
     layers = cut.layers()
     names = chosen_layers(cut, targets, ignore)
-    check_reached(cut, names)
-    views = {name: layers[name] for name in names}
+    if unreached == "error":
+        check_reached(cut, names)
+    views = {name: layers[name] for name in names if name not in cut.unreached}
     menus = {name: _menu(name, view, even, patterns) for name, view in views.items()}
     total = sum(even.zeros(problem_shape(view)) for view in views.values())
     budgets.check_total([[zeros for zeros, _ in menu] for menu in menus.values()], total)

@@ -31,6 +31,13 @@ class SolverName(str, Enum):
     admm = "admm"
 
 
+class Unreached(str, Enum):
+    """What `prune` does with layers that no calibration sample reaches."""
+
+    error = "error"
+    skip = "skip"
+
+
 Model = Annotated[str, typer.Argument(help="A folder or hub name that transformers loads.")]
 Data = Annotated[
     str,
@@ -85,13 +92,27 @@ def prune(
     dampening_frac: Annotated[float, typer.Option(help="Ridge, as a fraction of the mean diagonal.")] = 0.01,
     targets: Annotated[list[str] | None, typer.Option(help="Layers: names, globs, re:...")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone.")] = None,
+    allocate: Annotated[
+        bool, typer.Option("--allocate", help="Share the zeros among the layers by what they cost.")
+    ] = False,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --allocate: a pattern that a layer may have, such as 2:4, or 0 for none; repeat."
+        ),
+    ] = None,
     bound: Annotated[
         bool, typer.Option("--bound", help="Prove how far from the optimum each layer is at most.")
     ] = False,
+    unreached: Annotated[
+        Unreached, typer.Option(help="What becomes of layers that no calibration sample reaches.")
+    ] = Unreached.error,
 ) -> None:
     """Prune a causal language model or an image classifier and save it with its mask, recipe and report."""
-    from moonshot import pruning, storage
+    from moonshot import allocation, pruning, storage
 
+    if choice and not allocate:
+        raise ValueError("--choice is what --allocate chooses from: add --allocate")
     chosen = _pattern(pattern, sparsity)
     terms = parse_objective(objective)
     if save.exists():
@@ -107,23 +128,37 @@ def prune(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("gradients", total=None)
 
-        def advance(layer, total: int) -> None:
-            progress.update(task, description=layer.name, total=total, advance=1)
+        def advance(what: str, total: int) -> None:
+            progress.update(task, description=what, total=total, advance=1)
 
-        report = pruning.prune(
-            network,
-            calibration,
-            chosen,
-            objective=terms,
+        recipe = dict(
             solver=_solver(solver),
             targets=targets,
             ignore=ignore or (),
             factors=factors,
             dampening_frac=dampening_frac,
             seed=seed,
-            bound=bound,
-            on_layer=advance,
+            unreached=unreached.value,
         )
+        budget = None
+        if allocate:
+            by = pruning.DEFAULT_OBJECTIVE if terms == "auto" else terms
+            budget = allocation.allocate(
+                network, calibration, chosen, objective=by, patterns=choice, on_step=advance, **recipe
+            )
+            progress.reset(task)
+        report = pruning.prune(
+            network,
+            calibration,
+            budget or chosen,
+            objective=terms,
+            bound=bound,
+            on_layer=lambda layer, total: advance(layer.name, total),
+            **recipe,
+        )
+    if budget:
+        report.recipe.update(pattern=str(chosen), budget=budget.budget)
+        report.trials = [*budget.trials, *report.trials]
     report.recipe.update(model=model, data=data)
     if images:
         report.recipe["broken_images"] = len(pictures.skipped)

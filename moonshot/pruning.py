@@ -101,7 +101,7 @@ def prune(
     Weights keep their dtype; everything is computed in float32 or better. If it fails, the weights are as they were.
     """
     solver = ADMM() if solver is None else solver
-    _check(objective, solver, unreached)
+    check_method(objective, solver, unreached)
     recipe = Recipe(factors, dampening_frac, seed, loss)
     batches = [moved(batch, device_of(model)) for batch in as_batches(calibration)]
     cut = cut_open(model, batches, loss)
@@ -214,7 +214,8 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _check(objective: Objective | str, solver: Solver, unreached: str) -> None:
+def check_method(objective: Objective | str, solver: Solver, unreached: str) -> None:
+    """Raises TypeError or ValueError for what `prune` and `allocate` cannot work by."""
     if objective != "auto" and not isinstance(objective, Objective):
         raise TypeError(
             f'objective must be "auto" or such as 0.7 * Reconstruction() + 0.3 * Fisher(), got {objective!r}'

@@ -193,6 +193,8 @@ def test_a_solver_that_fails_names_the_layer():
         ({"objective": "auto"}, TypeError, "budgets are"),
         ({"solver": ms.ADMM}, TypeError, "instance"),
         ({"factors": 0}, ValueError, "factors"),
+        ({"objective": ms.Fisher}, TypeError, "objective must be"),
+        ({"unreached": "ignore"}, ValueError, "skip"),
         ({"rounds": -1}, ValueError, "rounds"),
         ({"patterns": ["2:4", 0], "sparsity": 0.7}, BudgetError, "sparser pattern"),
         ({"patterns": ["2:4"]}, PatternError, "out can have none"),

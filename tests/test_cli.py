@@ -59,9 +59,28 @@ def test_prune_says_how_far_from_the_optimum_it_is(monkeypatch, tmp_path, capsys
     assert "gap <= %" in capsys.readouterr().out
 
 
+def test_prune_shares_the_zeros_among_layers(monkeypatch, tmp_path, capsys):
+    arguments = prune_arguments(tmp_path, pattern=None, sparsity=0.5, targets="*.layers.3.*", nsamples=8)
+    assert run(monkeypatch, "prune", DEMO / "model", *arguments, "--allocate") == 0
+    report = json.loads((tmp_path / "pruned" / "report.json").read_text())
+    assert report["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert report["recipe"]["pattern"] == "50%" and report["recipe"]["budget"]
+    assert report["trials"][0]["name"] == "even"
+    assert "tried even" in capsys.readouterr().out
+
+
+def test_prune_mixes_patterns(monkeypatch, tmp_path):
+    choices = ["--choice", "1:4", "--choice", "2:4", "--choice", "0"]
+    arguments = prune_arguments(tmp_path, pattern="50%", targets="*.layers.3.*", nsamples=8)
+    assert run(monkeypatch, "prune", DEMO / "model", *arguments, "--allocate", *choices) == 0
+    layers = json.loads((tmp_path / "pruned" / "report.json").read_text())["layers"]
+    assert {layer["pattern"] for layer in layers.values()} <= {"1:4", "2:4", "0%"}
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
+        (dict(choice="2:4"), "add --allocate"),
         (dict(sparsity=0.7), "contradict"),
         (dict(pattern=None), "--sparsity 0.5"),
         (dict(pattern="2;4"), "cannot read the pattern"),
