@@ -23,7 +23,7 @@ import moonshot as ms
 from moonshot.models.batchnorm import reestimate
 from moonshot.models.calibration import as_batches, model_loss
 from moonshot.models.cut import cut_open
-from moonshot.models.layers import layer_view, layers_of
+from moonshot.models.layers import layers_of
 
 VOCABULARY, CLASSES, TOKENS, PIXELS = 96, 10, 24, 32
 Make = Callable[[], nn.Module]
@@ -140,6 +140,17 @@ MODELS = {
     "GPT-2": Tried(transformer("GPT2LMHeadModel", **GPT2, **SPECIAL)),
     "OPT": Tried(transformer("OPTForCausalLM", **TEXT, ffn_dim=128, word_embed_proj_dim=64)),
     "GPT-NeoX": Tried(transformer("GPTNeoXForCausalLM", **TEXT)),
+    "Mixtral": Tried(transformer("MixtralForCausalLM", **TEXT, num_key_value_heads=2, num_local_experts=4)),
+    "Qwen3-MoE": Tried(
+        transformer(
+            "Qwen3MoeForCausalLM",
+            **TEXT,
+            **GROUPED,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+        )
+    ),
     "Mamba": Tried(transformer("MambaForCausalLM", **TEXT, state_size=8), ignore=["conv1d", "dt_proj"]),
     "BERT": Tried(transformer("BertForSequenceClassification", **TEXT, num_labels=CLASSES), labelled_tokens),
     "T5": Tried(
@@ -173,7 +184,7 @@ def built(tried: Tried, samples: int, seed: int) -> tuple[nn.Module, list, list]
     torch.manual_seed(seed)
     model = tried.make().eval()
     for _, view in layers_of("", model):
-        view.module.weight.normal_(std=view.shape[1] ** -0.5)
+        view.weight.data.normal_(std=view.shape[1] ** -0.5)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.bias.fill_(1)
@@ -196,7 +207,8 @@ def logits(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
 
 def zeros(model: nn.Module, names: list[str]) -> float:
     """The share of zeros in the layers with these names, counted."""
-    weights = [model.get_submodule(name).weight for name in names]
+    layers = dict(layers_of("", model))
+    weights = [layers[name].weight for name in names]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
 
@@ -209,7 +221,8 @@ def measured(tried: Tried, samples: int, seed: int) -> tuple[list[str], bool]:
     better = True
     for pattern in ("50%", "2:4"):
         if names is not None:
-            names = [name for name in names if layer_view(model.get_submodule(name)).channels % 4 == 0]
+            layers = dict(layers_of("", model))
+            names = [name for name in names if layers[name].channels % 4 == 0]
         moved = []
         for solver in METHODS.values():
             pruned = copy.deepcopy(model)
