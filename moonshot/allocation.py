@@ -20,6 +20,7 @@ from moonshot.layerwise import (
     check_fit,
     check_reached,
     chosen_layers,
+    in_layer,
     problem_shape,
     problems,
 )
@@ -45,15 +46,19 @@ OnStep = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """What a layer gets: its pattern and sparsity.
+    """What a layer gets.
 
     curve: (sparsity, F / F(0)) of every choice it had, on the dense model's statistics.
     """
 
     shape: tuple[int, int]
     pattern: Pattern
-    sparsity: float
     curve: list[tuple[float, float]]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros in the layer."""
+        return self.pattern.zeros(self.shape) / math.prod(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,11 +288,8 @@ def _solved(
 
 
 def _choice(name: str, problem: Problem, zeros: int, pattern: Pattern, solver: Solver, state: Any) -> _Choice:
-    try:
+    with in_layer(name):
         result = solve(problem, pattern, solver, state=state)
-    except ValueError as error:
-        error.add_note(f"in layer {name}")
-        raise
     costs = {_RELATIVE: result.relative}
     costs |= {term.name: result.terms[term.name] * term.at_zero for term in problem.terms}
     return _Choice(pattern, zeros, costs, _Sparse(result.weight))
@@ -334,7 +336,7 @@ class _Offer:
         for (name, pattern), size in zip(self.patterns(answer).items(), self.sizes, strict=True):
             shape = problem_shape(self.views[name])
             curve = [(choice.zeros / size, choice.costs[_RELATIVE]) for choice in self.choices[name]]
-            layers[name] = LayerBudget(shape, pattern, pattern.zeros(shape) / size, curve)
+            layers[name] = LayerBudget(shape, pattern, curve)
         return layers
 
 

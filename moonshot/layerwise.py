@@ -1,6 +1,7 @@
 """The layers of a model as pruning problems, one after the other: what `prune` solves and `allocate` compares."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,10 +84,17 @@ def _problem(
     dampening_frac: float,
 ) -> Problem:
     weights = view.matrices()
-    try:
+    with in_layer(name):
         if view.groups == 1:
             return objective.assemble(weights[0].to(dtype), statistics[0], dampening_frac=dampening_frac)
         return objective.assemble_groups(weights.double(), statistics, dampening_frac=dampening_frac)
+
+
+@contextmanager
+def in_layer(name: str) -> Iterator[None]:
+    """Say in a ValueError which layer it is about."""
+    try:
+        yield
     except ValueError as error:
         error.add_note(f"in layer {name}")
         raise
@@ -127,7 +135,7 @@ def check_fit(name: str, view: LayerView, pattern: Pattern) -> None:
 
     Groups of an N:M pattern must stay within one position of a convolution's kernel.
     """
-    try:
+    with in_layer(name):
         pattern.validate(problem_shape(view))
         if not hasattr(pattern, "groups"):
             return
@@ -137,6 +145,3 @@ def check_fit(name: str, view: LayerView, pattern: Pattern) -> None:
                 f"{pattern} needs input channels divisible by {size}, the layer has {view.channels}: "
                 "leave it out with ignore, or give it a pattern of its own"
             )
-    except ValueError as error:
-        error.add_note(f"in layer {name}")
-        raise

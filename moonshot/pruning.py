@@ -19,6 +19,7 @@ from moonshot.layerwise import (
     check_fit,
     check_reached,
     chosen_layers,
+    in_layer,
     problem_shape,
     problems,
 )
@@ -180,11 +181,8 @@ def _prune_layers(
     reports = {}
     with closing(layers):
         for name, view, problem, tokens in layers:
-            try:
+            with in_layer(name):
                 result = solve(problem, patterns[name], solver, bound=bound)
-            except ValueError as error:
-                error.add_note(f"in layer {name}")
-                raise
             view.assign(result.weight.reshape(view.groups, *view.shape))
             reports[name] = LayerReport(
                 name=name,

@@ -18,21 +18,9 @@ from moonshot.models.cut import cut_open
 from moonshot.models.layers import ExpertView, layers_of
 from moonshot.models.statistics import LayerStatistics
 from moonshot.storage import save
+from tests.test_models import JOINT, SIZES
 
-JOINT = 0.5 * ms.Reconstruction() + 0.3 * ms.Fisher() + 0.2 * ms.TokenFisher()
-SIZES = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+SIZES = SIZES | dict(bos_token_id=1, eos_token_id=2)
 FINE = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)
 # config, what differs, whether weights are (experts, d, m)
 MIXTURES = {
