@@ -26,10 +26,11 @@ from moonshot.layerwise import (
 )
 from moonshot.models.batchnorm import estimate_in_one_pass
 from moonshot.models.blocks import Loss, evaluating, held, in_float32
-from moonshot.models.calibration import Batch, as_batches, model_loss, moved, set_aside
+from moonshot.models.calibration import Batch, as_batches, model_loss, moved, set_aside, tokens_at_once
 from moonshot.models.cut import cut_open
 from moonshot.models.layers import LayerView
 from moonshot.models.restoring import restored_on_failure
+from moonshot.models.scratch import Scratch
 from moonshot.objectives import Objective
 from moonshot.patterns import Pattern, PatternError, Unstructured, as_pattern
 from moonshot.problem import Problem
@@ -160,6 +161,7 @@ def allocate(
     loss: Loss = model_loss,
     rounds: int = 2,
     unreached: Literal["error", "skip"] = "error",
+    scratch: Path | None = None,
     on_step: OnStep | None = None,
 ) -> Allocation:
     """Patterns with a fraction `sparsity` of zeros over all layers together, for `prune`; the model stays as it is.
@@ -187,8 +189,8 @@ def allocate(
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"rounds must be 0 or a positive integer, got {rounds!r}")
     even = _even_pattern(sparsity)
-    recipe = Recipe(factors, dampening_frac, seed, loss)
-    batches = [moved(batch, device_of(model)) for batch in as_batches(calibration)]
+    recipe = Recipe(factors, dampening_frac, seed, loss, scratch)
+    batches = [moved(batch, device_of(model)) for batch in as_batches(calibration, tokens_at_once(model))]
     fitted, held_out = set_aside(batches, seed)
     cut = cut_open(model, batches, loss)
     layers = cut.layers()
@@ -206,7 +208,7 @@ def allocate(
         if on_step is not None:
             on_step(what, steps)
 
-    with restored_on_failure(model, views.values()) as restore, evaluating(model):
+    with restored_on_failure(model, views.values(), Scratch(scratch)) as restore, evaluating(model):
         walk = problems(model, cut, views, fitted, objective, recipe)
         offer = _Offer(views, _solved(walk, menus, solver, advance), total, exact=patterns is None)
         with in_float32(held(model)):
@@ -224,6 +226,7 @@ def allocate(
                 dampening_frac=dampening_frac,
                 seed=seed,
                 loss=loss,
+                scratch=scratch,
                 on_layer=lambda layer, _: advance(layer.name),
             )
             with in_float32(held(model)):

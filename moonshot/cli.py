@@ -4,7 +4,7 @@ import re
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -110,6 +110,7 @@ def prune(
 ) -> None:
     """Prune a causal language model or an image classifier and save it with its mask, recipe and report."""
     from moonshot import allocation, pruning, storage
+    from moonshot.models.images import ImageBatches
 
     if choice and not allocate:
         raise ValueError("--choice is what --allocate chooses from: add --allocate")
@@ -117,53 +118,59 @@ def prune(
     terms = parse_objective(objective)
     if save.exists():
         raise FileExistsError(f"{save} exists: choose another folder, or remove it first")
-    if images := storage.is_image_classifier(model):
-        _refuse_seqlen(seqlen)
-        network, processor, pictures = _pictures(model, data, nsamples, seed)
-        calibration = list(pictures)
-        _print_skipped(pictures.skipped)
-    else:
-        network, processor, calibration = _windows(model, data, nsamples, seqlen, seed)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("gradients", total=None)
+    images = storage.is_image_classifier(model)
+    found: Any = _pictures(data, seqlen) if images else storage.read_text(data)
+    with storage.opened(model, save) as opened:
+        network = opened.model
+        calibration: Any
+        broken: list[str] | None = None
+        if images:
+            pictures = ImageBatches(network, opened.processor, found, nsamples, seed)
+            calibration, broken = list(pictures), pictures.skipped
+            _print_skipped(broken)
+        else:
+            calibration = _windows(opened.processor, found, nsamples, seqlen, seed)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("gradients", total=None)
 
-        def advance(what: str, total: int) -> None:
-            progress.update(task, description=what, total=total, advance=1)
+            def advance(what: str, total: int) -> None:
+                opened.release()
+                progress.update(task, description=what, total=total, advance=1)
 
-        recipe = dict(
-            solver=_solver(solver),
-            targets=targets,
-            ignore=ignore or (),
-            factors=factors,
-            dampening_frac=dampening_frac,
-            seed=seed,
-            unreached=unreached.value,
-        )
-        budget = None
-        if allocate:
-            by = pruning.DEFAULT_OBJECTIVE if terms == "auto" else terms
-            budget = allocation.allocate(
-                network, calibration, chosen, objective=by, patterns=choice, on_step=advance, **recipe
+            recipe = dict(
+                solver=_solver(solver),
+                targets=targets,
+                ignore=ignore or (),
+                factors=factors,
+                dampening_frac=dampening_frac,
+                seed=seed,
+                unreached=unreached.value,
             )
-            progress.reset(task)
-        report = pruning.prune(
-            network,
-            calibration,
-            budget or chosen,
-            objective=terms,
-            bound=bound,
-            on_layer=lambda layer, total: advance(layer.name, total),
-            **recipe,
-        )
-    if budget:
-        report.recipe.update(pattern=str(chosen), budget=budget.budget)
-        report.trials = [*budget.trials, *report.trials]
-    report.recipe.update(model=model, data=data)
-    if images:
-        report.recipe["broken_images"] = len(pictures.skipped)
-    console.print(str(report), highlight=False, soft_wrap=True)
-    storage.save(network, processor, report, save)
+            budget = None
+            if allocate:
+                by = pruning.DEFAULT_OBJECTIVE if terms == "auto" else terms
+                budget = allocation.allocate(
+                    network, calibration, chosen, objective=by, patterns=choice, on_step=advance, **recipe
+                )
+                progress.reset(task)
+            report = pruning.prune(
+                network,
+                calibration,
+                budget or chosen,
+                objective=terms,
+                bound=bound,
+                on_layer=lambda layer, total: advance(layer.name, total),
+                **recipe,
+            )
+        if budget:
+            report.recipe.update(pattern=str(chosen), budget=budget.budget)
+            report.trials = [*budget.trials, *report.trials]
+        report.recipe.update(model=model, data=data)
+        if broken is not None:
+            report.recipe["broken_images"] = len(broken)
+        console.print(str(report), highlight=False, soft_wrap=True)
+        opened.save(report)
     console.print(f"saved: {save}")
 
 
@@ -178,44 +185,39 @@ def evaluate(
 ) -> None:
     """Print the perplexity of a causal language model on a text, or the accuracy of an image classifier."""
     from moonshot import evaluation, storage
+    from moonshot.models.images import ImageBatches
 
     if storage.is_image_classifier(model):
-        _refuse_seqlen(seqlen)
-        network, _, pictures = _pictures(model, data, nsamples or None, 0)
+        found = _pictures(data, seqlen)
+        network, processor = storage.load_classifier(model)
+        pictures = ImageBatches(network, processor, found, nsamples or None, 0)
         console.print(f"accuracy {evaluation.accuracy(network, pictures)}", highlight=False)
         _print_skipped(pictures.skipped)
     else:
-        network, _, ids = _windows(model, data, nsamples or None, seqlen, None)
+        text = storage.read_text(data)
+        network, tokenizer = storage.load(model)
+        ids = _windows(tokenizer, text, nsamples or None, seqlen, None)
         console.print(f"perplexity {evaluation.perplexity(network, ids)}", highlight=False)
 
 
-def _windows(model: str, data: str, samples: int | None, seqlen: int | None, seed: int | None):
-    """(language model, tokenizer, token ids); as many windows as the text has for samples=None."""
-    from moonshot import storage
+def _windows(tokenizer, text: str, samples: int | None, seqlen: int | None, seed: int | None):
+    """Token ids (samples, seqlen); as many windows as the text has for samples=None."""
     from moonshot.models.calibration import windows
 
-    text = storage.read_text(data)
-    network, tokenizer = storage.load(model)
     length = 2048 if seqlen is None else seqlen
     if samples is None:
-        tokens = len(tokenizer(text, verbose=False)["input_ids"])  # type: ignore[operator]
+        tokens = len(tokenizer(text, verbose=False)["input_ids"])
         samples = max(tokens // max(length, 1), 1)
-    return network, tokenizer, windows(tokenizer, text, samples, length, seed)
+    return windows(tokenizer, text, samples, length, seed)
 
 
-def _pictures(model: str, data: str, samples: int | None, seed: int | None):
-    """(image classifier, image processor, batches of images)"""
-    from moonshot import storage
-    from moonshot.models.images import ImageBatches, find_pictures
+def _pictures(data: str, seqlen: int | None):
+    """The images that --data names."""
+    from moonshot.models.images import find_pictures
 
-    found = find_pictures(data)
-    network, processor = storage.load_classifier(model)
-    return network, processor, ImageBatches(network, processor, found, samples, seed)
-
-
-def _refuse_seqlen(seqlen: int | None) -> None:
     if seqlen is not None:
         raise ValueError("--seqlen is tokens of text, and the model is an image classifier: leave it out")
+    return find_pictures(data)
 
 
 def _print_skipped(skipped: list[str]) -> None:

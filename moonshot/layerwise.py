@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from moonshot.models.blocks import Loss, ModelError, held, in_float32
 from moonshot.models.calibration import Batch, count_samples
 from moonshot.models.cut import Cut
 from moonshot.models.layers import LayerView, layers_of
+from moonshot.models.scratch import Scratch
 from moonshot.models.statistics import LayerStatistics
 from moonshot.models.targets import select
 from moonshot.objectives import Objective
@@ -24,12 +26,14 @@ class Recipe:
     """How every layer's statistics are computed and become a problem.
 
     factors: per-sample gradients are reduced to this many by random signs, whose seed is `seed`.
+    scratch: the folder for a file of all that waits for its turn, which is in memory otherwise.
     """
 
     factors: int
     dampening_frac: float
     seed: int
     loss: Loss
+    scratch: Path | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.factors, int) or self.factors < 1:
@@ -63,7 +67,8 @@ def problems(
     wanted = set(names)
     signs = _random_signs(count_samples(batches), recipe.seed)
     needs = frozenset[str]().union(*(term.needs for _, term in objective.weighted_terms))
-    replay = cut.replay(model, batches, recipe.loss, bool(needs & {"gradients", "output_gradients"}))
+    gradients = bool(needs & {"gradients", "output_gradients"})
+    replay = cut.replay(model, batches, recipe.loss, gradients, Scratch(recipe.scratch))
     for index, (prefix, segment) in enumerate(replay.segments):
         views = {name: view for name, view in layers_of(prefix, segment) if name in wanted}
         with in_float32(held(segment)):

@@ -48,14 +48,16 @@ class Observation:
 
 @dataclass(frozen=True)
 class Quadratic:
-    """A term on one layer: `sum_i (v_i - c_i)' (shared + F_i F_i') (v_i - c_i)`.
+    """A term on one layer: `coefficient * sum_i (v_i - c_i)' (shared + F_i F_i') (v_i - c_i)`.
 
     shared: (d, d) or None; factors F: (m, d, n) or None; centre c: (m, d), None for the weight itself.
+    coefficient: of the whole form, which saves a scaled copy.
     """
 
     shared: Array | None = None
     factors: Array | None = None
     centre: Array | None = None
+    coefficient: float = 1.0
 
 
 class Objective:
@@ -224,7 +226,7 @@ class Fisher(Objective):
                 f"gradients must be (n, m, d) with (m, d) = {tuple(weight.shape)}, got {(n, *shape)}"
             )
         by_row = namespace(statistic).permute_dims(statistic, (1, 2, 0))
-        return Quadratic(factors=by_row * (1 / sqrt(n)))
+        return Quadratic(factors=by_row, coefficient=1 / n)
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,7 @@ def _normalised(term: Objective, share: float, quadratic: Quadratic, weight: Arr
     centre = weight if quadratic.centre is None else native(quadratic.centre, "centre")
     at_zero = quadratic_loss(-centre, shared, factors)
     scale = 1 / at_zero if at_zero > 0 else 0.0  # a term that is zero everywhere says nothing
+    at_zero *= quadratic.coefficient
     if factors is not None:
         factors = factors * sqrt(share * scale)
         return Term(term.name, share, 1.0 / share, _scaled(shared, share * scale), factors, centre, at_zero)
@@ -303,10 +306,11 @@ def _stacked(quadratics: list[Quadratic], weights: list[Array]) -> Quadratic:
     xp, (m, d) = namespace(weights[0]), weights[0].shape
     by_group = []
     for quadratic in quadratics:
-        parts = [] if quadratic.factors is None else [as_dtype(quadratic.factors, "float64")]
+        scale = sqrt(quadratic.coefficient)
+        parts = [] if quadratic.factors is None else [as_dtype(quadratic.factors, "float64") * scale]
         if quadratic.shared is not None:
             values, vectors = eigenbasis(quadratic.shared)
-            root = vectors * xp.sqrt(xp.clip(values, 0, None))
+            root = vectors * (xp.sqrt(xp.clip(values, 0, None)) * scale)
             parts.append(xp.broadcast_to(root[None], (m, d, d)))
         by_group.append(xp.concat(parts, axis=2))
     if all(quadratic.centre is None for quadratic in quadratics):

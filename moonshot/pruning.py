@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,9 +34,11 @@ from moonshot.models.calibration import (
     model_loss,
     moved,
     set_aside,
+    tokens_at_once,
 )
 from moonshot.models.cut import Cut, cut_open
 from moonshot.models.restoring import restored_on_failure
+from moonshot.models.scratch import Scratch
 from moonshot.models.targets import TargetError, select
 from moonshot.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.patterns import Pattern, as_pattern
@@ -74,6 +77,7 @@ def prune(
     bound: bool = False,
     batch_norm: bool = True,
     unreached: Literal["error", "skip"] = "error",
+    scratch: Path | None = None,
     on_layer: OnLayer | None = None,
 ) -> Report:
     """Prune the linear and convolutional layers of a model in place, and say how good every layer's answer is.
@@ -93,6 +97,8 @@ def prune(
     are any; the report's recipe says so.
     unreached: what becomes of layers that no calibration sample reached: "skip" leaves them as they are, and
     Report.skipped names them.
+    scratch: a folder for what otherwise waits in memory, in files that are gone afterwards: the layers' weights as they
+    were, and the hidden states and gradients between the model's parts.
     on_layer: called after each layer with its report and the number of layers in all, trials included.
 
     A transformer's blocks, or the parts that a model can be cut into (models.cut), take their turns: inputs come from
@@ -103,8 +109,8 @@ def prune(
     """
     solver = ADMM() if solver is None else solver
     check_method(objective, solver, unreached)
-    recipe = Recipe(factors, dampening_frac, seed, loss)
-    batches = [moved(batch, device_of(model)) for batch in as_batches(calibration)]
+    recipe = Recipe(factors, dampening_frac, seed, loss, scratch)
+    batches = [moved(batch, device_of(model)) for batch in as_batches(calibration, tokens_at_once(model))]
     cut = cut_open(model, batches, loss)
     patterns = _patterns(cut, pattern, targets, ignore)
     if unreached == "error":
@@ -127,7 +133,8 @@ def prune(
     begin = time.perf_counter()
     layers = cut.layers()
     again = batch_norm and bool(running_statistics(model))
-    with restored_on_failure(model, [layers[name] for name in patterns]) as restore, evaluating(model):
+    chosen = [layers[name] for name in patterns]
+    with restored_on_failure(model, chosen, Scratch(scratch)) as restore, evaluating(model):
         trials = len(CANDIDATES) if isinstance(objective, str) else 0
         total = (trials + 1) * len(patterns)
 

@@ -17,6 +17,7 @@ from moonshot.models.chain import ChainReplay
 from moonshot.models.cut import Cut, cut_open
 from moonshot.models.graph import GraphReplay
 from moonshot.models.layers import layer_view, layers_of
+from moonshot.models.scratch import Scratch
 from moonshot.models.statistics import LayerStatistics
 from moonshot.models.targets import TargetError
 from moonshot.patterns import PatternError
@@ -249,7 +250,7 @@ def test_a_chain_and_a_graph_see_the_same():
     assert cut.chained
     found = []
     for kind in (ChainReplay, GraphReplay):
-        replay, seen = kind(model, cut.segments, batches, model_loss, True), {}
+        replay, seen = kind(model, cut.segments, batches, model_loss, True, Scratch()), {}
         for index in range(2):
             layers = {name: view for name, view in cut.layers().items() if f"layers.{index}." in name}
             statistics = LayerStatistics(layers, JOINT, 16, signs)

@@ -515,6 +515,11 @@ class NotFinite(Gram):
         return ms.Quadratic(shared=statistic / 0.0)
 
 
+class Repelling(Gram):
+    def quadratic(self, statistic, weight):
+        return ms.Quadratic(shared=statistic, coefficient=-1.0)
+
+
 class Nothing(Gram):
     def quadratic(self, statistic, weight):
         return ms.Quadratic()
@@ -562,6 +567,7 @@ WRONG_OBJECTIVES = {
     Asymmetric: "shared of the quadratic is not symmetric",
     Transposed: "factors of the quadratic must be (m, d, n) with m = 3, d = 6; it is (8, 3, 6)",
     NotFinite: "shared of the quadratic holds NaN or infinity",
+    Repelling: "coefficient of the quadratic must be finite and not negative, it is -1.0",
     Nothing: "neither a shared matrix nor factors",
     BareMatrix: "quadratic must return a moonshot.Quadratic, it returns ndarray",
     AlwaysZero: "the loss of the zero weight is 0",

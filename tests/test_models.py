@@ -18,6 +18,7 @@ from moonshot.models.blocks import Chain, ModelError, find_blocks
 from moonshot.models.calibration import CalibrationError, as_batches, model_loss
 from moonshot.models.chain import block_gradients
 from moonshot.models.layers import layers_of
+from moonshot.models.scratch import Scratch
 from moonshot.models.targets import TargetError
 from moonshot.storage import save
 from tests.examples.diagonal_saliency import DiagonalSaliency
@@ -88,7 +89,9 @@ def test_block_gradients_are_those_of_one_backward_pass():
     chain = Chain(model, blocks, model_loss)
     batch = as_batches(tokens())[0]
     hidden, calls = chain.enter(batch)
-    (found,) = zip(*block_gradients(chain, [batch], [hidden], [calls]), strict=True)
+    scratch = Scratch()
+    (kept,) = zip(*block_gradients(chain, [batch], [scratch.keep(hidden)], [calls], scratch), strict=True)
+    found = [gradient.read() for gradient in kept]
     outputs = []
     handles = [b.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for b in blocks]
     loss = model_loss(model, batch) * len(batch["input_ids"])

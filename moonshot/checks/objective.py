@@ -175,7 +175,7 @@ class _Check:
 
     def _value(self, quadratic: Quadratic, V: np.ndarray) -> float:
         centre = self.weight if quadratic.centre is None else quadratic.centre
-        return quadratic_loss(V - centre, quadratic.shared, quadratic.factors)
+        return quadratic.coefficient * quadratic_loss(V - centre, quadratic.shared, quadratic.factors)
 
 
 def _first(array: np.ndarray) -> np.ndarray:
@@ -187,12 +187,14 @@ def _rest(array: np.ndarray) -> np.ndarray:
 
 
 def _malformed(quadratic: Any) -> str | None:
-    """What is wrong with the arrays of a quadratic, in words."""
+    """What is wrong with a quadratic, in words."""
     if not isinstance(quadratic, Quadratic):
         return f"quadratic must return a moonshot.Quadratic, it returns {type(quadratic).__name__}"
     shapes = {"shared": (_D, _D), "factors": (_M, _D, None), "centre": (_M, _D)}
     if quadratic.shared is None and quadratic.factors is None:
         return "quadratic gives neither a shared matrix nor factors"
+    if not (quadratic.coefficient >= 0 and np.isfinite(quadratic.coefficient)):
+        return f"coefficient of the quadratic must be finite and not negative, it is {quadratic.coefficient}"
     for name, shape in shapes.items():
         array = getattr(quadratic, name)
         if array is None:

@@ -1,7 +1,7 @@
 """A model as a chain of blocks: find them, cut the model open at their boundaries, run one alone."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +43,21 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextmanager
 def in_float32(tensors: list[Tensor]) -> Iterator[None]:
-    """Half-precision parameters and buffers as float32 inside, back in their dtype outside. Ties stay tied."""
-    halves = [(t, t.dtype) for t in dict.fromkeys(tensors) if t.is_floating_point() and t.itemsize < 4]
-    for tensor, _ in halves:
-        tensor.data = tensor.data.float()
+    """Half-precision parameters and buffers as float32 inside, in their own memory again outside. Ties stay tied.
+
+    What changed inside is written back, and nothing else: weights may lie in a file.
+    """
+    halves = [(t, t.data) for t in dict.fromkeys(tensors) if t.is_floating_point() and t.itemsize < 4]
+    for tensor, half in halves:
+        tensor.data = half.float()
     try:
         yield
     finally:
-        for tensor, dtype in halves:
-            tensor.data = tensor.data.to(dtype)
+        for tensor, half in halves:
+            rounded = tensor.data.to(half.dtype)
+            if not torch.equal(rounded, half):
+                half.copy_(rounded)
+            tensor.data = half
 
 
 def held(module: nn.Module) -> list[Tensor]:
@@ -108,15 +114,20 @@ def patched(blocks: list[nn.Module], forwards: list[Callable]) -> Iterator[None]
             del block.forward
 
 
+class _Entered(Exception):
+    """Raised once every block has been called: nothing after them is wanted."""
+
+
 class Chain:
     """A model cut at its blocks' boundaries, everything between them computed in float32.
 
     loss: (model, batch) -> scalar. Hidden states are the blocks' first argument and first (or only) result.
+    What is outside the blocks must be in float32 to `enter` and `leave` (`in_float32(chain.outside)`), a block to run.
     """
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], loss: Loss):
         self.model, self.blocks, self.loss = model, blocks, loss
-        self._outside = held_outside(model, blocks)
+        self.outside = held_outside(model, blocks)
         self._returns_tuple = False
 
     @torch.no_grad()
@@ -134,11 +145,15 @@ class Chain:
             elif not torch.equal(hidden, first[0] if len(calls) % 2 == 0 else -first[0]):
                 raise ModelError("a block does not read what the one before it returned")
             calls.append(Call(args, _without_cache(kwargs)))
+            if (
+                len(calls) == len(self.blocks) > 1
+            ):  # what reads the last of several is like what reads the others
+                raise _Entered
             return (
                 (-hidden,) if self._returns_tuple else -hidden
             )  # nothing but the next block can have read this
 
-        with in_float32(self._outside), patched(self.blocks, [record] * len(self.blocks)):
+        with suppress(_Entered), patched(self.blocks, [record] * len(self.blocks)):
             try:
                 self.loss(self.model, batch)
             except (TypeError, IndexError, AttributeError):
@@ -161,14 +176,14 @@ class Chain:
         def replace(_hidden, *args, **kwargs):
             return (leaf,) if self._returns_tuple else leaf
 
-        with in_float32(self._outside), patched(self.blocks, [replace] * len(self.blocks)):
+        with patched(self.blocks, [replace] * len(self.blocks)):
             loss = self.loss(self.model, batch)
             check_loss(loss)
             (gradient,) = torch.autograd.grad(loss, leaf)
         return float(loss.detach()), gradient
 
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        """One block alone; its parameters must be in float32 (see `in_float32`)."""
+        """One block alone."""
         output = self.blocks[index](hidden.float(), *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 

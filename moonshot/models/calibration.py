@@ -38,6 +38,13 @@ def as_batches(calibration: Any, batch_tokens: int = 2048, batch_samples: int = 
     return [_as_batch(batch, index) for index, batch in enumerate(batches)]
 
 
+def tokens_at_once(model: Any) -> int:
+    """How many tokens a batch should have: 2048, or so many that their logits are about 2**26 numbers."""
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    vocabulary = len(getattr(embeddings, "weight", ()))
+    return min(2048, max(2**26 // max(vocabulary, 1), 1))
+
+
 def _is_integer(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex()
 

@@ -6,18 +6,19 @@ gradient, so that one block's statistics and activations are in memory at a time
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moonshot.models.blocks import Call, Chain, Loss, held, in_float32
 from moonshot.models.calibration import Batch, batch_samples, token_mask
 from moonshot.models.recording import Seen, gradient_dtype, output_gradients, recording
+from moonshot.models.scratch import Kept, Scratch
 from moonshot.models.statistics import LayerStatistics
 
 
 class ChainReplay:
     """The blocks' inputs in the partly pruned model and in the dense one, as far as the replay has come.
 
-    gradients: whether the statistics need gradients.
+    gradients: whether the statistics need gradients. What waits for its turn does so in `scratch`.
     """
 
     def __init__(
@@ -27,18 +28,23 @@ class ChainReplay:
         batches: list[Batch],
         loss: Loss,
         gradients: bool,
+        scratch: Scratch,
     ):
         self.segments, self.batches = blocks, batches
         self._chain = Chain(model, [block for _, block in blocks], loss)
-        entered = [self._chain.enter(batch) for batch in batches]
         dtype = next(model.parameters()).dtype
-        self._pruned = [hidden.to(dtype) for hidden, _ in entered]
-        self._calls = [call for _, call in entered]
-        self._dense: list[Tensor] = []
-        self._gradients: list[list[Tensor]] = []
+        self._pruned: list[Kept] = []
+        self._calls: list[list[Call]] = []
+        with in_float32(self._chain.outside):
+            for batch in batches:
+                hidden, calls = self._chain.enter(batch)
+                self._pruned.append(scratch.keep(hidden.to(dtype)))
+                self._calls.append(calls)
+        self._dense: list[Kept] = []
+        self._gradients: list[list[Kept]] = []
         if gradients:
-            self._gradients = block_gradients(self._chain, batches, list(self._pruned), self._calls)
-            self._dense = list(self._pruned)
+            self._gradients = block_gradients(self._chain, batches, self._pruned, self._calls, scratch)
+            self._dense = [scratch.keep(hidden.read()) for hidden in self._pruned]
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
         """Run a block, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
@@ -48,17 +54,18 @@ class ChainReplay:
             dense_inputs: Seen = {}
             deltas: Seen = {}
             if self._gradients:
-                leaf = self._dense[b].float().requires_grad_()
+                hidden = self._dense[b].read()
+                leaf = hidden.float().requires_grad_()
                 outputs: Seen = {}
                 with torch.set_grad_enabled(bool(layers)), recording(layers, dense_inputs, outputs):
                     output = chain.run(index, leaf, call)
                 if layers:
-                    deltas = output_gradients(output, [self._gradients[index][b].float()], outputs)
-                self._dense[b] = output.detach().to(self._dense[b].dtype)
+                    deltas = output_gradients(output, [self._gradients[index][b].read().float()], outputs)
+                self._dense[b].replace(output.detach().to(hidden.dtype))
             if layers:
                 inputs: Seen = {}
                 with torch.no_grad(), recording(layers, inputs):
-                    chain.run(index, self._pruned[b], call)
+                    chain.run(index, self._pruned[b].read(), call)
                 statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, token_mask(batch))
         if self._gradients:
             self._gradients[index] = []
@@ -66,33 +73,37 @@ class ChainReplay:
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Run the block as it is now, in float32, for the inputs of the next one."""
-        for b, hidden in enumerate(self._pruned):
-            self._pruned[b] = self._chain.run(index, hidden, self._calls[b][index]).to(hidden.dtype)
+        for b, kept in enumerate(self._pruned):
+            hidden = kept.read()
+            kept.replace(self._chain.run(index, hidden, self._calls[b][index]).to(hidden.dtype))
 
 
 def block_gradients(
-    chain: Chain, batches: list[Batch], hidden: list[Tensor], calls: list[list[Call]]
-) -> list[list[Tensor]]:
+    chain: Chain, batches: list[Batch], hidden: list[Kept], calls: list[list[Call]], scratch: Scratch
+) -> list[list[Kept]]:
     """gradients[k][b]: the gradient of sample losses at the output of block k in batch b.
 
     hidden: the first block's inputs, one for each batch. Each batch's mean loss counts as many times as the batch
-    has samples. Kept in the dtype of `hidden` (bfloat16 for float16, whose range is too small); memory: one
-    hidden state for each block and batch.
+    has samples. In the dtype of `hidden` (bfloat16 for float16, whose range is too small), one hidden state for each
+    block and batch, all kept in `scratch`.
     """
+    dtype = gradient_dtype(hidden[0].read().dtype)
     boundaries = [hidden]
     for k, block in enumerate(chain.blocks):
+        boundaries.append([])
         with torch.no_grad(), in_float32(held(block)):
-            boundaries.append([chain.run(k, h, calls[b][k]).to(h.dtype) for b, h in enumerate(boundaries[k])])
-    kept = gradient_dtype(hidden[0].dtype)
-    for b, batch in enumerate(batches):
-        _, gradient = chain.leave(batch, boundaries[-1][b])
-        boundaries[-1][b] = (gradient * batch_samples(batch)).to(kept)
+            for b, kept in enumerate(boundaries[k]):
+                h = kept.read()
+                boundaries[k + 1].append(scratch.keep(chain.run(k, h, calls[b][k]).to(h.dtype)))
+    with in_float32(chain.outside):
+        for b, batch in enumerate(batches):
+            _, gradient = chain.leave(batch, boundaries[-1][b].read())
+            boundaries[-1][b].replace((gradient * batch_samples(batch)).to(dtype))
     for k in range(len(chain.blocks) - 1, 0, -1):
-        block = chain.blocks[k]
-        with in_float32(held(block)):
-            for b, h in enumerate(boundaries[k]):
-                leaf = h.float().requires_grad_()
+        with in_float32(held(chain.blocks[k])):
+            for b, kept in enumerate(boundaries[k]):
+                leaf = kept.read().float().requires_grad_()
                 output = chain.run(k, leaf, calls[b][k])
-                (gradient,) = torch.autograd.grad(output, leaf, boundaries[k + 1][b].float())
-                boundaries[k][b] = gradient.to(kept)
+                (gradient,) = torch.autograd.grad(output, leaf, boundaries[k + 1][b].read().float())
+                kept.replace(gradient.to(dtype))
     return boundaries[1:]

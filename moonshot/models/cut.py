@@ -22,6 +22,7 @@ from moonshot.models.chain import ChainReplay
 from moonshot.models.graph import GraphReplay
 from moonshot.models.layers import ExpertView, LayerView, layers_of
 from moonshot.models.recording import counting, watching
+from moonshot.models.scratch import Scratch
 from moonshot.models.statistics import LayerStatistics
 
 _LAYERS = 4  # in a segment at most, where it can be divided
@@ -63,10 +64,12 @@ class Cut:
         inside = {name: view for prefix, segment in self.segments for name, view in layers_of(prefix, segment)}
         return self.unreached | inside
 
-    def replay(self, model: nn.Module, batches: list[Batch], loss: Loss, gradients: bool) -> Replay:
+    def replay(
+        self, model: nn.Module, batches: list[Batch], loss: Loss, gradients: bool, scratch: Scratch
+    ) -> Replay:
         kind = ChainReplay if self.chained else GraphReplay
         batches = _samples(model, batches) if self.routed else batches
-        return kind(model, self.segments, batches, loss, gradients)
+        return kind(model, self.segments, batches, loss, gradients, scratch)
 
 
 def cut_open(model: nn.Module, batches: list[Batch], loss: Loss) -> Cut:
@@ -192,15 +195,19 @@ def _run(
 def _is_chain(
     model: nn.Module, blocks: list[tuple[str, nn.Module]], sample: Batch, loss: Loss, expected: float
 ) -> bool:
-    """Whether running the blocks one after the other gives the model's own loss."""
+    """Whether the blocks, one after the other, turn hidden states of one shape into the model's own loss."""
     chain = Chain(model, [block for _, block in blocks], loss)
     try:
-        hidden, calls = chain.enter(sample)
-        for index, call in enumerate(calls):
-            with in_float32(held(chain.blocks[index])):
-                hidden = chain.run(index, hidden, call)
-        with torch.enable_grad():
-            found, _ = chain.leave(sample, hidden)
+        with in_float32(chain.outside):
+            hidden, calls = chain.enter(sample)
+            for index, call in enumerate(calls):
+                before = hidden.shape
+                with in_float32(held(chain.blocks[index])):
+                    hidden = chain.run(index, hidden, call)
+                if hidden.shape != before:
+                    return False
+            with torch.enable_grad():
+                found, _ = chain.leave(sample, hidden)
     except (ModelError, TypeError, IndexError, AttributeError, RuntimeError, ValueError):
         return False  # whatever a model does that is no chain
     return abs(found - expected) <= _SAME * max(abs(expected), 1e-6)

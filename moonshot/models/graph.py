@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from moonshot.models.blocks import Loss, ModelError, check_loss, held, held_outside, in_float32, patched
 from moonshot.models.calibration import Batch, batch_samples, token_mask
 from moonshot.models.recording import Seen, differentiable, gradient_dtype, output_gradients, recording
+from moonshot.models.scratch import Scratch, read_all
 from moonshot.models.statistics import LayerStatistics
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,8 +30,8 @@ class _Reached(Exception):
 class GraphReplay:
     """What every segment returns in the partly pruned model, as far as the replay has come.
 
-    gradients: whether the statistics need gradients. Memory: the inputs, outputs and output gradients of all segments,
-    in the model's dtype.
+    gradients: whether the statistics need gradients. The inputs, outputs and output gradients of all segments wait in
+    `scratch`, in the model's dtype.
     """
 
     def __init__(
@@ -40,13 +41,14 @@ class GraphReplay:
         batches: list[Batch],
         loss: Loss,
         gradients: bool,
+        scratch: Scratch,
     ):
         self.segments, self.batches = segments, batches
-        self._model, self._loss = model, loss
+        self._model, self._loss, self._scratch = model, loss, scratch
         self._dtype = next(model.parameters()).dtype
         self._outside = held_outside(model, [segment for _, segment in segments])
         self._dense: list[list[_Arguments]] = []  # by batch and segment
-        self._gradients: list[list[list[Tensor | None]]] = []  # by batch and segment, of each result
+        self._gradients: list[list[Any]] = []  # by batch and segment, of each result
         self._results: list[list[Any]] = [[] for _ in batches]  # by batch and segment
         self._arguments: list[_Arguments] = []  # of the segment whose turn it is, by batch
         if gradients:
@@ -87,7 +89,9 @@ class GraphReplay:
         self._gradients.append([])
         for made in results:
             gradients = [next(found) if result.requires_grad else None for result in made]
-            self._gradients[-1].append([None if g is None else g.to(kept) for g in gradients])
+            self._gradients[-1].append(
+                self._scratch.keep_all([None if g is None else g.to(kept) for g in gradients])
+            )
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
         """Run a segment, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
@@ -102,7 +106,7 @@ class GraphReplay:
                 outputs: Seen = {}
                 with torch.enable_grad(), recording(layers, dense_inputs, outputs):
                     result = segment(*args, **kwargs)
-                deltas = output_gradients(result, self._gradients[b][index], outputs)
+                deltas = output_gradients(result, read_all(self._gradients[b][index]), outputs)
                 self._dense[b][index] = ((), {})
                 self._gradients[b][index] = []
             self._arguments.append(self._reach(index, b))
@@ -144,19 +148,19 @@ class GraphReplay:
         return found[0]
 
     def _kept(self, tree: Any) -> Any:
-        """A copy of whatever a module reads or returns, floating-point tensors in the model's dtype."""
+        """A copy, kept, of whatever a module reads or returns, floating-point tensors in the model's dtype."""
 
-        def keep(leaf: Any) -> Any:
+        def copied(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
             dtype = self._dtype if leaf.dtype == torch.float32 else leaf.dtype
             return leaf.detach().to(dtype, copy=True)
 
-        return tree_map(keep, tree)
+        return self._scratch.keep_all(tree_map(copied, tree))
 
 
 def _in_float32(tree: Any) -> Any:
-    """A copy, which a module may change in place, with half-precision tensors in float32, so that it can read them."""
+    """A copy of kept tensors, which a module may change in place, half precision in float32 so that it can read it."""
     halves = (torch.float16, torch.bfloat16)
 
     def copied(leaf: Any) -> Any:
@@ -164,7 +168,7 @@ def _in_float32(tree: Any) -> Any:
             return leaf
         return leaf.to(torch.float32 if leaf.dtype in halves else leaf.dtype, copy=True)
 
-    return tree_map(copied, tree)
+    return tree_map(copied, read_all(tree))
 
 
 def _tracked(leaf: Any) -> Any:

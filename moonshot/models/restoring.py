@@ -7,18 +7,24 @@ from torch import nn
 
 from moonshot.models.batchnorm import running_statistics
 from moonshot.models.layers import LayerView
+from moonshot.models.scratch import Scratch
 
 
 @contextmanager
-def restored_on_failure(model: nn.Module, layers: Iterable[LayerView]) -> Iterator[Callable[[], None]]:
-    """Put weights and batch-norm statistics back if what runs inside fails; yields a function that does so any time."""
+def restored_on_failure(
+    model: nn.Module, layers: Iterable[LayerView], scratch: Scratch
+) -> Iterator[Callable[[], None]]:
+    """Put weights and batch-norm statistics back if what runs inside fails; yields a function that does so any time.
+
+    The layers' weights as they were wait in `scratch`.
+    """
     layers = list(layers)
-    originals = [view.matrices() for view in layers]
+    originals = [scratch.keep(view.matrices()) for view in layers]
     statistics = [(buffer, buffer.clone()) for buffer in running_statistics(model)]
 
     def restore() -> None:
         for view, original in zip(layers, originals, strict=True):
-            view.assign(original)
+            view.assign(original.read())
         for buffer, value in statistics:
             buffer.copy_(value)
 
