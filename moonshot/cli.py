@@ -130,6 +130,8 @@ def prune(
             _print_skipped(broken)
         else:
             calibration = _windows(opened.processor, found, nsamples, seqlen, seed)
+        judge = pruning.DEFAULT_OBJECTIVE if terms == "auto" else terms
+        scratch = _scratch(opened, calibration, judge, _solver(solver), targets, ignore or (), factors)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("gradients", total=None)
@@ -146,12 +148,12 @@ def prune(
                 dampening_frac=dampening_frac,
                 seed=seed,
                 unreached=unreached.value,
+                scratch=scratch,
             )
             budget = None
             if allocate:
-                by = pruning.DEFAULT_OBJECTIVE if terms == "auto" else terms
                 budget = allocation.allocate(
-                    network, calibration, chosen, objective=by, patterns=choice, on_step=advance, **recipe
+                    network, calibration, chosen, objective=judge, patterns=choice, on_step=advance, **recipe
                 )
                 progress.reset(task)
             report = pruning.prune(
@@ -198,6 +200,32 @@ def evaluate(
         network, tokenizer = storage.load(model)
         ids = _windows(tokenizer, text, nsamples or None, seqlen, None)
         console.print(f"perplexity {evaluation.perplexity(network, ids)}", highlight=False)
+
+
+def _scratch(opened, calibration, objective, solver, targets, ignore, factors: int) -> Path | None:
+    """Say what pruning will take; the folder for what does not fit into memory, None where it does.
+
+    Raises ResourceError where there is not enough memory or disk.
+    """
+    from moonshot import planning
+    from moonshot.models.calibration import as_batches, tokens_at_once
+
+    model = opened.model
+    plan = planning.plan(
+        model,
+        as_batches(calibration, tokens_at_once(model)),
+        objective=objective,
+        solver=solver,
+        targets=targets,
+        ignore=ignore,
+        factors=factors,
+    )
+    if plan is None:
+        return None
+    console.print(str(plan), highlight=False, soft_wrap=True)
+    on_disk = plan.needs_scratch(planning.free_memory(model.device))
+    planning.check_disk(opened.draft, opened.unwritten + plan.waiting * on_disk)
+    return opened.draft if on_disk else None
 
 
 def _windows(tokenizer, text: str, samples: int | None, seqlen: int | None, seed: int | None):

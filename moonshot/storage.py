@@ -37,18 +37,24 @@ def save(model: nn.Module, processor: object, report: Report, folder: str | Path
 class Opened:
     """A model with its processor (of text or images), and the folder that it will be saved to.
 
-    mapped: whether its weights are in the files that are to be saved, and not in memory.
+    draft: the temporary folder that becomes `folder`; mapped: whether the weights are in its files, and not in memory.
     """
 
     def __init__(
         self, model: nn.Module, processor: object, folder: Path, draft: Path, files: Sequence[MappedFile] = ()
     ):
-        self.model, self.processor, self.folder = model, processor, folder
-        self._draft, self._files = draft, files
+        self.model, self.processor, self.folder, self.draft = model, processor, folder, draft
+        self._files = files
 
     @property
     def mapped(self) -> bool:
         return bool(self._files)
+
+    @property
+    def unwritten(self) -> int:
+        """Bytes that `save` still has to write, at most: masks, and weights that are not mapped."""
+        weights = list(self.model.parameters())
+        return sum(w.numel() + (0 if self.mapped else w.nbytes) for w in weights)
 
     def release(self) -> None:
         """Let the memory go that holds mapped weights, for those in use to come back."""
@@ -61,12 +67,12 @@ class Opened:
             if self._files:
                 for file in self._files:
                     file.flush()
-                self.model.config.save_pretrained(self._draft)  # type: ignore[union-attr, operator]
+                self.model.config.save_pretrained(self.draft)  # type: ignore[union-attr, operator]
                 if self.model.can_generate():  # type: ignore[operator]
-                    self.model.generation_config.save_pretrained(self._draft)  # type: ignore[union-attr, operator]
+                    self.model.generation_config.save_pretrained(self.draft)  # type: ignore[union-attr, operator]
             else:
-                self.model.save_pretrained(self._draft)  # type: ignore[operator]
-            _publish(self._draft, self.folder, self.model, self.processor, report)
+                self.model.save_pretrained(self.draft)  # type: ignore[operator]
+            _publish(self.draft, self.folder, self.model, self.processor, report)
         return self.folder
 
 

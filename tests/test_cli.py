@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
 
 import moonshot
-from moonshot import cli
+from moonshot import cli, planning
+from moonshot.models.scratch import Scratch
 
 DEMO = Path(moonshot.__file__).parent / "demo"
 
@@ -256,3 +258,44 @@ def test_compare_counts_every_method(monkeypatch, tmp_path):
     assert result.dense.value < values["ADMM"] < values["SparseGPT"] < values["magnitude"]
     result.plot(tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prune_says_what_it_takes_and_keeps_on_disk_what_does_not_fit(monkeypatch, tmp_path, capsys):
+    plans, folders = [], []
+
+    def just_too_little(device):
+        return plans[-1].memory + plans[-1].waiting - 1
+
+    def remembered(*arguments, **more):
+        plans.append(plan(*arguments, **more))
+        return plans[-1]
+
+    def recorded(self, folder=None):
+        folders.append(folder)
+        made(self, folder)
+
+    plan, made = planning.plan, Scratch.__init__
+    monkeypatch.setattr(planning, "plan", remembered)
+    monkeypatch.setattr(planning, "free_memory", just_too_little)
+    monkeypatch.setattr(Scratch, "__init__", recorded)
+    assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path)) == 0
+    assert str(plans[0]) in capsys.readouterr().out
+    assert folders and all(folder.name.startswith(".pruned-") for folder in folders)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 2**60)
+    folders.clear()
+    assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path, save=tmp_path / "other")) == 0
+    assert folders and not any(folders)
+    files = [tmp_path / name / "model.safetensors" for name in ("pruned", "other")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "pruned"]
+
+
+def test_prune_refuses_what_does_not_fit(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(planning, "free_memory", lambda device: 1000)
+    assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path)) == 1
+    assert "take fewer factors" in capsys.readouterr().err
+    monkeypatch.setattr(planning, "free_memory", lambda device: 2**60)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path)) == 1
+    assert "on another disk" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

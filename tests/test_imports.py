@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "report": {"objectives", "patterns", "problem", "linalg"},
     "storage": {"models", "report", "patterns", "problem"},
     "evaluation": {"models", "report", "patterns", "problem", "linalg"},
+    "planning": {"models", "objectives", "solvers", "patterns", "problem", "linalg"},
     "choosing": {"report"},
     "budgets": set(),
     "layerwise": {"models", "objectives", "patterns", "problem", "linalg"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "allocation": CORE | {"budgets", "models", "layerwise", "report", "evaluation", "choosing", "pruning"},
     "comparison": CORE | {"models", "report", "storage", "evaluation", "pruning", "allocation"},
 }
-MAY_IMPORT["cli"] = {"checks", *MAY_IMPORT["comparison"], "comparison"}
+MAY_IMPORT["cli"] = {"checks", "planning", *MAY_IMPORT["comparison"], "comparison"}
 # Who may use the public names of `import moonshot`: nobody below them, or imports would go round.
 PUBLIC_NAMES = {"cli"}
 # Packages whose modules are plug-ins: they import no sibling but this one.
@@ -45,6 +46,7 @@ TORCH = {
     "models",
     "layerwise",
     "choosing",
+    "planning",
     "pruning",
     "allocation",
     "evaluation",

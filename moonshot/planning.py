@@ -1,0 +1,246 @@
+"""What pruning a language model will take, said before it begins: time, memory, disk.
+
+Everything is counted from the shapes of a transformer's blocks and of the calibration data (`docs/scale.md` has the
+formulas), at the rates at which this machine multiplies matrices and solves two small problems. Times are estimates
+within a factor of about two; memory is meant as an upper bound.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from moonshot.linalg.hessian import RowHessian
+from moonshot.models.blocks import find_blocks, held_outside
+from moonshot.models.calibration import Batch, batch_tokens
+from moonshot.models.layers import layers_of
+from moonshot.models.targets import select
+from moonshot.objectives import Objective
+from moonshot.patterns import Unstructured
+from moonshot.problem import Problem
+from moonshot.solvers.base import Solver
+
+_FACTORS, _SHARED, _WEIGHTS = 4, 8, 12  # arrays of a layer's problem that a solver has at once, by their kind
+_PROBES = 256, 512  # sizes of the problems solved to time a solver
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class ResourceError(ValueError):
+    """There is less memory or disk than pruning takes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What pruning takes: seconds; bytes of memory beyond what the process has, at most; bytes of disk meanwhile.
+
+    memory is without what waits for its turn (the weights as they were, hidden states and gradients between blocks),
+    `waiting` bytes, which is in memory or in a scratch folder.
+    """
+
+    seconds: float
+    memory: int
+    waiting: int
+
+    def needs_scratch(self, free: int) -> bool:
+        """Whether what waits must be on disk, for the rest to fit into `free` bytes of memory.
+
+        Raises ResourceError where that does not fit either.
+        """
+        if self.memory > free:
+            raise ResourceError(
+                f"pruning takes {_gib(self.memory)} of memory, and {_gib(free)} are free: take fewer factors, shorter "
+                "samples, an objective without Fisher(), or a machine with more"
+            )
+        return self.memory + self.waiting > free
+
+    def __str__(self) -> str:
+        minutes = self.seconds / 60
+        time = f"{minutes:.0f} minutes" if minutes >= 1.5 else f"{self.seconds:.0f} seconds"
+        return f"about {time}, at most {_gib(self.memory)} of memory and {_gib(self.waiting)} for what waits"
+
+
+class _Layer(NamedTuple):
+    """m x d, and the module that it is in, with which it may share its input."""
+
+    m: int
+    d: int
+    parent: str
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Numbers that the cost of a model depends on: layers to prune by block, weights by block and outside, logits."""
+
+    blocks: list[list[_Layer]]
+    weights: list[int]
+    outside: int
+    hidden: int
+    vocabulary: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, model: nn.Module, embeddings: nn.Embedding, chosen: set[str]) -> "_Shape":
+        parts = find_blocks(model)
+        layers = [
+            [
+                _Layer(view.groups * view.shape[0], view.shape[1], name.rpartition(".")[0])
+                for name, view in layers_of(*part)
+                if name in chosen
+            ]
+            for part in parts
+        ]
+        return cls(
+            layers,
+            [sum(p.numel() for p in block.parameters()) for _, block in parts],
+            sum(tensor.numel() for tensor in held_outside(model, [block for _, block in parts])),
+            embeddings.embedding_dim,
+            embeddings.num_embeddings,
+            next(model.parameters()).itemsize,
+        )
+
+
+def plan(
+    model: nn.Module,
+    batches: list[Batch],
+    *,
+    objective: Objective,
+    solver: Solver,
+    targets: Any = None,
+    ignore: Any = (),
+    factors: int = 16,
+) -> Plan | None:
+    """What `prune` takes with these arguments; None for what is no transformer on tokens (batches with input_ids)."""
+    tokens = [batch_tokens(batch) for batch in batches]
+    blocks = find_blocks(model)
+    names = [name for part in blocks for name, _ in layers_of(*part)]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if not names or not all(tokens) or not embeddings:
+        return None
+    shape = _Shape.of(model, embeddings[0], set(select(names, targets, ignore)))
+    needs = frozenset[str]().union(*(term.needs for _, term in objective.weighted_terms))
+    rank = min(factors, sum(len(batch["input_ids"]) for batch in batches)) if "gradients" in needs else 0
+    replayed = bool(needs & {"gradients", "output_gradients"})
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    at_once = max(tokens)
+    layers = [layer for block in shape.blocks for layer in block]
+    hidden = sum(tokens) * shape.hidden * shape.itemsize
+    waiting = sum(layer.m * layer.d for layer in layers) * shape.itemsize
+    waiting += hidden * (2 + len(shape.blocks) if replayed else 1)
+    memory = max(
+        shape.outside * 4 + at_once * shape.vocabulary * 4 * 4,
+        max(
+            weights * 4 + _running(block, at_once, length, replayed) + _solving(block, objective, rank)
+            for weights, block in zip(shape.weights, shape.blocks, strict=True)
+        ),
+    )
+    passes = 7 if replayed else 3
+    flops = 2.0 * sum(tokens) * (sum(shape.weights) * passes + 3 * shape.hidden * shape.vocabulary * replayed)
+    for block in shape.blocks:
+        flops += sum(2.0 * sum(tokens) * d * d * count for d, count in _grams(block, objective))
+        flops += sum(2.0 * sum(tokens) * m * d for m, d, _ in block) * (rank > 0)
+    device = next(model.parameters()).device
+    seconds = flops / _multiplication_rate(device) + _solver_seconds(solver, rank, layers, device)
+    return Plan(seconds, int(memory), int(waiting))
+
+
+def _running(block: list[_Layer], tokens: int, length: int, replayed: bool) -> int:
+    """Bytes of a block's activations in one batch: what its layers read and return, attention, and gradients of all."""
+    width = sum(m + d for m, d, _ in block)
+    return tokens * (2 * width + 64 * length) * 4 * (2 if replayed else 1)
+
+
+def _grams(block: list[_Layer], objective: Objective) -> list[tuple[int, int]]:
+    """(d, how many matrices d x d) of a block's shared statistics: one an input, one a layer where outputs matter."""
+    inputs = {(layer.parent, layer.d) for layer in block}
+    shared = [term.needs for _, term in objective.weighted_terms if "gradients" not in term.needs]
+    per_input = shared.count(frozenset({"inputs"}))
+    per_layer = len(shared) - per_input
+    return [(d, per_input) for _, d in inputs] + [(layer.d, per_layer) for layer in block]
+
+
+def _solving(block: list[_Layer], objective: Objective, rank: int) -> int:
+    """Bytes of a block's statistics, and of the problem and its solver for the layer that takes most."""
+    statistics = sum(d * d * 8 * count for d, count in _grams(block, objective))
+    gradients = sum(4 * rank * m * d for m, d, _ in block)
+    largest = max(
+        (4 * rank * m * d * (_FACTORS - 1) + 8 * d * d * _SHARED + 4 * m * d * _WEIGHTS for m, d, _ in block),
+        default=0,
+    )
+    return statistics + gradients + largest
+
+
+def _multiplication_rate(device: torch.device, size: int = 1024) -> float:
+    """Floating-point operations a second of float32 matrix products."""
+    a = torch.ones(size, size, device=device)
+    products = 8
+    return 2.0 * size**3 * products / _seconds(device, lambda: [a @ a for _ in range(products)])
+
+
+def _solver_seconds(solver: Solver, rank: int, layers: list[_Layer], device: torch.device) -> float:
+    """The time of all layers, from that of two small square ones: linear in the rows, a power of the columns."""
+    small, large = (_seconds(device, _probe(solver, rank, size, device)) for size in _PROBES)
+    power = min(max(math.log2(large / small), 2.5), 4.0)  # of a square layer
+    return sum(large * (m / _PROBES[1]) * (d / _PROBES[1]) ** (power - 1) for m, d, _ in layers)
+
+
+def _probe(solver: Solver, rank: int, size: int, device: torch.device) -> Callable[[], object]:
+    """Prune a square layer of random numbers by half."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    x = normal(2 * size, size) * torch.logspace(0, -1, size, device=device)
+    shared = (x.T @ x).double() / (2 * size) + 0.01 * torch.eye(size, device=device)
+    factors = normal(rank, size, size).permute(1, 2, 0) if rank else None
+    weight = normal(size, size)
+
+    def solve() -> object:
+        problem = Problem(weight, RowHessian(shared, factors))
+        return solver.compute(solver.init(problem), Unstructured(0.5))
+
+    return solve
+
+
+def _seconds(device: torch.device, run: Callable[[], object]) -> float:
+    """How long something takes, the second time."""
+    for _ in range(2):
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elapsed = time.perf_counter() - begin
+    return elapsed
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on a device: of the system's memory within its control group's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # there is none
+        return free
+    return min(free, limit - used)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises ResourceError where a folder's disk has fewer bytes left."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ResourceError(
+            f"{folder} has {_gib(free)} left and pruning takes {_gib(needed)} there: choose a folder on another disk"
+        )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

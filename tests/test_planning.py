@@ -1,0 +1,143 @@
+"""What pruning is said to take, against what it takes."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import moonshot as ms
+from moonshot import planning
+from moonshot.models.calibration import as_batches, batch_samples
+from moonshot.models.scratch import Scratch
+from moonshot.planning import Plan, ResourceError, check_disk, free_memory, plan
+
+JOINT = 0.6 * ms.Reconstruction() + 0.2 * ms.TokenFisher() + 0.2 * ms.Fisher()
+CPU = torch.device("cpu")
+
+
+def decoder(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def tokens(samples=6, length=12):
+    return torch.randint(0, 97, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def planned(model, calibration, objective=JOINT, solver=None, **more):
+    batches = as_batches(calibration)
+    return plan(model, batches, objective=objective, solver=solver or ms.Magnitude(), **more)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("objective", [JOINT, ms.Reconstruction()], ids=["joint", "reconstruction"])
+@pytest.mark.parametrize("targets", [None, "*.mlp.*"])
+def test_what_waits_is_what_the_scratch_file_takes(tmp_path, monkeypatch, dtype, objective, targets):
+    kept = []
+
+    class Counting(Scratch):
+        def keep(self, tensor):
+            kept.append(tensor.nbytes)
+            return super().keep(tensor)
+
+    monkeypatch.setattr("moonshot.pruning.Scratch", Counting)
+    monkeypatch.setattr("moonshot.layerwise.Scratch", Counting)
+    model = decoder(dtype)
+    expected = planned(model, tokens(), objective, targets=targets).waiting
+    ms.prune(
+        model, tokens(), "2:4", objective=objective, solver=ms.Magnitude(), targets=targets, scratch=tmp_path
+    )
+    assert sum(kept) == expected
+
+
+def test_more_of_anything_takes_more(monkeypatch):
+    monkeypatch.setattr(planning, "_multiplication_rate", lambda device: 1e9)
+    monkeypatch.setattr(planning, "_seconds", lambda device, run: 1.0)
+    model = decoder()
+    one = planned(model, tokens())
+    twice, longer = planned(model, tokens(12)), planned(model, tokens(6, 400))
+    fewer, single = planned(model, tokens(), factors=2), planned(model, tokens(), ms.Reconstruction())
+    assert single.memory < fewer.memory < one.memory <= twice.memory < longer.memory
+    assert single.seconds < one.seconds < twice.seconds < longer.seconds
+    assert single.waiting < one.waiting < twice.waiting < longer.waiting
+    assert planned(model, tokens(), targets="*.0.mlp.down_proj").seconds < one.seconds
+
+
+def test_a_solver_takes_as_long_as_it_does_on_small_problems(monkeypatch):
+    monkeypatch.setattr(planning, "_multiplication_rate", lambda device: 1e30)
+    times = iter([1.0, 8.0])
+    monkeypatch.setattr(planning, "_seconds", lambda device, run: next(times))
+    model = decoder()
+    layers = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+    expected = 3 * sum(8.0 * m * d**2 / 512**3 for m, d in layers)
+    assert planned(model, tokens()).seconds == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("solver", [ms.SparseGPT(), ms.ADMM(), ms.Magnitude()], ids=lambda s: s.name)
+def test_a_plan_of_a_real_solver(solver):
+    found = planned(decoder(), tokens(), solver=solver)
+    assert found.seconds > 0 and found.memory > 0
+    assert "about" in str(found) and "MiB of memory" in str(found)
+
+
+def test_the_time_is_said_in_words():
+    assert str(Plan(1000, 3 << 30, 5 << 20)) == (
+        "about 17 minutes, at most 3.0 GiB of memory and 5 MiB for what waits"
+    )
+    assert "about 12 seconds" in str(Plan(12, 1, 1))
+
+
+def test_what_is_no_transformer_on_tokens_has_no_plan():
+    net = nn.Sequential(nn.Linear(4, 4))
+    assert planned(net, torch.randn(3, 4)) is None
+    assert planned(decoder(), [{"inputs_embeds": torch.randn(2, 5, 32)}]) is None
+    assert planned(net, tokens()) is None
+
+
+def test_targets_that_are_not_there_are_an_error():
+    with pytest.raises(ValueError, match="matches no layer"):
+        planned(decoder(), tokens(), targets="nothing")
+
+
+def test_memory_that_is_not_there():
+    found = Plan(1.0, memory=100, waiting=50)
+    assert not found.needs_scratch(150)
+    assert found.needs_scratch(149) and found.needs_scratch(100)
+    with pytest.raises(ResourceError, match="take fewer factors, shorter samples"):
+        found.needs_scratch(99)
+
+
+def test_disk_that_is_not_there(tmp_path):
+    check_disk(tmp_path, 1)
+    with pytest.raises(ResourceError, match="choose a folder on another disk"):
+        check_disk(tmp_path, shutil.disk_usage(tmp_path).total + 1)
+
+
+def test_memory_within_the_limit_of_a_control_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "_CGROUP", tmp_path)
+    free = free_memory(CPU)
+    assert free > 0
+    (tmp_path / "memory.current").write_text("300\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert free_memory(CPU) == 700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(CPU) == pytest.approx(free, rel=0.5)
+
+
+def test_factors_are_no_more_than_samples():
+    model = decoder()
+    ids = tokens(2)
+    assert sum(batch_samples(batch) for batch in as_batches(ids)) == 2
+    assert planned(model, ids, factors=16).memory == planned(model, ids, factors=2).memory
+    assert replace(planned(model, ids), seconds=0) == replace(planned(model, ids, factors=2), seconds=0)
