@@ -8,10 +8,10 @@ within a factor of about two; memory is meant as an upper bound.
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moonshot.linalg.hessian import RowHessian
 from moonshot.models.blocks import find_blocks, held_outside
-from moonshot.models.calibration import Batch, batch_tokens
+from moonshot.models.calibration import Batch, batch_tokens, count_samples
 from moonshot.models.layers import layers_of
 from moonshot.models.targets import select
 from moonshot.objectives import Objective
@@ -27,7 +27,8 @@ from moonshot.patterns import Unstructured
 from moonshot.problem import Problem
 from moonshot.solvers.base import Solver
 
-_FACTORS, _SHARED, _WEIGHTS = 4, 8, 12  # arrays of a layer's problem that a solver has at once, by their kind
+_FACTORS, _SHARED, _WEIGHTS = 4, 6, 14  # arrays of each kind that a problem and its solver (ADMM has most) are
+_LOGITS = 4  # arrays of the size of a batch's logits in the loss and its gradient
 _PROBES = 256, 512  # sizes of the problems solved to time a solver
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -66,8 +67,8 @@ class Plan:
         return f"about {time}, at most {_gib(self.memory)} of memory and {_gib(self.waiting)} for what waits"
 
 
-class _Layer(NamedTuple):
-    """m x d, and the module that it is in, with which it may share its input."""
+class Layer(NamedTuple):
+    """A layer of m x d weights, and the module that it is in, with which it may share its input."""
 
     m: int
     d: int
@@ -75,35 +76,13 @@ class _Layer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """Numbers that the cost of a model depends on: layers to prune by block, weights by block and outside, logits."""
+class Counts:
+    """What follows from shapes alone: layers to prune, multiply-adds apart from solvers, memory as in Plan."""
 
-    blocks: list[list[_Layer]]
-    weights: list[int]
-    outside: int
-    hidden: int
-    vocabulary: int
-    itemsize: int
-
-    @classmethod
-    def of(cls, model: nn.Module, embeddings: nn.Embedding, chosen: set[str]) -> "_Shape":
-        parts = find_blocks(model)
-        layers = [
-            [
-                _Layer(view.groups * view.shape[0], view.shape[1], name.rpartition(".")[0])
-                for name, view in layers_of(*part)
-                if name in chosen
-            ]
-            for part in parts
-        ]
-        return cls(
-            layers,
-            [sum(p.numel() for p in block.parameters()) for _, block in parts],
-            sum(tensor.numel() for tensor in held_outside(model, [block for _, block in parts])),
-            embeddings.embedding_dim,
-            embeddings.num_embeddings,
-            next(model.parameters()).itemsize,
-        )
+    layers: list[Layer]
+    multiplications: float
+    memory: int
+    waiting: int
 
 
 def plan(
@@ -112,51 +91,88 @@ def plan(
     *,
     objective: Objective,
     solver: Solver,
-    targets: Any = None,
-    ignore: Any = (),
+    targets: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] = (),
     factors: int = 16,
 ) -> Plan | None:
     """What `prune` takes with these arguments; None for what is no transformer on tokens (batches with input_ids)."""
+    counts = count(model, batches, objective=objective, targets=targets, ignore=ignore, factors=factors)
+    if counts is None:
+        return None
+    device = next(model.parameters()).device
+    rank = _rank(batches, objective, factors)
+    seconds = counts.multiplications / _multiplication_rate(device)
+    seconds += _solver_seconds(solver, rank, counts.layers, device)
+    return Plan(seconds, counts.memory, counts.waiting)
+
+
+def count(
+    model: nn.Module,
+    batches: list[Batch],
+    *,
+    objective: Objective,
+    targets: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] = (),
+    factors: int = 16,
+) -> Counts | None:
+    """What can be said of `plan` for a model without weights, on the meta device."""
     tokens = [batch_tokens(batch) for batch in batches]
-    blocks = find_blocks(model)
-    names = [name for part in blocks for name, _ in layers_of(*part)]
+    parts = find_blocks(model)
+    names = [name for part in parts for name, _ in layers_of(*part)]
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not names or not all(tokens) or not embeddings:
         return None
-    shape = _Shape.of(model, embeddings[0], set(select(names, targets, ignore)))
+    chosen = set(select(names, targets, ignore))
+    blocks = [_chosen(name, block, chosen) for name, block in parts]
+    layers = [layer for block in blocks for layer in block]
+    vocabulary, hidden = embeddings[0].num_embeddings, embeddings[0].embedding_dim
+    itemsize = next(model.parameters()).itemsize
     needs = frozenset[str]().union(*(term.needs for _, term in objective.weighted_terms))
-    rank = min(factors, sum(len(batch["input_ids"]) for batch in batches)) if "gradients" in needs else 0
     replayed = bool(needs & {"gradients", "output_gradients"})
+    rank = _rank(batches, objective, factors)
+    total, at_once = sum(tokens), max(tokens)
     length = max(batch["input_ids"].shape[1] for batch in batches)
-    at_once = max(tokens)
-    layers = [layer for block in shape.blocks for layer in block]
-    hidden = sum(tokens) * shape.hidden * shape.itemsize
-    waiting = sum(layer.m * layer.d for layer in layers) * shape.itemsize
-    waiting += hidden * (2 + len(shape.blocks) if replayed else 1)
+
+    waiting = sum(m * d for m, d, _ in layers) * itemsize
+    waiting += total * hidden * itemsize * (2 + len(blocks) if replayed else 1)
+    weights = [sum(p.numel() for p in block.parameters()) for _, block in parts]
+    outside = sum(tensor.numel() for tensor in held_outside(model, [block for _, block in parts]))
     memory = max(
-        shape.outside * 4 + at_once * shape.vocabulary * 4 * 4,
-        max(
-            weights * 4 + _running(block, at_once, length, replayed) + _solving(block, objective, rank)
-            for weights, block in zip(shape.weights, shape.blocks, strict=True)
+        4 * outside + 4 * at_once * vocabulary * _LOGITS,
+        *(
+            4 * own + _running(block, at_once, length, replayed) + _solving(block, objective, rank)
+            for own, block in zip(weights, blocks, strict=True)
         ),
     )
-    passes = 7 if replayed else 3
-    flops = 2.0 * sum(tokens) * (sum(shape.weights) * passes + 3 * shape.hidden * shape.vocabulary * replayed)
-    for block in shape.blocks:
-        flops += sum(2.0 * sum(tokens) * d * d * count for d, count in _grams(block, objective))
-        flops += sum(2.0 * sum(tokens) * m * d for m, d, _ in block) * (rank > 0)
-    device = next(model.parameters()).device
-    seconds = flops / _multiplication_rate(device) + _solver_seconds(solver, rank, layers, device)
-    return Plan(seconds, int(memory), int(waiting))
+    multiplications = float(total) * sum(weights) * (7 if replayed else 3)
+    multiplications += 3.0 * total * hidden * vocabulary * replayed
+    for block in blocks:
+        multiplications += sum(float(total) * d * d * matrices for d, matrices in _grams(block, objective))
+        multiplications += sum(float(total) * m * d for m, d, _ in block) * (rank > 0)
+    return Counts(layers, multiplications, memory, waiting)
 
 
-def _running(block: list[_Layer], tokens: int, length: int, replayed: bool) -> int:
+def _chosen(prefix: str, block: nn.Module, names: set[str]) -> list[Layer]:
+    return [
+        Layer(view.groups * view.shape[0], view.shape[1], name.rpartition(".")[0])
+        for name, view in layers_of(prefix, block)
+        if name in names
+    ]
+
+
+def _rank(batches: list[Batch], objective: Objective, factors: int) -> int:
+    """The number of factors of a row."""
+    needed = any("gradients" in term.needs for _, term in objective.weighted_terms)
+    return min(factors, count_samples(batches)) if needed else 0
+
+
+def _running(block: list[Layer], tokens: int, length: int, replayed: bool) -> int:
     """Bytes of a block's activations in one batch: what its layers read and return, attention, and gradients of all."""
     width = sum(m + d for m, d, _ in block)
     return tokens * (2 * width + 64 * length) * 4 * (2 if replayed else 1)
 
 
-def _grams(block: list[_Layer], objective: Objective) -> list[tuple[int, int]]:
+def _grams(block: list[Layer], objective: Objective) -> list[tuple[int, int]]:
     """(d, how many matrices d x d) of a block's shared statistics: one an input, one a layer where outputs matter."""
     inputs = {(layer.parent, layer.d) for layer in block}
     shared = [term.needs for _, term in objective.weighted_terms if "gradients" not in term.needs]
@@ -165,25 +181,25 @@ def _grams(block: list[_Layer], objective: Objective) -> list[tuple[int, int]]:
     return [(d, per_input) for _, d in inputs] + [(layer.d, per_layer) for layer in block]
 
 
-def _solving(block: list[_Layer], objective: Objective, rank: int) -> int:
-    """Bytes of a block's statistics, and of the problem and its solver for the layer that takes most."""
-    statistics = sum(d * d * 8 * count for d, count in _grams(block, objective))
-    gradients = sum(4 * rank * m * d for m, d, _ in block)
-    largest = max(
-        (4 * rank * m * d * (_FACTORS - 1) + 8 * d * d * _SHARED + 4 * m * d * _WEIGHTS for m, d, _ in block),
-        default=0,
-    )
-    return statistics + gradients + largest
+def _solving(block: list[Layer], objective: Objective, rank: int) -> int:
+    """Bytes of a block's statistics, and of one layer's problem and solver while later layers' gradients wait."""
+    statistics = sum(8 * d * d * matrices for d, matrices in _grams(block, objective))
+    gradients = [4 * rank * m * d for m, d, _ in block]
+    peaks = [
+        sum(gradients[k:]) + (_FACTORS - 1) * gradients[k] + 8 * d * d * _SHARED + 4 * m * d * _WEIGHTS
+        for k, (m, d, _) in enumerate(block)
+    ]
+    return statistics + max(peaks, default=0)
 
 
 def _multiplication_rate(device: torch.device, size: int = 1024) -> float:
-    """Floating-point operations a second of float32 matrix products."""
+    """Multiply-adds a second of float32 matrix products."""
     a = torch.ones(size, size, device=device)
     products = 8
-    return 2.0 * size**3 * products / _seconds(device, lambda: [a @ a for _ in range(products)])
+    return size**3 * products / _seconds(device, lambda: [a @ a for _ in range(products)])
 
 
-def _solver_seconds(solver: Solver, rank: int, layers: list[_Layer], device: torch.device) -> float:
+def _solver_seconds(solver: Solver, rank: int, layers: list[Layer], device: torch.device) -> float:
     """The time of all layers, from that of two small square ones: linear in the rows, a power of the columns."""
     small, large = (_seconds(device, _probe(solver, rank, size, device)) for size in _PROBES)
     power = min(max(math.log2(large / small), 2.5), 4.0)  # of a square layer

@@ -39,10 +39,10 @@ def as_batches(calibration: Any, batch_tokens: int = 2048, batch_samples: int = 
 
 
 def tokens_at_once(model: Any) -> int:
-    """How many tokens a batch should have: 2048, or so many that their logits are about 2**26 numbers."""
+    """How many tokens a batch should have: 2048, or so many that their logits are about 2**25 numbers."""
     embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     vocabulary = len(getattr(embeddings, "weight", ()))
-    return min(2048, max(2**26 // max(vocabulary, 1), 1))
+    return min(2048, max(2**25 // max(vocabulary, 1), 1))
 
 
 def _is_integer(tensor: Tensor) -> bool:

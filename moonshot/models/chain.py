@@ -10,6 +10,7 @@ from torch import nn
 
 from moonshot.models.blocks import Call, Chain, Loss, held, in_float32
 from moonshot.models.calibration import Batch, batch_samples, token_mask
+from moonshot.models.layers import LayerView
 from moonshot.models.recording import Seen, gradient_dtype, output_gradients, recording
 from moonshot.models.scratch import Kept, Scratch
 from moonshot.models.statistics import LayerStatistics
@@ -48,27 +49,30 @@ class ChainReplay:
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
         """Run a block, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
-        chain, layers = self._chain, statistics.layers
         for b, batch in enumerate(self.batches):
-            call = self._calls[b][index]
-            dense_inputs: Seen = {}
-            deltas: Seen = {}
-            if self._gradients:
-                hidden = self._dense[b].read()
-                leaf = hidden.float().requires_grad_()
-                outputs: Seen = {}
-                with torch.set_grad_enabled(bool(layers)), recording(layers, dense_inputs, outputs):
-                    output = chain.run(index, leaf, call)
-                if layers:
-                    deltas = output_gradients(output, [self._gradients[index][b].read().float()], outputs)
-                self._dense[b].replace(output.detach().to(hidden.dtype))
-            if layers:
+            dense_inputs, deltas = self._differentiate(index, b, statistics.layers)
+            if statistics.layers:
                 inputs: Seen = {}
-                with torch.no_grad(), recording(layers, inputs):
-                    chain.run(index, self._pruned[b].read(), call)
+                with torch.no_grad(), recording(statistics.layers, inputs):
+                    self._chain.run(index, self._pruned[b].read(), self._calls[b][index])
                 statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, token_mask(batch))
         if self._gradients:
             self._gradients[index] = []
+
+    def _differentiate(self, index: int, b: int, layers: dict[str, LayerView]) -> tuple[Seen, Seen]:
+        """Run the dense block on a batch: what its layers read, and the gradients at what they return."""
+        if not self._gradients:
+            return {}, {}
+        inputs: Seen = {}
+        outputs: Seen = {}
+        hidden = self._dense[b].read()
+        leaf = hidden.float().requires_grad_()
+        with torch.set_grad_enabled(bool(layers)), recording(layers, inputs, outputs):
+            output = self._chain.run(index, leaf, self._calls[b][index])
+        self._dense[b].replace(output.detach().to(hidden.dtype))
+        if not layers:
+            return {}, {}
+        return inputs, output_gradients(output, [self._gradients[index][b].read().float()], outputs)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
