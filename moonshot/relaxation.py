@@ -4,10 +4,11 @@ from collections.abc import Callable
 from functools import partial
 
 from moonshot.linalg.backend import Array, as_dtype, contiguous, namespace, native, smallest
-from moonshot.linalg.factor import capacitance_inverse, half_product_by_factor
+from moonshot.linalg.factor import capacitance_inverse
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import combine, correct, project
 from moonshot.linalg.minorant import first_minorant, proven_minorant, raised_minorant
+from moonshot.linalg.products import half_product_by_factor
 from moonshot.problem import Problem
 
 _EVERY = 3  # steps in p before each step in D

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from moonshot.linalg.factor import (
     NotPositiveDefiniteError,
@@ -12,8 +11,6 @@ from moonshot.linalg.factor import (
     capacitance_solve,
     cholesky,
     eigenbasis,
-    half_product,
-    half_product_by_factor,
     inverse,
     inverse_factor,
     is_positive_definite,
@@ -34,20 +31,6 @@ def test_inverse_factor_is_upper_triangular_and_factors_the_inverse(layer):
 def test_inverse_factor_on_every_backend(backend):
     a = with_condition(np.random.default_rng(0), 9, 1e3)
     np.testing.assert_allclose(backend.numpy(inverse_factor(backend.array(a))), inverse_factor(a), atol=1e-10)
-
-
-@given(st.integers(0, 99), st.sampled_from([1, 5, 255, 257, 600]), st.integers(0, 3), st.integers(1, 7))
-def test_half_product(seed, d, n, lanes):
-    rng = np.random.default_rng(seed)
-    factors, r = rng.normal(size=(n, 5, d)), np.triu(rng.normal(size=(d, d)))
-    tiles = half_product(factors, r, lanes)
-    assert tiles.shape == (-(-5 // lanes), d, n, lanes)
-    rows = np.moveaxis(tiles, 0, 2).reshape(d, n, len(tiles) * lanes)
-    np.testing.assert_allclose(rows[:, :, :5], np.einsum("jk,nmk->jnm", r, factors), atol=1e-11)
-    assert (rows[:, :, 5:] == 0).all()
-    np.testing.assert_array_equal(
-        half_product_by_factor(factors, r), half_product(factors, r, 5)[0].transpose(1, 2, 0)
-    )
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -12,15 +12,11 @@ import scipy.linalg
 from moonshot.linalg.backend import (
     Array,
     as_dtype,
-    contiguous,
     eye_like,
     is_numpy,
     namespace,
     triangular_solve,
-    zeros_like_shape,
 )
-
-_STRIP = 256  # rows of a triangular matrix multiplied at once
 
 
 class NotPositiveDefiniteError(ValueError):
@@ -115,36 +111,6 @@ def eigenbasis(a: Array) -> tuple[Array, Array]:
         return scipy.linalg.eigh(a, driver="evd", check_finite=False)
     values, vectors = namespace(a).linalg.eigh(a)
     return values, vectors
-
-
-def half_product(factors: Array, r: Array, lanes: int) -> Array:
-    """`P_i = R U_i` for every row i, in tiles of rows: (tiles, d, n, lanes), zero beyond the last row.
-
-    factors: (n, m, d), the U_i' stacked by factor; r: (d, d) upper triangular; lanes: rows of a tile. Uses that R is
-    triangular: little more than m n d^2 / 2 multiply-adds instead of m n d^2.
-    """
-    xp = namespace(factors)
-    n, m, d = factors.shape
-    tiles = -(-m // lanes)
-    out = zeros_like_shape(factors, (tiles, d, n, lanes))
-    for tile in range(tiles):
-        rows = factors[:, tile * lanes : (tile + 1) * lanes, :]
-        count = rows.shape[1]
-        columns = rows.reshape(n * count, d).T
-        product = out[tile].reshape(d, n * lanes) if count == lanes else xp.empty_like(columns)
-        for start in range(0, d, _STRIP):
-            stop = min(start + _STRIP, d)
-            xp.matmul(r[start:stop, start:], columns[start:], out=product[start:stop])
-        if count < lanes:
-            out[tile, :, :, :count] = product.reshape(d, n, count)
-    return out
-
-
-def half_product_by_factor(factors: Array, r: Array) -> Array:
-    """`P_i = R U_i` for every row i, as the factors are laid out: (n, m, d)."""
-    xp = namespace(factors)
-    (product,) = half_product(factors, r, lanes=factors.shape[1])
-    return contiguous(xp.permute_dims(product, (1, 2, 0)))
 
 
 def capacitance(p: Array, weights: Array | None = None) -> Array:

@@ -18,10 +18,10 @@ from moonshot.linalg.factor import (
     capacitance,
     capacitance_solve,
     cholesky,
-    half_product_by_factor,
     inverse_factor,
 )
 from moonshot.linalg.lowrank import combine, project
+from moonshot.linalg.products import half_product_by_factor
 
 _SYMMETRY = {"float32": 1e-4, "float64": 1e-9}  # largest |A - A'| accepted, relative to max |A|
 _REFINEMENTS = 10

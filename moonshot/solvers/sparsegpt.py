@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, namespace, smallest, zeros_like_shape
-from moonshot.linalg.factor import half_product
+from moonshot.linalg.products import half_product
 from moonshot.patterns import NM, Pattern, Unstructured
 from moonshot.problem import Problem
 from moonshot.solvers.base import Answer

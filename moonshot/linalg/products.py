@@ -1,0 +1,67 @@
+"""Matrix products with half the work: of a triangular matrix, and with a symmetric result."""
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+
+from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, namespace, zeros_like_shape
+
+_STRIP = 256  # rows of a triangular matrix multiplied at once, where no BLAS does that
+
+
+def gram(x: Array) -> Array:
+    """`X'X` (d, d) in float64, of rows X (tokens, d), added up in the dtype of X."""
+    if not is_numpy(x):
+        return as_dtype(x.T @ x, "float64")
+    from moonshot.linalg import kernels_cpu
+
+    upper = _blas("syrk", x)(1.0, np.ascontiguousarray(x).T)
+    return kernels_cpu.mirrored(upper.T)
+
+
+def half_product(factors: Array, r: Array, lanes: int) -> Array:
+    """`P_i = R U_i` for every row i, in tiles of rows: (tiles, d, n, lanes), zero beyond the last row.
+
+    factors: (n, m, d), the U_i' stacked by factor; r: (d, d) upper triangular; lanes: rows of a tile. Uses that R is
+    triangular: little more than m n d^2 / 2 multiply-adds instead of m n d^2.
+    """
+    n, m, d = factors.shape
+    if is_numpy(factors):
+        from moonshot.linalg import kernels_cpu
+
+        out = kernels_cpu.tiled(factors, lanes)
+        trmm, columns_first = _blas("trmm", factors), np.asfortranarray(r)
+        for tile in (
+            out if n else ()
+        ):  # in place: the BLAS reads the tile's transpose, and multiplies it by R' from the right
+            trmm(1.0, columns_first, tile.reshape(d, n * lanes).T, side=1, trans_a=1, overwrite_b=1)
+        return out
+    xp = namespace(factors)
+    out = zeros_like_shape(factors, (-(-m // lanes), d, n, lanes))
+    for tile in range(len(out)):
+        rows = factors[:, tile * lanes : (tile + 1) * lanes, :]
+        count = rows.shape[1]
+        columns = rows.reshape(n * count, d).T
+        product = out[tile].reshape(d, n * lanes) if count == lanes else xp.empty_like(columns)
+        for start in range(0, d, _STRIP):
+            stop = min(start + _STRIP, d)
+            xp.matmul(r[start:stop, start:], columns[start:], out=product[start:stop])
+        if count < lanes:
+            out[tile, :, :, :count] = product.reshape(d, n, count)
+    return out
+
+
+def half_product_by_factor(factors: Array, r: Array) -> Array:
+    """`P_i = R U_i` for every row i, as the factors are laid out: (n, m, d)."""
+    n, m, d = factors.shape
+    if is_numpy(factors) and n:
+        columns = factors.copy().reshape(n * m, d).T
+        return _blas("trmm", factors)(1.0, np.asfortranarray(r), columns, overwrite_b=1).T.reshape(n, m, d)
+    (product,) = half_product(factors, r, lanes=m)
+    return contiguous(namespace(factors).permute_dims(product, (1, 2, 0)))
+
+
+def _blas(name: str, array: np.ndarray) -> Any:
+    (routine,) = scipy.linalg.get_blas_funcs((name,), (array,))
+    return routine
