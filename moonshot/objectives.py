@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 from moonshot.linalg.backend import Array, all_finite, as_dtype, eye_like, namespace, native
 from moonshot.linalg.factor import NotPositiveDefiniteError, eigenbasis
 from moonshot.linalg.hessian import RowHessian
-from moonshot.linalg.products import gram
 from moonshot.problem import Problem, Term, check_weight, quadratic_loss
 
 OBSERVATIONS = ("inputs", "output_gradients", "gradients")
@@ -198,7 +197,7 @@ class Reconstruction(Objective):
     needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
 
     def accumulate(self, statistic: Array | None, observation: Observation) -> Array:
-        return _add(statistic, gram(observation.require("inputs", 2, self)))
+        return _add(statistic, _gram(observation.require("inputs", 2, self)))
 
     def quadratic(self, statistic: Array, weight: Array) -> Quadratic:
         return Quadratic(shared=statistic)
@@ -249,7 +248,7 @@ class TokenFisher(Objective):
             )
         xp = namespace(inputs)
         importance = xp.sqrt(xp.mean(gradients**2, axis=1))
-        return _add(statistic, gram(inputs * importance[:, None]))
+        return _add(statistic, _gram(inputs * importance[:, None]))
 
     def quadratic(self, statistic: Array, weight: Array) -> Quadratic:
         return Quadratic(shared=statistic)
@@ -270,6 +269,10 @@ def _summands(objective: Objective) -> tuple[tuple[float, Objective], ...]:
     return tuple(
         (factor * weight, term) for factor, summand in objective.summands for weight, term in _summands(summand)
     )
+
+
+def _gram(x: Array) -> Array:
+    return as_dtype(x.T @ x, "float64")  # NumPy computes one triangle
 
 
 def _add(statistic: Array | None, update: Array) -> Array:

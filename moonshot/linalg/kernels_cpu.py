@@ -18,7 +18,7 @@ if "NUMBA_THREADING_LAYER" not in os.environ:
     numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 _ONE_CALLER = Lock()
 
-_BLOCK = 32  # rows and columns transposed at once
+_LINE = 16  # columns transposed at once
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # NaN and infinity keep their meaning
 
@@ -130,36 +130,27 @@ def correct(y, factors, weights, inverses):
                 y[i, j] -= factors[k, i, j] * weights[j] * coefficient
 
 
-@kernel
-def tiled(factors, lanes):
+def tiled(factors: np.ndarray, lanes: int) -> np.ndarray:
     """Factors (n, m, d) in tiles of rows, (tiles, d, n, lanes), zero beyond the last row."""
     n, m, d = factors.shape
-    tiles = (m + lanes - 1) // lanes
-    out = np.empty((tiles, d, n, lanes), factors.dtype)
-    for tile in prange(tiles):
-        first, count = tile * lanes, min(lanes, m - tile * lanes)
-        for start in range(0, d, _BLOCK):
-            stop = min(start + _BLOCK, d)
-            for k in range(n):
-                for l in range(count):
-                    for j in range(start, stop):
-                        out[tile, j, k, l] = factors[k, first + l, j]
-                for j in range(start, stop):
-                    for l in range(count, lanes):
-                        out[tile, j, k, l] = 0
+    out = np.empty((-(-m // lanes), d, n, lanes), factors.dtype)  # NumPy's large arrays have large pages
+    _fill_tiles(factors, out)
     return out
 
 
 @kernel
-def mirrored(lower):
-    """The symmetric matrix (d, d), in float64, of which `lower` has the lower triangle."""
-    d = len(lower)
-    out = np.empty((d, d), np.float64)
-    for block in prange((d + _BLOCK - 1) // _BLOCK):
-        start, stop = block * _BLOCK, min((block + 1) * _BLOCK, d)
-        for left in range(0, stop, _BLOCK):
-            for i in range(start, stop):
-                for j in range(left, min(left + _BLOCK, i + 1)):
-                    out[i, j] = lower[i, j]
-                    out[j, i] = lower[i, j]
-    return out
+def _fill_tiles(factors, out):
+    n, m, d = factors.shape
+    tiles, _, _, lanes = out.shape
+    for tile in prange(tiles):
+        first, count = tile * lanes, min(lanes, m - tile * lanes)
+        lines = np.zeros((lanes, _LINE), factors.dtype)  # both arrays are read and written in whole cache lines
+        for start in range(0, d, _LINE):
+            width = min(_LINE, d - start)
+            for k in range(n):
+                for l in range(count):
+                    for j in range(width):
+                        lines[l, j] = factors[k, first + l, start + j]
+                for j in range(width):
+                    for l in range(lanes):
+                        out[tile, start + j, k, l] = lines[l, j]

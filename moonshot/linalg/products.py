@@ -1,23 +1,13 @@
-"""Matrix products with half the work: of a triangular matrix, and with a symmetric result."""
+"""Products with a triangular matrix, for half the work of plain ones."""
 
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 
-from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, namespace, zeros_like_shape
+from moonshot.linalg.backend import Array, contiguous, is_numpy, namespace, zeros_like_shape
 
 _STRIP = 256  # rows of a triangular matrix multiplied at once, where no BLAS does that
-
-
-def gram(x: Array) -> Array:
-    """`X'X` (d, d) in float64, of rows X (tokens, d), added up in the dtype of X."""
-    if not is_numpy(x):
-        return as_dtype(x.T @ x, "float64")
-    from moonshot.linalg import kernels_cpu
-
-    upper = _blas("syrk", x)(1.0, np.ascontiguousarray(x).T)
-    return kernels_cpu.mirrored(upper.T)
 
 
 def half_product(factors: Array, r: Array, lanes: int) -> Array:
