@@ -14,7 +14,6 @@ from benchmarks.speed.record import Record, RecordError, changes
 from benchmarks.speed.timing import Case, Figure, Measured, alternate, measured
 from moonshot import solvers
 
-
 ONE = Figure(1, 1, 1)
 
 
@@ -130,7 +129,14 @@ def test_a_record_survives_the_file_and_keeps_the_one_before(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"date": "", "machine": {}, "versions": {}, "cases": {"a": {"ratios": {"b": 1}}}}'],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"date": "", "machine": {}, "versions": {}, "cases": []}',
+        '{"date": "", "machine": {}, "versions": {}, "cases": {"a": {"ratios": {"b": 1}}}}',
+    ],
 )
 def test_a_broken_record_says_what_to_do(tmp_path, monkeypatch, text):
     path = tmp_path / "speed.json"

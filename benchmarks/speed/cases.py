@@ -184,7 +184,7 @@ def swaps(m: int, d: int, n: int) -> Case:
 
 def exact(m: int, d: int, n: int) -> Case:
     """Exact against the enumeration of all supports, on short rows at one half."""
-    rows, d = max(m // 64, 1), 14
+    rows, d = max(m // 16, 1), 14
     layer = random_layer(rows, d, n)
     plain = Layer(layer.weight, layer.shared, layer.factors.transpose(1, 2, 0))
     return Case(

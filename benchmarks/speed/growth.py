@@ -115,7 +115,7 @@ GROWN = (
     solver("IHT", ms.IHT(iterations=10), Size(256, 1024), iht_count),
     solver("OBS", ms.OBS(), Size(64, 512), obs_count, pattern=HALF),
     solver("Swaps", ms.Swaps(ms.SparseGPT()), Size(16, 512), swaps_count),
-    statistic(ms.Reconstruction(), ("d", "tokens"), lambda s: s.tokens * s.d**2),
+    statistic(ms.Reconstruction(), ("d", "tokens"), lambda s: s.tokens * s.d**2 / 2),
     statistic(ms.TokenFisher(), ("m", "d", "tokens"), lambda s: s.tokens * (s.d**2 / 2 + s.d + s.m)),
     statistic(ms.Fisher(), ("m", "d", "tokens"), lambda s: s.tokens * s.m * s.d),
 )
