@@ -1,9 +1,10 @@
-"""How time grows with rows, columns, factors and tokens, beside how the multiply-adds do.
+"""How time grows with rows m, columns d, factors n and tokens, beside how the multiply-adds do.
 
     python -m benchmarks.speed.growth [--runs 3] [--only SparseGPT ADMM ...]
 
 Each dimension takes four sizes, a quarter of its base to twice that, the others stay. Exponents are of the two largest
-sizes. Iterative methods make a fixed number of iterations, as theirs otherwise depends on the data.
+sizes, the expected ones those of the multiply-adds. Iterative methods make a fixed number of iterations, which would
+otherwise depend on the data.
 """
 
 import argparse
@@ -32,6 +33,9 @@ class Size:
     d: int
     n: int = 16
     tokens: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.m} x {self.d}, n = {self.n}" + (f", {self.tokens} tokens" if self.tokens else "")
 
     def grown(self, dimension: str) -> list["Size"]:
         """This size with one dimension in four steps."""
@@ -148,29 +152,20 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.runs < 1:
         parser.error("--runs must be 1 or more")
-    table = Table("", "in", "sizes, the others", "seconds", "exponent", "of the multiply-adds")
+    console = Console()
     for grown in GROWN:
         if grown.name in options.only:
-            for dimension in grown.dimensions:
-                table.add_row(*_row(grown, dimension, options.runs))
-    Console().print(table)
+            console.print(table(grown, options.runs))
 
 
-def _row(grown: Grown, dimension: str, rounds: int) -> list[str]:
-    sizes, seconds, measured, counted = grow(grown, dimension, rounds)
-    others = [
-        f"{name} = {getattr(grown.base, name)}" for name in ("m", "d", "n", "tokens") if name != dimension
-    ]
-    if not grown.base.tokens:
-        others.pop()
-    return [
-        grown.name,
-        dimension,
-        f"{sizes[0]} to {sizes[-1]}, {', '.join(others)}",
-        " ".join(f"{second:.2g}" for second in seconds),
-        f"{measured:.2f}",
-        f"{counted:.2f}",
-    ]
+def table(grown: Grown, rounds: int) -> Table:
+    """The growth of one thing, a row for each dimension."""
+    out = Table("in", "sizes", "seconds", "exponent", "expected", title=f"{grown.name}, {grown.base}")
+    for dimension in grown.dimensions:
+        sizes, seconds, measured, expected = grow(grown, dimension, rounds)
+        times = " ".join(f"{second:.2g}" for second in seconds)
+        out.add_row(dimension, f"{sizes[0]} to {sizes[-1]}", times, f"{measured:.2f}", f"{expected:.2f}")
+    return out
 
 
 if __name__ == "__main__":
