@@ -117,6 +117,17 @@ def test_another_machine_is_not_compared():
     assert "another machine" in lines[0] and not any("slower" in line for line in lines)
 
 
+def test_seconds_are_told_apart_from_ratios():
+    assert command.comparison(EARLIER, EARLIER)[1:] == ["  no ratio has changed"]
+    now = record(Figure(1.5, 1.2, 1.6), Figure(3, 2.9, 3.2), 2.0)
+    _, ratio, value, heading, seconds = command.comparison(now, EARLIER)
+    assert "slower: case: a / b: 1.5" in ratio and "worse: case: a / b in value: 2" in value
+    assert "machine" in heading and "slower: case: a s: 3" in seconds
+    assert command.comparison(replace(now, cases={}), EARLIER) == [
+        f"the run of {EARLIER.date} has none of these cases"
+    ]
+
+
 def test_a_record_survives_the_file_and_keeps_the_one_before(tmp_path):
     path = tmp_path / "outputs" / "speed.json"
     assert EARLIER.save(path) is None

@@ -89,8 +89,14 @@ def comparison(now: Record, before: Record | None) -> list[str]:
         ]
     if not set(now.cases) & set(before.cases):
         return [f"the run of {before.date} has none of these cases"]
-    found = [f"  {change}" for change in changes(now, before)]
-    return [f"since {before.date}, {before.versions.get('commit')}:", *(found or ["  nothing changed"])]
+    found = changes(now, before)
+    compared = [f"  {change}" for change in found if change.kind != "seconds"]
+    seconds = [f"  {change}" for change in found if change.kind == "seconds"]
+    return [
+        f"since {before.date}, commit {before.versions.get('commit')}:",
+        *(compared or ["  no ratio has changed"]),
+        *(["seconds, which all else that the machine does moves too:", *seconds] if seconds else []),
+    ]
 
 
 if __name__ == "__main__":
