@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs bench bench-solvers comparison
+.PHONY: help demo test test-slow lint docs bench bench-large bench-growth bench-solvers comparison
 
 bin := .venv/bin
 ready := .venv/.ready
@@ -13,7 +13,9 @@ help:
 	@echo "make test-slow  the longer tests"
 	@echo "make lint       linters and types alone"
 	@echo "make docs       the documentation, in docs/_build"
-	@echo "make bench      the benchmark sweep"
+	@echo "make bench      every solver's speed beside its peers', and what changed since the last run: ten minutes"
+	@echo "make bench-large   the same on a Llama's layers too: hours"
+	@echo "make bench-growth  how times grow with rows, columns, factors and tokens"
 	@echo "make bench-solvers  every solver and its peers on all data sets, by benchopt: five minutes"
 	@echo "make comparison     docs/comparison.md and its figure from what that measured"
 
@@ -40,7 +42,13 @@ test-slow: $(ready)
 	$(bin)/python -m pytest -n 2 -m slow
 
 bench: $(ready)
-	$(bin)/python benchmarks/sweep.py
+	$(bin)/python -m benchmarks.speed
+
+bench-large: $(ready)
+	$(bin)/python -m benchmarks.speed --large --output benchmarks/outputs/speed-large.json
+
+bench-growth: $(ready)
+	$(bin)/python -m benchmarks.speed.growth
 
 $(bench_ready): benchmarks/requirements.txt setup.cfg
 	test -x $(bench)/python || python3 -m venv .venv-bench

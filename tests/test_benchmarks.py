@@ -3,10 +3,14 @@
 import sys
 from pathlib import Path
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
 
 import moonshot as ms
+from benchmarks.solvers.benchmark_utils.references import torch_alps, torch_obc, torch_sparsegpt, torch_wanda
 from moonshot import solvers
 from strategies import random_layer
 
@@ -63,18 +67,45 @@ def test_the_enumerated_optimum_is_the_exact_solver_s(grading, factors, pattern)
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_references_meet_the_pattern_and_obc_is_obs(grading, pattern):
-    torch = pytest.importorskip("torch")
-    from benchmark_utils.references import torch_alps, torch_obc
-
     layer, problem = benchmark_layer(grading, 3)
     size, zeros = grading.budget(pattern, layer.weight.shape)
     weight, a, u = (torch.tensor(array) for array in (layer.weight, layer.A, layer.U))
     grading.check(layer, torch_alps(weight, a, size, zeros).numpy(), pattern)
     if size > weight.shape[1]:
         return
-    order, _ = torch_obc(weight, a + u @ u.mT, size, zeros)
-    pruned = torch.zeros_like(weight, dtype=torch.bool).scatter(1, order, True)
-    np.testing.assert_array_equal(~pruned.numpy(), ms.solve(problem, pattern, ms.OBS()).mask)
+    pruned, order, losses = torch_obc(weight, a + u @ u.mT, size, zeros)
+    result = ms.solve(problem, pattern, ms.OBS())
+    gone = torch.zeros_like(weight, dtype=torch.bool).scatter(1, order, True)
+    np.testing.assert_array_equal(~gone.numpy(), result.mask)
+    np.testing.assert_allclose(pruned, result.weight, rtol=1e-8, atol=1e-10)
+    assert losses.sum() == pytest.approx(result.value, rel=1e-9)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 4), st.sampled_from([4, 8, 128]))
+def test_the_reference_s_sweep_is_ours(seed, exponent, block):
+    layer = random_layer(seed, 5, 20, 0, 10**exponent)
+    theirs = torch_sparsegpt(torch.tensor(layer.weight), torch.tensor(layer.A), block).numpy()
+    result = ms.solve(layer.problem, "2:4", ms.SparseGPT(block=block))
+    np.testing.assert_array_equal(theirs != 0, result.mask)
+    np.testing.assert_allclose(theirs, result.weight, rtol=1e-8, atol=1e-10)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(4, 2), (20, 7)]))
+def test_the_reference_s_wanda_is_ours(seed, budget):
+    layer, (size, zeros) = random_layer(seed, 5, 20, 0), budget
+    theirs = torch_wanda(torch.tensor(layer.weight), torch.tensor(layer.A), size, zeros)
+    pattern = ms.NM(size - zeros, size)
+    np.testing.assert_array_equal(theirs, ms.solve(layer.problem, pattern, ms.Wanda()).weight)
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e5])
+@pytest.mark.parametrize("pattern", [ms.NM(2, 4), ms.Unstructured(0.7)], ids=str)
+def test_admm_is_no_worse_than_the_reference_s_alps(grading, pattern, condition):
+    for seed in range(3):
+        layer = random_layer(seed, 24, 64, 0, condition)
+        size, zeros = grading.budget(pattern, layer.weight.shape)
+        theirs = torch_alps(torch.tensor(layer.weight), torch.tensor(layer.A), size, zeros).numpy()
+        assert ms.solve(layer.problem, pattern, ms.ADMM()).value <= layer.problem.value(theirs)
 
 
 def test_every_public_solver_is_benchmarked():

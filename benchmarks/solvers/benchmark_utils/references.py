@@ -4,6 +4,13 @@ import torch
 from torch import Tensor
 
 
+def torch_wanda(weight: Tensor, hessian: Tensor, size: int, zeros: int) -> Tensor:
+    """Wanda (arXiv 2306.11695): of every `size` weights in a row the `zeros` with the least `|w_ij| sqrt(A_jj)` go."""
+    score = (weight.abs() * hessian.diagonal().sqrt()).reshape(-1, size)
+    pruned = score.topk(zeros, dim=1, largest=False).indices
+    return weight.reshape(-1, size).scatter(1, pruned, 0.0).reshape(weight.shape)
+
+
 def torch_sparsegpt(weight: Tensor, hessian: Tensor, block: int = 128) -> Tensor:
     """SparseGPT at 2:4 as its paper's algorithm 1 has it (arXiv 2301.00774)."""
     w = weight.clone()
@@ -28,11 +35,11 @@ def torch_sparsegpt(weight: Tensor, hessian: Tensor, block: int = 128) -> Tensor
     return w
 
 
-def torch_obc(weight: Tensor, hessians: Tensor, size: int, zeros: int) -> tuple[Tensor, Tensor]:
+def torch_obc(weight: Tensor, hessians: Tensor, size: int, zeros: int) -> tuple[Tensor, Tensor, Tensor]:
     """Optimal Brain Compression's algorithm 1 (arXiv 2208.11580), rows in one batch, until groups have their zeros.
 
-    size, zeros: a group of `size` columns that has lost `zeros` weights is closed. Returns the order in which
-    each row (m, steps) loses its weights, and the loss that each removal adds.
+    size, zeros: a group of `size` columns that has lost `zeros` weights is closed. Returns the weights, the order in
+    which each row (m, steps) loses them, and the loss that each removal adds.
     """
     w = weight.clone()
     inverses = torch.cholesky_inverse(torch.linalg.cholesky(hessians))
@@ -53,7 +60,7 @@ def torch_obc(weight: Tensor, hessians: Tensor, size: int, zeros: int) -> tuple[
         left[rows, j // size] -= 1
         inverses.baddbmm_(column[:, :, None], (column / pivot[:, None])[:, None, :], alpha=-1)
         inverses[rows, j, j] = 1.0
-    return torch.stack(order, dim=1), torch.stack(losses, dim=1)
+    return w.masked_fill(gone, 0.0), torch.stack(order, dim=1), torch.stack(losses, dim=1)
 
 
 def torch_alps(weight: Tensor, hessian: Tensor, size: int, zeros: int) -> Tensor:
@@ -64,13 +71,16 @@ def torch_alps(weight: Tensor, hessian: Tensor, size: int, zeros: int) -> Tensor
     """
     scale = hessian.diagonal().sqrt()
     h, dense = hessian / scale / scale[:, None], weight * scale
-    values, basis = torch.linalg.eigh(h.double())
+    values, basis = (part.to(h.dtype) for part in torch.linalg.eigh(h.double()))
+
+    def shifted_inverse(rho: float) -> Tensor:
+        return (basis / (values + rho)) @ basis.T
+
     rho, moved, pull = 0.1, False, dense @ h
     kept = dense.numel() // size * (size - zeros)
     d = checked = _projected(dense, size, zeros)
-    dual = torch.zeros_like(dense)
+    dual, inverse = torch.zeros_like(dense), shifted_inverse(rho)
     for iteration in range(1, 301):
-        inverse = ((basis / (values + rho)) @ basis.T).to(h.dtype)
         w = (pull - dual + rho * d) @ inverse
         d = _projected(w + dual / rho, size, zeros)
         dual = dual + rho * (w - d)
@@ -80,11 +90,13 @@ def torch_alps(weight: Tensor, hessian: Tensor, size: int, zeros: int) -> Tensor
         checked = d
         if not moved and change <= 0.005 * kept:
             rho, d, dual = rho / 5, _projected(dense, size, zeros), torch.zeros_like(dense)
+            inverse = shifted_inverse(rho)
             continue
         moved = True
         if change == 0:
             break
         rho *= 1.3 if change > 0.1 * kept else 1.2 if change > 0.005 * kept else 1.1
+        inverse = shifted_inverse(rho)
     return _refitted(d, h, pull, 10) / scale
 
 

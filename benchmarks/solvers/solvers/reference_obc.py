@@ -32,7 +32,7 @@ class Solver(TorchSolver):
         orders, losses = [], []
         for first in range(0, m, rows):
             part = slice(first, first + rows)
-            order, loss = torch_obc(weight[part], _hessians(layer, part, weight[part]), *within)
+            _, order, loss = torch_obc(weight[part], _hessians(layer, part, weight[part]), *within)
             orders.append(order)
             losses.append(loss)
         order, loss = torch.cat(orders), torch.cat(losses)
