@@ -42,8 +42,9 @@ def front(
     weight, inputs, gradients, output_gradients: see `Objective.problem`.
 
     Terms that rows share must keep their ratio along the front, and so must terms with factors. Every objective needs
-    a shared term. Problems are made one at a time, as they are asked for. Raises ValueError where the
-    objectives have no factorisation in common, NotPositiveDefiniteError as `Objective.assemble` does.
+    a shared term. Every problem has all terms, so that `Result.terms` has those of weight 0 too. Problems are made one
+    at a time, as they are asked for. Raises ValueError where the objectives have no factorisation in common,
+    NotPositiveDefiniteError as `Objective.assemble` does.
     """
     fraction, w = check_fraction(dampening_frac), check_weight(weight)
     weightings = _weightings(objectives)
@@ -72,7 +73,7 @@ def front(
         for weighting in weightings:
             a = sum(weighting.get(term, 0.0) for term in with_shared)
             b = sum(weighting.get(term, 0.0) for term in with_factors)
-            weighted = [replace(terms[term], weight=share) for term, share in weighting.items()]
+            weighted = [replace(terms[term], weight=weighting.get(term, 0.0)) for term in terms]
             yield damped_problem(weight, hessians.weighted(a, b), weighted, damping, a * ridge)
 
     return problems()

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 from moonshot.linalg.backend import Array, all_finite, as_dtype, dtype_name, namespace, native
 from moonshot.linalg.hessian import RowHessian
@@ -119,6 +120,10 @@ class Problem:
 
     def zero_value(self) -> float:
         """F(0), the unit of `Result.relative`."""
+        return self._zero_value
+
+    @cached_property
+    def _zero_value(self) -> float:
         return self.value(namespace(self.centre).zeros_like(self.centre))
 
 

@@ -54,7 +54,7 @@ class _Weighted(RowHessian):
             U = namespace(hessian.factors).permute_dims(hessian.factors * sqrt(factors), (1, 2, 0))
         super().__init__(hessian.A * shared, U)
         self._kind = hessian._kind
-        self._common, self._shared, self._ratio = common, shared, sqrt(factors / shared)
+        self._common, self._shared, self._ratio = common, shared, sqrt(factors) / sqrt(shared)
 
     @cached_property
     def inverse_factor(self) -> Array:
