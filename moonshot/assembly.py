@@ -7,7 +7,7 @@ from numbers import Real
 from moonshot.linalg.backend import Array, as_dtype, eye_like, namespace, native
 from moonshot.linalg.factor import NotPositiveDefiniteError, eigenbasis
 from moonshot.linalg.hessian import RowHessian
-from moonshot.problem import Problem, Term, check_weight, quadratic_loss
+from moonshot.problem import Problem, Term, quadratic_loss
 
 _DAMPING_STEPS = 6
 
@@ -122,14 +122,21 @@ def damped(
 
 
 def damped_problem(
-    weight: Array, hessian: RowHessian, terms: list[Term], damping: float, ridge: float
+    weight: Array, w: Array, hessian: RowHessian, terms: list[Term], damping: float, ridge: float
 ) -> Problem:
-    """The problem of terms whose Hessians, with a ridge about the weight, add up to `hessian`."""
-    w = check_weight(weight)
+    """The problem of terms whose Hessians, with a ridge about the weight, add up to `hessian`. w: the weight, checked."""
     if all(term.centre is w for term in terms):
-        return Problem(weight, hessian, terms=tuple(terms), damping=damping)
+        return Problem(weight, hessian, terms=tuple(terms), damping=damping, ridge=ridge)
     centre, constant = _common_centre(terms, hessian, w, ridge)
-    return Problem(weight, hessian, centre=centre, constant=constant, terms=tuple(terms), damping=damping)
+    return Problem(
+        weight,
+        hessian,
+        centre=centre,
+        constant=constant,
+        terms=tuple(terms),
+        damping=damping,
+        ridge=ridge,
+    )
 
 
 def _common_centre(terms: list[Term], hessian: RowHessian, weight: Array, ridge: float) -> tuple[Array, float]:

@@ -13,7 +13,6 @@ from moonshot.assembly import (
     total_shared,
 )
 from moonshot.linalg.backend import Array
-from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.weighted import WeightedHessians
 from moonshot.objectives import Objective, Observation
 from moonshot.problem import Problem, check_weight
@@ -65,16 +64,16 @@ def front(
 
     terms = {term: normalised(term.name, factor_ratio.get(term, 1.0), q, w) for term, q in quadratics.items()}
     shared = total_shared([replace(terms[term], weight=part) for term, part in ratio.items()], w)
-    hessian, damping, ridge = damped(shared, None, fraction, mean_diagonal(shared, None))
     factors = total_factors([terms[term] for term in factor_ratio])
-    hessians = WeightedHessians(hessian if factors is None else RowHessian(hessian.A, factors))
+    hessian, damping, ridge = damped(shared, factors, fraction, mean_diagonal(shared, None))
+    hessians = WeightedHessians(hessian)
 
     def problems() -> Iterator[Problem]:
         for weighting in weightings:
             a = sum(weighting.get(term, 0.0) for term in with_shared)
             b = sum(weighting.get(term, 0.0) for term in with_factors)
             weighted = [replace(terms[term], weight=weighting.get(term, 0.0)) for term in terms]
-            yield damped_problem(weight, hessians.weighted(a, b), weighted, damping, a * ridge)
+            yield damped_problem(weight, w, hessians.weighted(a, b), weighted, damping, a * ridge)
 
     return problems()
 

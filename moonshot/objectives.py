@@ -155,7 +155,7 @@ class Objective:
         ]
         shared, factors = total_shared(terms, w), total_factors(terms)
         hessian, damping, ridge = damped(shared, factors, fraction, mean_diagonal(shared, factors))
-        return damped_problem(weight, hessian, terms, damping, ridge)
+        return damped_problem(weight, w, hessian, terms, damping, ridge)
 
 
 @dataclass(frozen=True)
