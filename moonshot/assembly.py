@@ -124,7 +124,7 @@ def damped(
 def damped_problem(
     weight: Array, w: Array, hessian: RowHessian, terms: list[Term], damping: float, ridge: float
 ) -> Problem:
-    """The problem of terms whose Hessians, with a ridge about the weight, add up to `hessian`. w: the weight, checked."""
+    """The problem of terms whose Hessians, with a ridge about w, add up to `hessian`. w: the weight, checked."""
     if all(term.centre is w for term in terms):
         return Problem(weight, hessian, terms=tuple(terms), damping=damping, ridge=ridge)
     centre, constant = _common_centre(terms, hessian, w, ridge)
