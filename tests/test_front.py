@@ -98,6 +98,7 @@ def test_problems_are_as_defined(layer, b, mix, fraction):
 def test_a_front_has_one_problem_for_each_objective_in_their_order():
     weight, seen = observed()
     problems = list(ms.front(iter(LINE), weight, **seen))
+    assert [problem.hessian.rank for problem in problems] == [0, 3, 3]
     shares = [{term.name: term.weight for term in problem.terms} for problem in problems]
     assert [share["Fisher"] for share in shares] == pytest.approx([0.0, 0.3, 0.9])
     assert [share["Reconstruction"] for share in shares] == pytest.approx([1.0, 0.7, 0.1])
@@ -123,7 +124,8 @@ def test_a_front_of_reconstruction_alone_is_its_own_problem():
 def test_terms_with_a_centre_of_their_own():
     weight, seen = observed()
     V = np.random.default_rng(2).normal(size=weight.shape)
-    for pulled, other in ((Pulled(offset=0.5), F), (Pulled(offset=0.5, factored=True), R)):
+    factored = Pulled(offset=0.5, factored=True)
+    for pulled, other in ((Pulled(offset=0.5), F), (factored, R), (0.3 * factored + 0.7 * F, R)):
         objectives = [(1 - b) * pulled + b * other for b in (0.2, 0.7)]
         for problem in ms.front(objectives, weight, **seen):
             (x, (term,)) = seen["inputs"], [term for term in problem.terms if term.shared is not None]

@@ -264,6 +264,20 @@ def test_from_the_optimum_the_answer_is_the_optimum(pattern):
     np.testing.assert_allclose(again.weight, optimum.weight, rtol=1e-6, atol=1e-8)
 
 
+@settings(max_examples=25)
+@given(seeds, factor_counts)
+def test_the_centre_is_the_usual_start(seed, n):
+    layer = random_layer(seed, 4, 8, n, 1e4)
+    units = np.geomspace(1e-3, 1e3, 8)
+    factors = None if layer.U is None else layer.U * units[:, None]
+    problem = Problem(layer.weight, RowHessian(layer.A * np.outer(units, units), factors))
+    for pattern in (Unstructured(0.5), NM(2, 4)):
+        usual = solve(problem, pattern, IHT(iterations=1))
+        np.testing.assert_array_equal(
+            solve(problem, pattern, IHT(iterations=1, start=layer.weight)).weight, usual.weight
+        )
+
+
 def test_the_start_may_be_of_any_kind_and_dtype(backend):
     layer = random_layer(3, 5, 8, 3, 1e2)
     problem = Problem(backend.array(layer.weight), RowHessian(backend.array(layer.A), backend.array(layer.U)))
