@@ -6,7 +6,7 @@ so is each term alone. A new term is one subclass of `Objective` (docs/extending
 """
 
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import isfinite
 from numbers import Real
 from typing import Any, ClassVar
 
