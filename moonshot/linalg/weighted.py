@@ -5,7 +5,7 @@ from functools import cached_property
 from math import inf, sqrt
 from typing import Any
 
-from moonshot.linalg.backend import Array, namespace
+from moonshot.linalg.backend import Array
 from moonshot.linalg.hessian import RowHessian
 
 
@@ -48,12 +48,11 @@ class _Weighted(RowHessian):
     """A Hessian that takes its factorisations from those of its kind."""
 
     def __init__(self, common: WeightedHessians, shared: float, factors: float):
-        hessian = common.hessian
-        U = None
+        hessian = common.hessian  # whose arrays have been checked
+        self.A, self._kind = hessian.A * shared, hessian._kind
+        self.factors = None
         if hessian.factors is not None and factors > 0:
-            U = namespace(hessian.factors).permute_dims(hessian.factors * sqrt(factors), (1, 2, 0))
-        super().__init__(hessian.A * shared, U)
-        self._kind = hessian._kind
+            self.factors = hessian.factors * sqrt(factors)
         self._common, self._shared, self._ratio = common, shared, sqrt(factors) / sqrt(shared)
 
     @cached_property
