@@ -7,6 +7,7 @@ report = ms.prune(model, calibration, "2:4", objective=objective)
 from typing import TYPE_CHECKING, Any
 
 from moonshot.certificate import lower_bound
+from moonshot.front import front
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
 from moonshot.patterns import NM, Pattern, Unstructured, as_pattern
@@ -47,6 +48,7 @@ __all__ = [
     "Wanda",
     "allocate",
     "as_pattern",
+    "front",
     "lower_bound",
     "prune",
     "solve",

@@ -6,17 +6,25 @@ so is each term alone. A new term is one subclass of `Objective` (docs/extending
 """
 
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import isfinite
 from numbers import Real
 from typing import Any, ClassVar
 
-from moonshot.linalg.backend import Array, all_finite, as_dtype, eye_like, namespace, native
-from moonshot.linalg.factor import NotPositiveDefiniteError, eigenbasis
-from moonshot.linalg.hessian import RowHessian
-from moonshot.problem import Problem, Term, check_weight, quadratic_loss
+from moonshot.assembly import (
+    Quadratic,
+    check_fraction,
+    damped,
+    damped_problem,
+    mean_diagonal,
+    normalised,
+    stacked,
+    total_factors,
+    total_shared,
+)
+from moonshot.linalg.backend import Array, all_finite, as_dtype, namespace, native
+from moonshot.problem import Problem, check_weight
 
 OBSERVATIONS = ("inputs", "output_gradients", "gradients")
-_DAMPING_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -44,20 +52,6 @@ class Observation:
         if not all_finite(array):
             raise ValueError(f"{name} holds NaN or infinity: look at the calibration data and model")
         return array
-
-
-@dataclass(frozen=True)
-class Quadratic:
-    """A term on one layer: `coefficient * sum_i (v_i - c_i)' (shared + F_i F_i') (v_i - c_i)`.
-
-    shared: (d, d) or None; factors F: (m, d, n) or None; centre c: (m, d), None for the weight itself.
-    coefficient: of the whole form, which saves a scaled copy.
-    """
-
-    shared: Array | None = None
-    factors: Array | None = None
-    centre: Array | None = None
-    coefficient: float = 1.0
 
 
 class Objective:
@@ -144,7 +138,7 @@ class Objective:
         w = check_weight(weight)
         rows = [w[g * m : (g + 1) * m] for g in range(groups)]
         quadratics = [
-            _stacked(
+            stacked(
                 [term.quadratic(of_group[k], part) for of_group, part in zip(statistics, rows, strict=True)],
                 rows,
             )
@@ -153,19 +147,15 @@ class Objective:
         return self._from_quadratics(weight, quadratics, dampening_frac)
 
     def _from_quadratics(self, weight: Array, quadratics: list[Quadratic], dampening_frac: float) -> Problem:
-        if not (isinstance(dampening_frac, Real) and isfinite(dampening_frac) and dampening_frac >= 0):
-            raise ValueError(f"dampening_frac must be a number of 0 or more, got {dampening_frac!r}")
+        fraction = check_fraction(dampening_frac)
         w = check_weight(weight)
         terms = [
-            _normalised(term, share, quadratic, w)
+            normalised(term.name, share, quadratic, w)
             for (share, term), quadratic in zip(self.weighted_terms, quadratics, strict=True)
         ]
-        shared, factors = _total_shared(terms, w), _total_factors(terms)
-        hessian, damping, ridge = _damped(shared, factors, float(dampening_frac))
-        if all(term.centre is w for term in terms):
-            return Problem(weight, hessian, terms=tuple(terms), damping=damping)
-        centre, constant = _common_centre(terms, hessian, w, ridge)
-        return Problem(weight, hessian, centre=centre, constant=constant, terms=tuple(terms), damping=damping)
+        shared, factors = total_shared(terms, w), total_factors(terms)
+        hessian, damping, ridge = damped(shared, factors, fraction, mean_diagonal(shared, factors))
+        return damped_problem(weight, w, hessian, terms, damping, ridge)
 
 
 @dataclass(frozen=True)
@@ -281,105 +271,3 @@ def _add(statistic: Array | None, update: Array) -> Array:
             f"a batch has {update.shape[0]} inputs to the layer, the ones before had {statistic.shape[0]}"
         )
     return update if statistic is None else statistic + update
-
-
-def _normalised(term: Objective, share: float, quadratic: Quadratic, weight: Array) -> Term:
-    """The term in units of its own loss at zero; its factors carry sqrt(share / q(0)) from here on."""
-    m, d = weight.shape
-    shared, factors = quadratic.shared, quadratic.factors
-    if shared is not None and tuple(shared.shape) != (d, d):
-        raise ValueError(f"{term.name}: inputs have {shared.shape[0]} columns, the weight has {d}")
-    if factors is not None and tuple(factors.shape[:2]) != (m, d):
-        raise ValueError(f"{term.name}: factors must be (m, d, n) with (m, d) = {(m, d)}")
-    centre = weight if quadratic.centre is None else native(quadratic.centre, "centre")
-    at_zero = quadratic_loss(-centre, shared, factors)
-    scale = 1 / at_zero if at_zero > 0 else 0.0  # a term that is zero everywhere says nothing
-    at_zero *= quadratic.coefficient
-    if factors is not None:
-        factors = factors * sqrt(share * scale)
-        return Term(term.name, share, 1.0 / share, _scaled(shared, share * scale), factors, centre, at_zero)
-    return Term(term.name, share, scale, shared, None, centre, at_zero)
-
-
-def _stacked(quadratics: list[Quadratic], weights: list[Array]) -> Quadratic:
-    """Quadratics of several groups of rows as one, each group's shared matrix as a root among its rows' factors."""
-    xp, (m, d) = namespace(weights[0]), weights[0].shape
-    by_group = []
-    for quadratic in quadratics:
-        scale = sqrt(quadratic.coefficient)
-        parts = [] if quadratic.factors is None else [as_dtype(quadratic.factors, "float64") * scale]
-        if quadratic.shared is not None:
-            values, vectors = eigenbasis(quadratic.shared)
-            root = vectors * (xp.sqrt(xp.clip(values, 0, None)) * scale)
-            parts.append(xp.broadcast_to(root[None], (m, d, d)))
-        by_group.append(xp.concat(parts, axis=2))
-    if all(quadratic.centre is None for quadratic in quadratics):
-        return Quadratic(factors=xp.concat(by_group, axis=0))
-    centres = [
-        w if q.centre is None else native(q.centre, "centre") for q, w in zip(quadratics, weights, strict=True)
-    ]
-    return Quadratic(factors=xp.concat(by_group, axis=0), centre=xp.concat(centres, axis=0))
-
-
-def _scaled(array: Array | None, scale: float) -> Array | None:
-    return None if array is None else array * scale
-
-
-def _total_shared(terms: list[Term], weight: Array) -> Array:
-    d = weight.shape[1]
-    total = as_dtype(eye_like(weight, d) * 0, "float64")
-    for term in terms:
-        if term.shared is not None:
-            total = total + as_dtype(term.shared, "float64") * (term.weight * term.coefficient)
-    return total
-
-
-def _total_factors(terms: list[Term]) -> Array | None:
-    factors = [term.factors for term in terms if term.factors is not None]
-    if len(factors) < 2:
-        return factors[0] if factors else None
-    return namespace(factors[0]).concat(factors, axis=2)
-
-
-def _damped(shared: Array, factors: Array | None, fraction: float) -> tuple[RowHessian, float, float]:
-    """(Hessian with the ridge added, fraction used, ridge)."""
-    xp = namespace(shared)
-    d = shared.shape[0]
-    mean_diagonal = float(xp.mean(xp.linalg.diagonal(shared)))
-    if factors is not None:
-        mean_diagonal += float(xp.sum(factors**2)) / (factors.shape[0] * d)
-    if mean_diagonal <= 0:  # nothing was seen of this layer: all weights matter alike
-        mean_diagonal, fraction = 1.0, 1.0
-    for _ in range(_DAMPING_STEPS + 1):
-        ridge = fraction * mean_diagonal
-        hessian = RowHessian((shared + shared.T) / 2 + ridge * eye_like(shared, d), factors)
-        try:
-            hessian.inverse_factor  # noqa: B018 - computed here, used by the solvers
-            return hessian, fraction, ridge
-        except NotPositiveDefiniteError as error:
-            failure = error
-            fraction = 10 * fraction if fraction else 1e-8
-    raise failure
-
-
-def _common_centre(terms: list[Term], hessian: RowHessian, weight: Array, ridge: float) -> tuple[Array, float]:
-    """Minimiser and minimum of terms with different centres, the ridge centred on the weight.
-
-    With q_t(x) = (x - c_t)' H_t (x - c_t) the sum is (x - c)' H (x - c) + const,
-    H c = sum_t H_t c_t + delta w and const = sum_t q_t(c) + delta ||c - w||^2.
-    """
-    xp = namespace(weight)
-    w = as_dtype(weight, "float64")
-    pull = ridge * w
-    for term in terms:
-        centre = as_dtype(term.centre, "float64")
-        scale = term.weight * term.coefficient
-        if term.shared is not None:
-            pull = pull + scale * (centre @ as_dtype(term.shared, "float64"))
-        if term.factors is not None:
-            for k in range(term.factors.shape[2]):
-                u = as_dtype(term.factors[:, :, k], "float64")
-                pull = pull + scale * u * xp.sum(u * centre, axis=1)[:, None]
-    centre = hessian.solve(pull)
-    constant = sum(term.weight * term.loss(centre) for term in terms)
-    return centre, constant + ridge * float(xp.sum((centre - w) ** 2))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 from moonshot.linalg.backend import Array, all_finite, as_dtype, dtype_name, namespace, native
 from moonshot.linalg.hessian import RowHessian
@@ -62,6 +63,8 @@ class Problem:
     hessian: RowHessian for d columns and, if it has factors, m rows.
     centre: (m, d), the unconstrained minimiser c; the weight itself unless terms pull elsewhere.
     terms, damping: what the objective that built the problem records for reports.
+    ridge: that of an objective, for which `F(V) = sum_t weight_t loss_t(V) + ridge ||V - W||^2`; None for what was not
+    built from terms.
 
     Raises TypeError or ValueError for a weight that is not a finite (m, d) array matching the Hessian.
     """
@@ -75,6 +78,7 @@ class Problem:
         constant: float = 0.0,
         terms: tuple[Term, ...] = (),
         damping: float = 0.0,
+        ridge: float | None = None,
     ):
         if not isinstance(hessian, RowHessian):
             raise TypeError(
@@ -87,6 +91,7 @@ class Problem:
         self.constant = constant
         self.terms = terms
         self.damping = damping
+        self.ridge = ridge
 
     def _matrix(self, array: Array, name: str) -> Array:
         matrix = check_weight(array, name)
@@ -117,9 +122,28 @@ class Problem:
         xp = namespace(difference)
         return float(xp.sum(self.hessian.quadratic(difference))) + self.constant
 
+    def graded(self, V: Array) -> tuple[float, list[float]]:
+        """F(V) and the loss of each term, in float64, with no product more than the losses take."""
+        v = native(V, "V")
+        losses = [term.loss(v) for term in self.terms]
+        return (self.value(v) if self.ridge is None else self._sum_of_terms(v, losses)), losses
+
+    def _sum_of_terms(self, v: Array, losses: list[float]) -> float:
+        assert self.ridge is not None
+        moved = as_dtype(v, "float64") - native(self.weight, "weight")
+        damping = self.ridge * float(namespace(moved).sum(moved**2))
+        return sum(term.weight * loss for term, loss in zip(self.terms, losses, strict=True)) + damping
+
     def zero_value(self) -> float:
         """F(0), the unit of `Result.relative`."""
-        return self.value(namespace(self.centre).zeros_like(self.centre))
+        return self._zero_value
+
+    @cached_property
+    def _zero_value(self) -> float:
+        zero = namespace(self.centre).zeros_like(self.centre)
+        if self.ridge is None:
+            return self.value(zero)
+        return self._sum_of_terms(zero, [1.0 if term.at_zero > 0 else 0.0 for term in self.terms])
 
 
 def check_weight(array: Array, name: str = "weight") -> Array:

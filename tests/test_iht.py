@@ -12,7 +12,7 @@ from moonshot.linalg.backend import native
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.patterns import NM, Unstructured
 from moonshot.problem import Problem, Status
-from moonshot.solvers import IHT, SparseGPT, solve
+from moonshot.solvers import IHT, Exact, NotSupportedError, SparseGPT, solve
 from moonshot.solvers.iht import _at, _thresholded
 from strategies import Layer, layers, random_layer
 
@@ -238,3 +238,60 @@ def test_the_scaled_quadratic_is_the_quadratic():
     rows = np.array([2, 0])
     np.testing.assert_allclose(quadratic.rows(rows).matvec(x[rows]), quadratic.matvec(x)[rows])
     np.testing.assert_array_equal(quadratic.rows(rows).pull, quadratic.pull[rows])
+
+
+# a start of its own
+
+
+@settings(max_examples=25)
+@given(layers(max_condition=1e4), seeds)
+def test_an_answer_is_never_worse_than_the_start_it_is_given(layer, seed):
+    start = np.random.default_rng(seed).normal(size=layer.weight.shape)
+    pattern = Unstructured(0.5)
+    result = solve(layer.problem, pattern, IHT(start=start))
+    diagonal = np.einsum("ijj->ij", layer.dense())
+    begin = refitted(layer, pattern.keep(diagonal * start**2))
+    assert result.value <= layer.problem.value(begin) * (1 + 1e-6) + 1e-9 * layer.problem.zero_value()
+
+
+@each_pattern
+def test_from_the_optimum_the_answer_is_the_optimum(pattern):
+    problem = random_layer(5, 5, 8, 3, 1e4).problem
+    optimum, result = solve(problem, pattern, Exact()), solve(problem, pattern, IHT())
+    assert result.value > 1.01 * optimum.value
+    again = solve(problem, pattern, IHT(start=optimum.weight))
+    np.testing.assert_array_equal(again.mask, optimum.mask)
+    np.testing.assert_allclose(again.weight, optimum.weight, rtol=1e-6, atol=1e-8)
+
+
+@settings(max_examples=25)
+@given(seeds, factor_counts)
+def test_the_centre_is_the_usual_start(seed, n):
+    layer = random_layer(seed, 4, 8, n, 1e4)
+    units = np.geomspace(1e-3, 1e3, 8)
+    factors = None if layer.U is None else layer.U * units[:, None]
+    problem = Problem(layer.weight, RowHessian(layer.A * np.outer(units, units), factors))
+    for pattern in (Unstructured(0.5), NM(2, 4)):
+        usual = solve(problem, pattern, IHT(iterations=1))
+        np.testing.assert_array_equal(
+            solve(problem, pattern, IHT(iterations=1, start=layer.weight)).weight, usual.weight
+        )
+
+
+def test_the_start_may_be_of_any_kind_and_dtype(backend):
+    layer = random_layer(3, 5, 8, 3, 1e2)
+    problem = Problem(backend.array(layer.weight), RowHessian(backend.array(layer.A), backend.array(layer.U)))
+    start = backend.array(np.random.default_rng(0).normal(size=(5, 8)), "float32")
+    result = solve(problem, "2:4", IHT(start=start))
+    expected = solve(layer.problem, "2:4", IHT(start=backend.numpy(start)))
+    np.testing.assert_array_equal(backend.numpy(result.mask), expected.mask)
+
+
+def test_starts_that_cannot_be_are_refused():
+    problem = random_layer(3, 5, 8, 3, 1e2).problem
+    with pytest.raises(NotSupportedError, match="its start is 2 x 8, the layer 5 x 8"):
+        solve(problem, "2:4", IHT(start=np.ones((2, 8))))
+    with pytest.raises(ValueError, match="start holds NaN"):
+        IHT(start=np.full((5, 8), np.nan))
+    with pytest.raises(TypeError, match="start must be a NumPy"):
+        IHT(start=[[1.0]])

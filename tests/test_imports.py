@@ -12,13 +12,26 @@ import moonshot
 ROOT = Path(moonshot.__file__).parent
 HEAVY = {"torch", "cupy", "transformers", "datasets", "matplotlib"}
 
-CORE = {"linalg", "problem", "patterns", "objectives", "branching", "relaxation", "certificate", "solvers"}
+CORE = {
+    "linalg",
+    "problem",
+    "patterns",
+    "assembly",
+    "objectives",
+    "front",
+    "branching",
+    "relaxation",
+    "certificate",
+    "solvers",
+}
 # Each module or package of moonshot and which others it may import, in functions too.
 MAY_IMPORT = {
     "linalg": set(),
     "problem": {"linalg"},
     "patterns": {"linalg"},
-    "objectives": {"problem", "linalg"},
+    "assembly": {"problem", "linalg"},
+    "objectives": {"assembly", "problem", "linalg"},
+    "front": {"objectives", "assembly", "problem", "linalg"},
     "branching": {"problem", "linalg"},
     "relaxation": {"problem", "linalg"},
     "certificate": {"branching", "relaxation", "problem", "patterns", "linalg"},

@@ -382,3 +382,25 @@ def test_a_sum_is_no_term():
     for use in (lambda o: o.accumulate(None, Observation()), lambda o: o.quadratic(None, WEIGHT)):
         with pytest.raises(TypeError, match="must define accumulate and quadratic"):
             use(R + F)
+
+
+# grading
+
+
+@pytest.mark.parametrize(
+    "objective", [R, F, 0.5 * R + 0.2 * T + 0.3 * F, R + Pulled(), F + Pulled(factored=True)]
+)
+def test_the_sum_of_the_terms_is_the_value(objective):
+    problem = objective.problem(WEIGHT, **observed())
+    for V in (PRUNED, WEIGHT, 0 * WEIGHT):
+        value, losses = problem.graded(V)
+        assert value == pytest.approx(problem.value(V), rel=1e-9, abs=1e-12)
+        assert losses == [term.loss(V) for term in problem.terms]
+    assert problem.zero_value() == pytest.approx(problem.value(0 * WEIGHT), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_the_centre_of_terms_about_the_weight_is_the_weight(dtype):
+    seen = {name: torch.from_numpy(value).float() for name, value in observed().items()}
+    weight = torch.from_numpy(WEIGHT).to(dtype)
+    np.testing.assert_array_equal((R + F).problem(weight, **seen).centre, weight)

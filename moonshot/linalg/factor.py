@@ -104,6 +104,13 @@ def smallest_pivot(a: Array) -> float:
     return float(host[k, k] - row @ row)
 
 
+def unit_diagonal(a: Array) -> tuple[Array, Array]:
+    """`s = sqrt(diag A)`, (d,), and `A / (s s')`, (d, d), in the dtype of A."""
+    xp = namespace(a)
+    scale = xp.sqrt(xp.linalg.diagonal(a))
+    return scale, a / (scale[:, None] * scale[None, :])
+
+
 def eigenbasis(a: Array) -> tuple[Array, Array]:
     """Eigenvalues (d,) and eigenvectors (d, d) in columns of a symmetric matrix, in float64."""
     a = as_dtype(a, "float64")

@@ -18,10 +18,12 @@ from moonshot.linalg.factor import (
     capacitance,
     capacitance_solve,
     cholesky,
+    eigenbasis,
     inverse_factor,
+    unit_diagonal,
 )
 from moonshot.linalg.lowrank import combine, project
-from moonshot.linalg.products import half_product_by_factor
+from moonshot.linalg.products import half_product, half_product_by_factor
 
 _SYMMETRY = {"float32": 1e-4, "float64": 1e-9}  # largest |A - A'| accepted, relative to max |A|
 _REFINEMENTS = 10
@@ -93,6 +95,23 @@ class RowHessian:
     def inverse_factor(self) -> Array:
         """R (d, d), upper triangular, `A^-1 = R'R`, float64."""
         return inverse_factor(self.A)
+
+    def half_product(self, dtype: str, lanes: int) -> Array:
+        """`P_i = R U_i` in tiles of `lanes` rows, (tiles, d, n, lanes): see factor.half_product. Needs factors."""
+        return half_product(as_dtype(self.factors, dtype), as_dtype(self.inverse_factor, dtype), lanes)
+
+    def unit_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
+        """Eigenvalues (d,) and eigenvectors Q (d, d) of `D^-1/2 A D^-1/2`, D the diagonal of A, and `Q' D^-1/2 U_i`.
+
+        The eigenvalues ascend; the last, the factors in the eigenbasis, is (n, m, d), None without factors.
+        """
+        scale, unit = unit_diagonal(self.A)
+        values, vectors = (as_dtype(x, dtype) for x in eigenbasis(unit))
+        if self.factors is None:
+            return values, vectors, None
+        factors = as_dtype(self.factors, dtype) / as_dtype(scale, dtype)
+        n, m, d = factors.shape
+        return values, vectors, (factors.reshape(n * m, d) @ vectors).reshape(n, m, d)
 
     def matvec(self, V: Array) -> Array:
         """`H_i v_i` for every row of V (m, d)."""

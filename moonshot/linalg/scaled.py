@@ -4,15 +4,9 @@ import math
 from dataclasses import dataclass
 
 from moonshot.linalg.backend import Array, as_dtype, contiguous, dtype_name, namespace
+from moonshot.linalg.factor import unit_diagonal
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import combine, project
-
-
-def unit_diagonal(a: Array) -> tuple[Array, Array]:
-    """`s = sqrt(diag A)`, (d,), and `A / (s s')`, (d, d), in the dtype of A."""
-    xp = namespace(a)
-    scale = xp.sqrt(xp.linalg.diagonal(a))
-    return scale, a / (scale[:, None] * scale[None, :])
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from moonshot.linalg.backend import Array, as_dtype, namespace
-from moonshot.linalg.factor import capacitance_inverse, eigenbasis
+from moonshot.linalg.backend import Array, namespace
+from moonshot.linalg.factor import capacitance_inverse
 from moonshot.linalg.lowrank import correct
-from moonshot.linalg.scaled import ScaledQuadratic, unit_diagonal
+from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.patterns import Pattern
 from moonshot.problem import Problem, Status
 from moonshot.solvers.base import Answer
@@ -62,17 +62,11 @@ class ADMM:
         return None
 
     def init(self, problem: Problem) -> _State:
-        quadratic = ScaledQuadratic.of(problem.hessian, problem.centre)
-        values, basis = eigenbasis(unit_diagonal(problem.hessian.A)[1])
+        values, basis, rotated = problem.hessian.unit_eigenbasis(problem.dtype)
         if problem.dtype == "float32":  # which cannot tell smaller eigenvalues from zero
             xp = namespace(values)
             values = xp.maximum(values, xp.zeros_like(values) + 1e-7)
-        values, basis = as_dtype(values, problem.dtype), as_dtype(basis, problem.dtype)
-        rotated = None
-        if quadratic.factors is not None:
-            n, m, d = quadratic.factors.shape
-            rotated = (quadratic.factors.reshape(n * m, d) @ basis).reshape(n, m, d)
-        return _State(quadratic, values, basis, rotated)
+        return _State(ScaledQuadratic.of(problem.hessian, problem.centre), values, basis, rotated)
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         quadratic = state.quadratic

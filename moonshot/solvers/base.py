@@ -88,7 +88,7 @@ def solve(
     weight, mask = _checked(answer, problem, pattern, solver)
     returned = cast_like(weight, problem.weight)
     graded = native(returned)
-    value, zero_value = problem.value(graded), problem.zero_value()
+    (value, losses), zero_value = problem.graded(graded), problem.zero_value()
     if answer.start is not None:
         start_value = problem.value(native(cast_like(answer.start, problem.weight)))
         if value > start_value * (1 + 1e-3) + 1e-12 * zero_value:
@@ -109,7 +109,7 @@ def solve(
         mask=like(mask, problem.weight),
         value=value,
         relative=value / zero_value if zero_value > 0 else 0.0,
-        terms={term.name: term.loss(graded) for term in problem.terms},
+        terms={term.name: loss for term, loss in zip(problem.terms, losses, strict=True)},
         status=answer.status,
         seconds=seconds,
         solver=solver.name,

@@ -1,11 +1,11 @@
 """Iterative hard thresholding: gradient steps onto the pattern, each refitted before it is judged."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from moonshot.linalg.backend import Array, namespace
+from moonshot.linalg.backend import Array, as_dtype, namespace, native
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.patterns import NM, Pattern, Unstructured
-from moonshot.problem import Problem, Status
+from moonshot.problem import Problem, Status, check_weight
 from moonshot.solvers.base import Answer
 
 _FIRST, _LONGER, _SHORTER = 4.0, 1.25, 0.7  # the first step size, and its factors after success and failure
@@ -42,6 +42,8 @@ class IHT:
     the largest `D_ij c_ij^2`, refitted.
 
     iterations: the limit. steps: conjugate-gradient steps for each y. refits: those of a full refit, at most.
+    start: weights (m, d) whose largest `D_ij start_ij^2` are the start instead, as the answer for a neighbouring
+    weighting of the objective (docs/front.md); None for c.
 
     Status.CONVERGED says that every row has settled. A step with `tau <= 1 / L`, L the largest eigenvalue of
     `D_i^-1/2 H_i D_i^-1/2`, always lowers F, so a row settles for a tau of at least 0.7 / L.
@@ -53,15 +55,25 @@ class IHT:
     iterations: int = 100
     steps: int = 10
     refits: int = 100
+    start: Array | None = field(default=None, compare=False, repr=False)
 
     name = "IHT"
 
     def __post_init__(self) -> None:
-        for field in ("iterations", "steps", "refits"):
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
-                raise ValueError(f"{field} must be a positive integer, got {getattr(self, field)!r}")
+        for limit in ("iterations", "steps", "refits"):
+            if not isinstance(getattr(self, limit), int) or getattr(self, limit) < 1:
+                raise ValueError(f"{limit} must be a positive integer, got {getattr(self, limit)!r}")
+        if self.start is not None:
+            check_weight(self.start, "start")
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
+        if self.start is None:
+            return None
+        start = native(self.start, "start")
+        if tuple(start.shape) != problem.shape:
+            return f"its start is {' x '.join(map(str, start.shape))}, the layer {' x '.join(map(str, problem.shape))}"
+        if type(start) is not type(problem.centre):
+            return "its start is on another device than the layer: move it there"
         return None
 
     def init(self, problem: Problem) -> _State:
@@ -71,8 +83,11 @@ class IHT:
         problem, quadratic = state.problem, state.quadratic
         xp = namespace(quadratic.target)
         by_row = isinstance(pattern, NM) or (isinstance(pattern, Unstructured) and pattern.scope == "row")
-        started = pattern.keep(quadratic.diagonal() * quadratic.target**2)
-        start = xp.where(started, quadratic.target, xp.zeros_like(quadratic.target))
+        first = quadratic.target
+        if self.start is not None:
+            first = as_dtype(native(self.start, "start"), problem.dtype) * quadratic.scale
+        started = pattern.keep(quadratic.diagonal() * first**2)
+        start = xp.where(started, first, xp.zeros_like(first))
         start = quadratic.refit(start, started, self.refits)
         x, mask = xp.asarray(start, copy=True), xp.asarray(started, copy=True)
 

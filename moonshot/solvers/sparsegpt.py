@@ -5,7 +5,6 @@ from types import ModuleType
 from typing import Any
 
 from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, namespace, smallest, zeros_like_shape
-from moonshot.linalg.products import half_product
 from moonshot.patterns import NM, Pattern, Unstructured
 from moonshot.problem import Problem
 from moonshot.solvers.base import Answer
@@ -64,7 +63,7 @@ class SparseGPT:
         if hessian.factors is None:
             none = zeros_like_shape(weight, (-(-m // lanes), d, 0, lanes))
             return _State(kernels, weight, r, none, *kernels.gains(none))
-        p = half_product(as_dtype(hessian.factors, problem.dtype), r, lanes)
+        p = hessian.half_product(problem.dtype, lanes)
         return _State(kernels, weight, r, p, *kernels.gains(p))
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:

@@ -1,0 +1,69 @@
+"""Hessians that differ in the weights of their two parts only, on one set of factorisations."""
+
+from collections.abc import Callable
+from functools import cached_property
+from math import inf, sqrt
+from typing import Any
+
+from moonshot.linalg.backend import Array
+from moonshot.linalg.hessian import RowHessian
+
+
+class WeightedHessians:
+    """`a A + b U_i U_i'` for any a > 0 and b >= 0, of the A and U of one Hessian.
+
+    With `A^-1 = R'R`, Q the eigenvectors of A at a unit diagonal and D that diagonal, they have
+
+        R / sqrt(a)      sqrt(b / a) R U_i      Q      sqrt(b / a) Q' D^-1/2 U_i
+
+    in place of R, R U_i, Q and Q' D^-1/2 U_i, which are found when the first of them needs them and kept as long as
+    this object or any of them lives. Memory: what a solver derives from the factors, once more.
+    """
+
+    def __init__(self, hessian: RowHessian):
+        self.hessian = hessian
+        self._kept: dict[tuple, Any] = {}
+
+    def weighted(self, shared: float, factors: float) -> RowHessian:
+        """`shared A + factors U_i U_i'`. ValueError for weights that are not finite, or give no definite Hessian."""
+        if not 0 < shared < inf:
+            raise ValueError(f"the weight of the shared matrix must be positive, got {shared!r}")
+        if not 0 <= factors < inf:
+            raise ValueError(f"the weight of the factors must be 0 or more, got {factors!r}")
+        return _Weighted(self, shared, factors)
+
+    def half_product(self, dtype: str, lanes: int) -> Array:
+        return self._once(("half product", dtype, lanes), lambda: self.hessian.half_product(dtype, lanes))
+
+    def unit_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
+        return self._once(("unit eigenbasis", dtype), lambda: self.hessian.unit_eigenbasis(dtype))
+
+    def _once(self, key: tuple, compute: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
+
+
+class _Weighted(RowHessian):
+    """A Hessian that takes its factorisations from those of its kind."""
+
+    def __init__(self, common: WeightedHessians, shared: float, factors: float):
+        hessian = common.hessian  # whose arrays have been checked
+        self.A, self._kind = hessian.A * shared, hessian._kind
+        self.factors = None
+        if hessian.factors is not None and factors > 0:
+            self.factors = hessian.factors * sqrt(factors)
+        self._common, self._shared, self._ratio = common, shared, sqrt(factors) / sqrt(shared)
+
+    @cached_property
+    def inverse_factor(self) -> Array:
+        return self._common.hessian.inverse_factor / sqrt(self._shared)
+
+    def half_product(self, dtype: str, lanes: int) -> Array:
+        return self._common.half_product(dtype, lanes) * self._ratio
+
+    def unit_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
+        values, vectors, rotated = self._common.unit_eigenbasis(dtype)
+        if rotated is None or self.factors is None:
+            return values, vectors, None
+        return values, vectors, rotated * self._ratio
