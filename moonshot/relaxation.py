@@ -6,7 +6,7 @@ from functools import partial
 from moonshot.linalg.backend import Array, as_dtype, contiguous, namespace, native, smallest
 from moonshot.linalg.factor import capacitance_inverse
 from moonshot.linalg.hessian import RowHessian
-from moonshot.linalg.lowrank import combine, correct, project
+from moonshot.linalg.lowrank import apply, correct
 from moonshot.linalg.minorant import first_minorant, proven_minorant, raised_minorant
 from moonshot.linalg.products import half_product_by_factor
 from moonshot.problem import Problem
@@ -150,7 +150,7 @@ def _certified(problem: Problem, size: int, zeros: int, p: Array, d: Array) -> f
     xp = namespace(c)
     a, size_of_a = p @ hessian.A - (1 + _RESERVE) * d * p, abs(p) @ abs(hessian.A) + d * abs(p)
     if hessian.factors is not None:
-        a = a + combine(hessian.factors, project(hessian.factors, p))
+        a = a + apply(hessian.factors, p)
         for u in hessian.factors:
             u = abs(as_dtype(u, "float64"))
             size_of_a = size_of_a + u * xp.sum(u * abs(p), axis=1)[:, None]

@@ -24,6 +24,7 @@ def test_products(backend, dtype, tolerance):
     expected = {
         lowrank.project: ((FACTORS, X), np.einsum("kij,ij->ki", FACTORS, X)),
         lowrank.combine: ((FACTORS, COEFFICIENTS), np.einsum("kij,ki->ij", FACTORS, COEFFICIENTS)),
+        lowrank.apply: ((FACTORS, X), np.einsum("kij,kil,il->ij", FACTORS, FACTORS, X)),
     }
     for function, (arguments, value) in expected.items():
         result = computed(backend, function, *arguments, dtype=dtype)
@@ -35,3 +36,14 @@ def test_the_woodbury_correction(backend):
     expected = X - WEIGHTS * np.einsum("kij,ikl,lin,in->ij", FACTORS, INVERSES, FACTORS, X)
     result = computed(backend, lowrank.correct, X, FACTORS, WEIGHTS, INVERSES)
     np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_coefficients_are_refreshed_in_place(backend):
+    projected = np.einsum("kij,ij->ki", FACTORS, X)
+    expected = COEFFICIENTS.T + np.einsum("ikl,li->ik", INVERSES, projected - COEFFICIENTS)
+    arrays = [backend.array(array) for array in (FACTORS, X, INVERSES, COEFFICIENTS.T.copy())]
+    if backend.name != "torch-cpu":
+        arrays = [native(array) for array in arrays]
+    pull = lowrank.refresh(*arrays)
+    np.testing.assert_allclose(backend.numpy(arrays[3]), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(backend.numpy(pull), np.einsum("kij,ik->ij", FACTORS, expected), atol=1e-11)

@@ -22,7 +22,7 @@ from moonshot.linalg.factor import (
     inverse_factor,
     unit_diagonal,
 )
-from moonshot.linalg.lowrank import combine, project
+from moonshot.linalg.lowrank import apply, project
 from moonshot.linalg.products import half_product, half_product_by_factor
 
 _SYMMETRY = {"float32": 1e-4, "float64": 1e-9}  # largest |A - A'| accepted, relative to max |A|
@@ -223,7 +223,7 @@ class RowHessian:
         product = v @ self.A
         if self.factors is not None:
             factors = self.factors
-            product = product + combine(factors, project(factors, v))
+            product = product + apply(factors, v)
         return product
 
     def _half_product(self) -> tuple[Array, Array]:

@@ -60,6 +60,41 @@ def combine(factors, coefficients):
     return out
 
 
+@njit(fastmath=FAST, inline="always")
+def _dot(a, b):
+    total = b.dtype.type(0)
+    for j in range(len(b)):
+        total += a[j] * b[j]
+    return total
+
+
+@kernel
+def apply(factors, x):
+    n, m, d = factors.shape
+    out = np.zeros((m, d), x.dtype)
+    for i in prange(m):
+        for k in range(n):
+            coefficient = _dot(factors[k, i], x[i])
+            for j in range(d):
+                out[i, j] += factors[k, i, j] * coefficient
+    return out
+
+
+@kernel
+def refresh(factors, x, inverses, coefficients):
+    n, m, d = factors.shape
+    out = np.zeros((m, d), x.dtype)
+    for i in prange(m):
+        change = np.empty(n, x.dtype)
+        for k in range(n):
+            change[k] = _dot(factors[k, i], x[i]) - coefficients[i, k]
+        for k in range(n):
+            coefficients[i, k] += _dot(inverses[i, k], change)
+            for j in range(d):
+                out[i, j] += factors[k, i, j] * coefficients[i, k]
+    return out
+
+
 @kernel
 def capacitance(p, weights):
     n, m, d = p.shape

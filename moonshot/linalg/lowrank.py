@@ -1,4 +1,4 @@
-"""Products with every row's factors: `U_i' x_i` and `U_i c_i`, for factors stored (n, m, d)."""
+"""Products with every row's factors: `U_i' x_i`, `U_i c_i` and both, for factors stored (n, m, d)."""
 
 from moonshot.linalg.backend import Array, is_numpy, namespace
 
@@ -23,6 +23,30 @@ def combine(factors: Array, coefficients: Array) -> Array:
     for u, c in zip(factors[1:], coefficients[1:], strict=True):
         product = product + u * c[:, None]
     return product
+
+
+def apply(factors: Array, x: Array) -> Array:
+    """`U_i U_i' x_i` for every row, (m, d), in the dtype of x; x: (m, d)."""
+    if is_numpy(factors):
+        from moonshot.linalg import kernels_cpu
+
+        return kernels_cpu.apply(factors, x)
+    return combine(factors, project(factors, x))
+
+
+def refresh(factors: Array, x: Array, inverses: Array, coefficients: Array) -> Array:
+    """Add `C_i^-1 (U_i' x_i - c_i)` to the coefficients c_i, (m, n), in place; returns `U_i c_i`, (m, d).
+
+    x: (m, d); inverses: (m, n, n), of the capacitance matrices C_i.
+    """
+    if is_numpy(factors):
+        from moonshot.linalg import kernels_cpu
+
+        return kernels_cpu.refresh(factors, x, inverses, coefficients)
+    xp = namespace(x)
+    change = xp.permute_dims(project(factors, x), (1, 0)) - coefficients
+    coefficients += (inverses @ change[:, :, None])[:, :, 0]
+    return combine(factors, xp.permute_dims(coefficients, (1, 0)))
 
 
 def correct(y: Array, factors: Array, weights: Array, inverses: Array) -> Array:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from moonshot.linalg.backend import Array, as_dtype, contiguous, dtype_name, namespace
 from moonshot.linalg.factor import unit_diagonal
 from moonshot.linalg.hessian import RowHessian
-from moonshot.linalg.lowrank import combine, project
+from moonshot.linalg.lowrank import apply
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ScaledQuadratic:
         factors = None
         if hessian.factors is not None:
             factors = as_dtype(hessian.factors, dtype_name(centre)) / roots
-            pull = pull + combine(factors, project(factors, target))
+            pull = pull + apply(factors, target)
         return cls(scale, target, pull, shared, factors)
 
     def rows(self, rows: Array) -> "ScaledQuadratic":
@@ -46,7 +46,7 @@ class ScaledQuadratic:
         """`H_i x_i` for every row, (m, d)."""
         product = x @ self.shared
         if self.factors is not None:
-            product = product + combine(self.factors, project(self.factors, x))
+            product = product + apply(self.factors, x)
         return product
 
     def diagonal(self) -> Array:
@@ -64,7 +64,8 @@ class ScaledQuadratic:
     def refit(self, x: Array, mask: Array, steps: int) -> Array:
         """Minimise over the support of each row, by conjugate gradients from x, which is zero outside the mask.
 
-        A row ends when its residual is small against its first, or is rounding.
+        A row ends when a step gains less than eps of its loss, or when its residual is small against its first, or is
+        rounding.
         """
         xp = namespace(x)
         keep = xp.astype(mask, x.dtype)
@@ -74,6 +75,7 @@ class ScaledQuadratic:
         rho = xp.sum(residual * direction, axis=1)
         eps = xp.finfo(x.dtype).eps
         tiny = eps**1.5 * rho + eps**2 * xp.sum(self.pull**2 * precondition, axis=1)
+        loss = xp.sum((self.target - x) * self.pull - x * residual, axis=1)
         for _ in range(steps):
             if not bool(xp.any(rho > tiny)):
                 break
@@ -87,5 +89,7 @@ class ScaledQuadratic:
             following = xp.sum(residual * conditioned, axis=1)
             ratio = xp.where(active, following / xp.where(active, rho, xp.ones_like(rho)), 0 * rho)
             direction = conditioned + ratio[:, None] * direction
-            rho = xp.where(active, following, 0 * rho)
+            gain = step * rho
+            loss = loss - gain
+            rho = xp.where(active & (gain > eps * loss), following, 0 * rho)
         return x

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from moonshot.linalg.backend import Array, namespace
-from moonshot.linalg.factor import capacitance_inverse
-from moonshot.linalg.lowrank import correct
 from moonshot.linalg.scaled import ScaledQuadratic
+from moonshot.linalg.shifted import ShiftedInverse
 from moonshot.patterns import Pattern
 from moonshot.problem import Problem, Status
 from moonshot.solvers.base import Answer
@@ -44,7 +43,7 @@ class ADMM:
     rho: float = 0.5
     growth: float = 1.1
     iterations: int = 300
-    patience: int = 2
+    patience: int = 1
     refits: int = 100
 
     name = "ADMM"
@@ -76,14 +75,15 @@ class ADMM:
         start = xp.where(mask, target, xp.zeros_like(target))
         z, dual = start, xp.zeros_like(start)
         rho = self.rho * float(state.eigenvalues[len(state.eigenvalues) // 2])
-        inverse = _shifted_inverse(state, rho)
+        inverse = ShiftedInverse(state.eigenvalues, state.basis, state.rotated, quadratic.factors)
+        inverse.shift(rho)
         checked, calm, status = mask, 0, Status.ITERATION_LIMIT
         done = 0
         for done in range(1, self.iterations + 1):
-            x = inverse(quadratic.pull - dual + rho * z)
-            moved = x + dual / rho
+            moved = inverse.solve(quadratic.pull - dual + rho * z)
+            moved += dual / rho
             mask = pattern.keep(abs(moved))
-            z = xp.where(mask, moved, xp.zeros_like(moved))
+            z = moved * mask
             dual = rho * (moved - z)
             if done % 3:
                 continue
@@ -93,19 +93,8 @@ class ADMM:
                 status = Status.CONVERGED
                 break
             rho *= self.growth
-            inverse = _shifted_inverse(state, rho)
+            inverse.shift(rho)
         weight = quadratic.refit(z, mask, self.refits)
         if quadratic.loss(start) < quadratic.loss(weight):  # never worse than where it started
             weight, mask = quadratic.refit(start, started, self.refits), started
         return Answer(weight / quadratic.scale, mask, status, done, start=start / quadratic.scale)
-
-
-def _shifted_inverse(state: _State, rho: float):
-    """The map B -> (H_i + rho I)^-1 b_i, by Woodbury in the eigenbasis of the shared part."""
-    shrink = 1 / (state.eigenvalues + rho)
-    basis, rotated = state.basis, state.rotated
-    if rotated is None:
-        dense = (basis * shrink) @ basis.T
-        return lambda b: b @ dense
-    inverses = capacitance_inverse(rotated, shrink)
-    return lambda b: correct((b @ basis) * shrink, rotated, shrink, inverses) @ basis.T

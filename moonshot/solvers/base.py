@@ -90,10 +90,12 @@ def solve(
     graded = native(returned)
     (value, losses), zero_value = problem.graded(graded), problem.zero_value()
     if answer.start is not None:
-        start_value = problem.value(native(cast_like(answer.start, problem.weight)))
-        if value > start_value * (1 + 1e-3) + 1e-12 * zero_value:
+        start_value = problem.value(answer.start)
+        rounded = bool(namespace(weight).any(graded != weight))
+        reached = problem.value(weight) if rounded else value
+        if reached > start_value * (1 + 1e-3) + 1e-12 * zero_value:
             raise SolverError(
-                f"{solver.name} ended at {value:.6g}, worse than the {start_value:.6g} it started from: "
+                f"{solver.name} ended at {reached:.6g}, worse than the {start_value:.6g} it started from: "
                 "please report this with the problem"
             )
     if answer.bound is not None and not answer.bound <= value + 1e-8 * abs(value) + 1e-12 * zero_value:

@@ -20,7 +20,7 @@ from moonshot.linalg.backend import (
 from moonshot.linalg.factor import NotPositiveDefiniteError, inverse_factor
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.kernels_obs_batched import LOST
-from moonshot.linalg.lowrank import combine, project
+from moonshot.linalg.lowrank import apply
 from moonshot.patterns import NM, Pattern, Unstructured
 from moonshot.problem import Problem
 from moonshot.solvers.base import Answer
@@ -197,7 +197,7 @@ def _refit(state: _State, keep: Array) -> Array:
     y, pivots = state.kernels.solve_restricted(state.inverse, state.columns, -1.0, centre, ~keep & few[:, None])
     weight = centre - y @ state.inverse
     if len(state.columns):
-        weight = weight + combine(state.columns, project(state.columns, y))
+        weight = weight + apply(state.columns, y)
     few = few & (pivots > LOST)
     if not bool(xp.all(few)):
         pull = native(state.hessian.matvec(centre))
