@@ -92,9 +92,11 @@ def total_factors(terms: list[Term]) -> Array | None:
 
 def mean_diagonal(shared: Array, factors: Array | None) -> float:
     """Of the H_i of all rows."""
-    mean = float(namespace(shared).mean(namespace(shared).linalg.diagonal(shared)))
+    xp = namespace(shared)
+    mean = float(xp.mean(xp.linalg.diagonal(shared)))
     if factors is not None:
-        mean += float(namespace(factors).sum(factors**2)) / (factors.shape[0] * shared.shape[0])
+        squares = sum(float(xp.sum(factors[:, :, k] ** 2)) for k in range(factors.shape[2]))
+        mean += squares / (factors.shape[0] * shared.shape[0])
     return mean
 
 

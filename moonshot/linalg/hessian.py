@@ -59,7 +59,7 @@ class RowHessian:
             )
         shared = as_dtype(shared, "float64")
         self.A = (shared + shared.T) / 2 if asymmetry else shared
-        self.factors: Array | None = None  # (n, m, d)
+        self._factors: Array | None = None
         if U is not None:
             factors = native(U, "U")
             if factors.ndim != 3 or factors.shape[1] != self.columns:
@@ -73,8 +73,13 @@ class RowHessian:
             if factors.shape[2] > 0:
                 if type(factors) is not type(self.A):
                     raise TypeError("A and U must be on the same device")
-                self.factors = contiguous(namespace(factors).permute_dims(factors, (2, 0, 1)))
+                self._factors = contiguous(namespace(factors).permute_dims(factors, (2, 0, 1)))
         self._kind = A[:0]
+
+    @property
+    def factors(self) -> Array | None:
+        """The U_i' stacked by factor, (n, m, d)."""
+        return self._factors
 
     @property
     def columns(self) -> int:

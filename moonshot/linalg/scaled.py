@@ -51,10 +51,8 @@ class ScaledQuadratic:
 
     def diagonal(self) -> Array:
         """Diagonals of the H_i: (m, d), or (1, d) where all rows share them."""
-        xp = namespace(self.scale)
-        if self.factors is None:
-            return xp.ones_like(self.scale)[None, :]
-        return 1 + xp.sum(self.factors**2, axis=0)
+        ones = namespace(self.scale).ones_like(self.scale)[None, :]
+        return ones if self.factors is None else sum((u * u for u in self.factors), start=ones)
 
     def loss(self, x: Array) -> float:
         """The quadratic at x (m, d)."""

@@ -50,10 +50,21 @@ class _Weighted(RowHessian):
     def __init__(self, common: WeightedHessians, shared: float, factors: float):
         hessian = common.hessian  # whose arrays have been checked
         self.A, self._kind = hessian.A * shared, hessian._kind
-        self.factors = None
-        if hessian.factors is not None and factors > 0:
-            self.factors = hessian.factors * sqrt(factors)
-        self._common, self._shared, self._ratio = common, shared, sqrt(factors) / sqrt(shared)
+        self._common, self._shared, self._root = common, shared, sqrt(factors)
+        self._ratio = self._root / sqrt(shared)
+
+    @cached_property
+    def factors(self) -> Array | None:
+        factors = self._common.hessian.factors
+        return None if factors is None or not self._root else factors * self._root
+
+    @property
+    def rows(self) -> int | None:
+        return self._common.hessian.rows if self._root else None
+
+    @property
+    def rank(self) -> int:
+        return self._common.hessian.rank if self._root else 0
 
     @cached_property
     def inverse_factor(self) -> Array:
@@ -64,6 +75,6 @@ class _Weighted(RowHessian):
 
     def unit_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
         values, vectors, rotated = self._common.unit_eigenbasis(dtype)
-        if rotated is None or self.factors is None:
+        if rotated is None or not self._root:
             return values, vectors, None
         return values, vectors, rotated * self._ratio

@@ -60,7 +60,7 @@ class SparseGPT:
         r = as_dtype(hessian.inverse_factor, problem.dtype)
         d, m = weight.shape
         lanes = kernels.lanes(m)
-        if hessian.factors is None:
+        if hessian.rank == 0:
             none = zeros_like_shape(weight, (-(-m // lanes), d, 0, lanes))
             return _State(kernels, weight, r, none, *kernels.gains(none))
         p = hessian.half_product(problem.dtype, lanes)
