@@ -7,7 +7,7 @@ from numbers import Real
 from moonshot.linalg.backend import Array, as_dtype, eye_like, namespace, native
 from moonshot.linalg.factor import NotPositiveDefiniteError, eigenbasis
 from moonshot.linalg.hessian import RowHessian
-from moonshot.problem import Problem, Term, quadratic_loss
+from moonshot.problem import Deviation, Problem, Term
 
 _DAMPING_STEPS = 6
 
@@ -32,16 +32,22 @@ def check_fraction(dampening_frac: float) -> float:
     return float(dampening_frac)
 
 
-def normalised(name: str, share: float, quadratic: Quadratic, weight: Array) -> Term:
-    """The term in units of its own loss at zero; its factors carry sqrt(share / q(0)) from here on."""
+def normalised(name: str, share: float, quadratic: Quadratic, weight: Array, zero: Deviation) -> Term:
+    """The term in units of its own loss at zero; its factors carry sqrt(share / q(0)) from here on.
+
+    zero: how far zero is from the weight.
+    """
     m, d = weight.shape
     shared, factors = quadratic.shared, quadratic.factors
     if shared is not None and tuple(shared.shape) != (d, d):
         raise ValueError(f"{name}: inputs have {shared.shape[0]} columns, the weight has {d}")
     if factors is not None and tuple(factors.shape[:2]) != (m, d):
         raise ValueError(f"{name}: factors must be (m, d, n) with (m, d) = {(m, d)}")
-    centre = weight if quadratic.centre is None else native(quadratic.centre, "centre")
-    at_zero = quadratic_loss(-centre, shared, factors)
+    centre = weight
+    if quadratic.centre is not None:
+        centre = native(quadratic.centre, "centre")
+        zero = Deviation(-centre)
+    at_zero = zero.loss(shared, factors)
     scale = 1 / at_zero if at_zero > 0 else 0.0  # a term that is zero everywhere says nothing
     at_zero *= quadratic.coefficient
     if factors is not None:

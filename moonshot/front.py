@@ -15,7 +15,7 @@ from moonshot.assembly import (
 from moonshot.linalg.backend import Array
 from moonshot.linalg.weighted import WeightedHessians
 from moonshot.objectives import Objective, Observation
-from moonshot.problem import Problem, check_weight
+from moonshot.problem import Deviation, Problem, check_weight
 
 _ROUNDING = 1e-9  # how far apart ratios may be that are meant to be equal
 
@@ -62,7 +62,10 @@ def front(
                 "Reconstruction a small weight, or make its problem with objective.problem(...)"
             )
 
-    terms = {term: normalised(term.name, factor_ratio.get(term, 1.0), q, w) for term, q in quadratics.items()}
+    zero = Deviation(-w)
+    terms = {
+        term: normalised(term.name, factor_ratio.get(term, 1.0), q, w, zero) for term, q in quadratics.items()
+    }
     shared = total_shared([replace(terms[term], weight=part) for term, part in ratio.items()], w)
     factors = total_factors([terms[term] for term in factor_ratio])
     hessian, damping, ridge = damped(shared, factors, fraction, mean_diagonal(shared, None))

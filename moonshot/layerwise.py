@@ -61,7 +61,8 @@ def problems(
 
     Whatever is assigned to a layer before the next one is asked for is what later layers' inputs come from;
     gradients are those of the model as it was. A segment is in float32 while its layers are given out, so close the
-    generator where it is not run to its end (contextlib.closing). A problem's weight has the model's dtype.
+    generator where it is not run to its end (contextlib.closing). A problem's weight has the model's dtype. It can be
+    large: let go of it before asking for the next.
     """
     dtype = next(model.parameters()).dtype
     wanted = set(names)
@@ -75,8 +76,12 @@ def problems(
             statistics = LayerStatistics(views, objective, recipe.factors, signs, cut.routed)
             replay.observe(index, statistics)
             for name, view in views.items():
-                problem = _problem(name, view, dtype, statistics.pop(name), objective, recipe.dampening_frac)
-                yield LayerProblem(name, view, problem, statistics.tokens[name])
+                yield LayerProblem(  # held by nobody here
+                    name,
+                    view,
+                    _problem(name, view, dtype, statistics.pop(name), objective, recipe.dampening_frac),
+                    statistics.tokens[name],
+                )
             replay.advance(index)
 
 

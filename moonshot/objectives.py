@@ -21,8 +21,8 @@ from moonshot.assembly import (
     total_factors,
     total_shared,
 )
-from moonshot.linalg.backend import Array, all_finite, as_dtype, namespace, native
-from moonshot.problem import Problem, check_weight
+from moonshot.linalg.backend import Array, all_finite, namespace, native
+from moonshot.problem import Deviation, Problem, check_weight
 
 OBSERVATIONS = ("inputs", "output_gradients", "gradients")
 
@@ -149,8 +149,9 @@ class Objective:
     def _from_quadratics(self, weight: Array, quadratics: list[Quadratic], dampening_frac: float) -> Problem:
         fraction = check_fraction(dampening_frac)
         w = check_weight(weight)
+        zero = Deviation(-w)
         terms = [
-            normalised(term.name, share, quadratic, w)
+            normalised(term.name, share, quadratic, w, zero)
             for (share, term), quadratic in zip(self.weighted_terms, quadratics, strict=True)
         ]
         shared, factors = total_shared(terms, w), total_factors(terms)
@@ -262,7 +263,7 @@ def _summands(objective: Objective) -> tuple[tuple[float, Objective], ...]:
 
 
 def _gram(x: Array) -> Array:
-    return as_dtype(x.T @ x, "float64")  # NumPy computes one triangle
+    return x.T @ x  # symmetric, of which NumPy computes one triangle
 
 
 def _add(statistic: Array | None, update: Array) -> Array:
@@ -270,4 +271,7 @@ def _add(statistic: Array | None, update: Array) -> Array:
         raise ValueError(
             f"a batch has {update.shape[0]} inputs to the layer, the ones before had {statistic.shape[0]}"
         )
-    return update if statistic is None else statistic + update
+    if statistic is None:
+        return update
+    statistic += update
+    return statistic

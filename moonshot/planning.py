@@ -183,7 +183,7 @@ def _grams(block: list[Layer], objective: Objective) -> list[tuple[int, int]]:
 
 def _solving(block: list[Layer], objective: Objective, rank: int) -> int:
     """Bytes of a block's statistics, and of one layer's problem and solver while later layers' gradients wait."""
-    statistics = sum(8 * d * d * matrices for d, matrices in _grams(block, objective))
+    statistics = sum(4 * d * d * matrices for d, matrices in _grams(block, objective))
     gradients = [4 * rank * m * d for m, d, _ in block]
     peaks = [
         sum(gradients[k:]) + (_FACTORS - 1) * gradients[k] + 8 * d * d * _SHARED + 4 * m * d * _WEIGHTS

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
-from moonshot.linalg.backend import Array, all_finite, as_dtype, dtype_name, namespace, native
+from moonshot.linalg.backend import Array, all_finite, as_dtype, contiguous, dtype_name, namespace, native
 from moonshot.linalg.hessian import RowHessian
+from moonshot.linalg.lowrank import project
 
 
 class Status(str, Enum):
@@ -40,20 +41,32 @@ class Term:
 
     def loss(self, V: Array) -> float:
         """`q_t(V) / q_t(0)` in float64; V: (m, d), computed on as it is (see backend.native)."""
-        return self.coefficient * quadratic_loss(V - self.centre, self.shared, self.factors)
+        return self.coefficient * Deviation(V - self.centre).loss(self.shared, self.factors)
 
 
-def quadratic_loss(difference: Array, shared: Array | None, factors: Array | None) -> float:
-    """`sum_i x_i' (shared + F_i F_i') x_i` in float64; difference: (m, d), factors: (m, d, n)."""
-    x = as_dtype(difference, "float64")
-    xp = namespace(x)
-    loss = 0.0
-    if shared is not None:
-        loss += float(xp.sum((x @ as_dtype(shared, "float64")) * x))
-    if factors is not None:
-        for k in range(factors.shape[2]):
-            loss += float(xp.sum(xp.sum(factors[:, :, k] * x, axis=1) ** 2))
-    return max(loss, 0.0)
+class Deviation:
+    """How far a weight is from a centre, X (m, d), and what quadratic forms say to that, in float64."""
+
+    def __init__(self, difference: Array):
+        self._x = as_dtype(difference, "float64")
+
+    @cached_property
+    def _gram(self) -> Array:
+        return self._x.T @ self._x
+
+    def loss(self, shared: Array | None, factors: Array | None) -> float:
+        """`sum_i x_i' (S + F_i F_i') x_i`, S: (d, d), F: (m, d, n), either None for none.
+
+        The first part is the inner product of S and `X'X`, which is symmetric, for half the work, and serves every S.
+        """
+        xp = namespace(self._x)
+        loss = 0.0
+        if shared is not None:
+            loss += float(xp.tensordot(as_dtype(shared, "float64"), self._gram, axes=2))
+        if factors is not None:
+            by_factor = contiguous(xp.permute_dims(factors, (2, 0, 1)))
+            loss += float(xp.sum(project(by_factor, self._x) ** 2))
+        return max(loss, 0.0)
 
 
 class Problem:
@@ -125,7 +138,12 @@ class Problem:
     def graded(self, V: Array) -> tuple[float, list[float]]:
         """F(V) and the loss of each term, in float64, with no product more than the losses take."""
         v = native(V, "V")
-        losses = [term.loss(v) for term in self.terms]
+        centres = {id(term.centre): term.centre for term in self.terms}
+        deviations = {key: Deviation(v - centre) for key, centre in centres.items()}
+        losses = [
+            term.coefficient * deviations[id(term.centre)].loss(term.shared, term.factors)
+            for term in self.terms
+        ]
         return (self.value(v) if self.ridge is None else self._sum_of_terms(v, losses)), losses
 
     def _sum_of_terms(self, v: Array, losses: list[float]) -> float:

@@ -187,25 +187,34 @@ def _prune_layers(
     """Solve every layer's problem and assign the answer; {layer name: report}."""
     reports = {}
     with closing(layers):
-        for name, view, problem, tokens in layers:
-            with in_layer(name):
-                result = solve(problem, patterns[name], solver, bound=bound)
-            view.assign(result.weight.reshape(view.groups, *view.shape))
-            reports[name] = LayerReport(
-                name=name,
-                shape=problem_shape(view),
-                pattern=result.pattern,
-                sparsity=result.sparsity,
-                relative=result.relative,
-                terms=result.terms,
-                damping=problem.damping,
-                status=str(result.status),
-                seconds=result.seconds,
-                gap=result.gap,
-                note=_note(tokens, view.shape[1]) if routed else "",
-            )
-            advance(reports[name])
+        for layer in layers:
+            report = _prune_layer(layer, patterns[layer.name], solver, bound, routed)
+            del layer  # its problem's memory, before the next one takes as much
+            reports[report.name] = report
+            advance(report)
     return reports
+
+
+def _prune_layer(
+    layer: LayerProblem, pattern: Pattern, solver: Solver, bound: bool, routed: bool
+) -> LayerReport:
+    name, view, problem, tokens = layer
+    with in_layer(name):
+        result = solve(problem, pattern, solver, bound=bound)
+    view.assign(result.weight.reshape(view.groups, *view.shape))
+    return LayerReport(
+        name=name,
+        shape=problem_shape(view),
+        pattern=result.pattern,
+        sparsity=result.sparsity,
+        relative=result.relative,
+        terms=result.terms,
+        damping=problem.damping,
+        status=str(result.status),
+        seconds=result.seconds,
+        gap=result.gap,
+        note=_note(tokens, view.shape[1]) if routed else "",
+    )
 
 
 def _note(tokens: int, inputs: int) -> str:

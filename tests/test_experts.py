@@ -208,11 +208,11 @@ def test_statistics_are_those_of_a_loop_over_samples_tokens_and_experts(
                 continue
             assert all(read[layer] == count for layer in layers)
             terms = list(zip(*(found[layer] for layer in layers), strict=True))
-            torch.testing.assert_close(terms[0][0], gram, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(terms[0][0].double(), gram, rtol=1e-4, atol=1e-5)
             gathered = torch.cat([factors.expand(samples, -1, -1) for factors in terms[1]], dim=1)
             torch.testing.assert_close(gathered, gradients, rtol=1e-3, atol=1e-5)
             if len(layers) == 1:  # gate and up have half of the outputs each
-                torch.testing.assert_close(terms[2][0], weighted, rtol=1e-3, atol=1e-6)
+                torch.testing.assert_close(terms[2][0].double(), weighted, rtol=1e-3, atol=1e-6)
 
 
 def test_gradients_go_with_the_inputs_of_the_dense_model():
@@ -228,9 +228,9 @@ def test_gradients_go_with_the_inputs_of_the_dense_model():
     )
     popped = [list(map(torch.as_tensor, statistics.pop(name)[0])) for name in ("e", "other")]
     (gram, factors, weighted), (none, *rest) = popped
-    torch.testing.assert_close(gram, (x.T @ x).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gram, x.T @ x, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(factors[0], deltas.T @ dense)
-    expected = (dense.T * deltas.square().mean(1) @ dense).double()
+    expected = dense.T * deltas.square().mean(1) @ dense
     torch.testing.assert_close(weighted, expected, rtol=1e-5, atol=1e-5)
     assert not none.any() and statistics.tokens == {"e": 3, "other": 0}
     for found, expected in zip(rest, (factors, weighted), strict=True):

@@ -10,7 +10,7 @@ import torch
 
 from moonshot.linalg import NotPositiveDefiniteError
 from moonshot.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
-from moonshot.problem import quadratic_loss
+from moonshot.problem import Deviation
 
 R, F, T = Reconstruction(), Fisher(), TokenFisher()
 M, D, TOKENS, SAMPLES = 3, 6, 20, 4
@@ -175,7 +175,7 @@ def test_the_problem_is_as_written(objective, fraction):
 @pytest.mark.parametrize("term", [R, F, T], ids=lambda t: t.name)
 def test_a_term_is_in_the_units_of_its_definition(term):
     quadratic = term.quadratic(term.accumulate(None, Observation(**observed())), WEIGHT)
-    loss = quadratic.coefficient * quadratic_loss(PRUNED - WEIGHT, quadratic.shared, quadratic.factors)
+    loss = quadratic.coefficient * Deviation(PRUNED - WEIGHT).loss(quadratic.shared, quadratic.factors)
     assert loss == pytest.approx(losses(observed(), PRUNED)[term.name], rel=1e-10)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from moonshot.checks.faults import Faults, Unchanged, is_instance
 from moonshot.objectives import OBSERVATIONS, Objective, Observation, Quadratic
-from moonshot.problem import quadratic_loss
+from moonshot.problem import Deviation
 
 _M, _D, _TOKENS, _SAMPLES = 3, 6, 40, 8
 _ROUNDING = 1e-6
@@ -175,7 +175,7 @@ class _Check:
 
     def _value(self, quadratic: Quadratic, V: np.ndarray) -> float:
         centre = self.weight if quadratic.centre is None else quadratic.centre
-        return quadratic.coefficient * quadratic_loss(V - centre, quadratic.shared, quadratic.factors)
+        return quadratic.coefficient * Deviation(V - centre).loss(quadratic.shared, quadratic.factors)
 
 
 def _first(array: np.ndarray) -> np.ndarray:
