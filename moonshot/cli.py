@@ -133,12 +133,14 @@ def prune(
         judge = pruning.DEFAULT_OBJECTIVE if terms == "auto" else terms
         scratch = _scratch(opened, calibration, judge, _solver(solver), targets, ignore or (), factors)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("gradients", total=None)
 
             def advance(what: str, total: int) -> None:
                 opened.release()
                 progress.update(task, description=what, total=total, advance=1)
+                if not console.is_terminal:  # where a log is all there is, a line for each step
+                    console.print(f"{progress.tasks[0].completed:.0f} of {total}: {what}", highlight=False)
 
             recipe = dict(
                 solver=_solver(solver),
