@@ -104,6 +104,9 @@ def prune(
     bound: Annotated[
         bool, typer.Option("--bound", help="Prove how far from the optimum each layer is at most.")
     ] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB it may take in all; what is free unless given.")
+    ] = None,
     unreached: Annotated[
         Unreached, typer.Option(help="What becomes of layers that no calibration sample reaches.")
     ] = Unreached.error,
@@ -131,7 +134,7 @@ def prune(
         else:
             calibration = _windows(opened.processor, found, nsamples, seqlen, seed)
         judge = pruning.DEFAULT_OBJECTIVE if terms == "auto" else terms
-        scratch = _scratch(opened, calibration, judge, _solver(solver), targets, ignore or (), factors)
+        scratch = _scratch(opened, calibration, judge, _solver(solver), targets, ignore or (), factors, memory)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("gradients", total=None)
@@ -204,7 +207,9 @@ def evaluate(
         console.print(f"perplexity {evaluation.perplexity(network, ids)}", highlight=False)
 
 
-def _scratch(opened, calibration, objective, solver, targets, ignore, factors: int) -> Path | None:
+def _scratch(
+    opened, calibration, objective, solver, targets, ignore, factors: int, memory: float | None
+) -> Path | None:
     """Say what pruning will take; the folder for what does not fit into memory, None where it does.
 
     Raises ResourceError where there is not enough memory or disk.
@@ -225,7 +230,7 @@ def _scratch(opened, calibration, objective, solver, targets, ignore, factors: i
     if plan is None:
         return None
     console.print(str(plan), highlight=False, soft_wrap=True)
-    on_disk = plan.needs_scratch(planning.free_memory(model.device))
+    on_disk = plan.needs_scratch(planning.free_memory(model.device, memory))
     planning.check_disk(opened.draft, opened.unwritten + plan.waiting * on_disk)
     return opened.draft if on_disk else None
 

@@ -236,10 +236,20 @@ def _seconds(device: torch.device, run: Callable[[], object]) -> float:
     return elapsed
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on a device: of the system's memory within its control group's limit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def free_memory(device: torch.device, most: float | None = None) -> int:
+    """Bytes that this process may still take on a device: of the system's memory within its control group's limit.
+
+    most: GiB of the device's memory that it may take in all.
+    """
+    cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else _free_on_host()
+    if most is None:
+        return free
+    taken = torch.cuda.memory_reserved(device) if cuda else psutil.Process().memory_info().rss
+    return max(min(free, int(most * 2**30) - taken), 0)
+
+
+def _free_on_host() -> int:
     free = psutil.virtual_memory().available
     try:
         limit = int((_CGROUP / "memory.max").read_text())

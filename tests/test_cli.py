@@ -263,7 +263,7 @@ def test_compare_counts_every_method(monkeypatch, tmp_path):
 def test_prune_says_what_it_takes_and_keeps_on_disk_what_does_not_fit(monkeypatch, tmp_path, capsys):
     plans, folders = [], []
 
-    def just_too_little(device):
+    def just_too_little(device, most):
         return plans[-1].memory + plans[-1].waiting - 1
 
     def remembered(*arguments, **more):
@@ -281,7 +281,7 @@ def test_prune_says_what_it_takes_and_keeps_on_disk_what_does_not_fit(monkeypatc
     assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path)) == 0
     assert str(plans[0]) in capsys.readouterr().out
     assert folders and all(folder.name.startswith(".pruned-") for folder in folders)
-    monkeypatch.setattr(planning, "free_memory", lambda device: 2**60)
+    monkeypatch.setattr(planning, "free_memory", lambda device, most: 2**60)
     folders.clear()
     assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path, save=tmp_path / "other")) == 0
     assert folders and not any(folders)
@@ -291,10 +291,13 @@ def test_prune_says_what_it_takes_and_keeps_on_disk_what_does_not_fit(monkeypatc
 
 
 def test_prune_refuses_what_does_not_fit(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(planning, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(planning, "free_memory", lambda device, most: 1000)
     assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path)) == 1
     assert "take fewer factors" in capsys.readouterr().err
-    monkeypatch.setattr(planning, "free_memory", lambda device: 2**60)
+    monkeypatch.undo()
+    assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path, memory=0.01)) == 1
+    assert "0 MiB are free" in capsys.readouterr().err
+    monkeypatch.setattr(planning, "free_memory", lambda device, most: 2**60)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
     assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path)) == 1
     assert "on another disk" in capsys.readouterr().err

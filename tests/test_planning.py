@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -133,6 +134,12 @@ def test_memory_within_the_limit_of_a_control_group(tmp_path, monkeypatch):
     assert free_memory(CPU) == 700
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(CPU) == pytest.approx(free, rel=0.5)
+
+
+def test_memory_within_a_limit_of_ones_own():
+    taken = psutil.Process().memory_info().rss
+    assert free_memory(CPU, taken / 2**30 + 0.5) == pytest.approx(2**29, rel=0.2)
+    assert free_memory(CPU, 0.001) == 0
 
 
 def test_factors_are_no_more_than_samples():
