@@ -10,7 +10,7 @@ from typing import Any
 
 import array_api_compat
 import numpy as np
-import scipy.linalg
+import scipy  # whose linalg is imported where it is first used
 
 Array = Any  # a NumPy, CuPy or torch array
 

@@ -7,7 +7,7 @@ squaring the rounding error.
 """
 
 import numpy as np
-import scipy.linalg
+import scipy  # whose linalg is imported where it is first used
 
 from moonshot.linalg.backend import (
     Array,

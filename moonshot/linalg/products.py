@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy  # whose linalg is imported where it is first used
 
 from moonshot.linalg.backend import Array, contiguous, is_numpy, namespace, zeros_like_shape
 

@@ -5,7 +5,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-import scipy.linalg
+import scipy  # whose linalg is imported where it is first used
 
 from moonshot.branching import COLUMNS, Rows, branch
 from moonshot.linalg.backend import Array, is_numpy, native
