@@ -23,7 +23,6 @@ def computed(backend, function, *arguments, dtype="float64"):
 def test_products(backend, dtype, tolerance):
     expected = {
         lowrank.project: ((FACTORS, X), np.einsum("kij,ij->ki", FACTORS, X)),
-        lowrank.combine: ((FACTORS, COEFFICIENTS), np.einsum("kij,ki->ij", FACTORS, COEFFICIENTS)),
         lowrank.apply: ((FACTORS, X), np.einsum("kij,kil,il->ij", FACTORS, FACTORS, X)),
     }
     for function, (arguments, value) in expected.items():

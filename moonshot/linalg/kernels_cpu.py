@@ -35,37 +35,22 @@ def kernel(function: Callable) -> Callable:
     return run
 
 
-@kernel
-def project(factors, x):
-    n, m, d = factors.shape
-    out = np.empty((n, m), x.dtype)
-    for i in prange(m):
-        for k in range(n):
-            total = x.dtype.type(0)
-            for j in range(d):
-                total += factors[k, i, j] * x[i, j]
-            out[k, i] = total
-    return out
-
-
-@kernel
-def combine(factors, coefficients):
-    n, m, d = factors.shape
-    out = np.zeros((m, d), coefficients.dtype)
-    for i in prange(m):
-        for k in range(n):
-            coefficient = coefficients[k, i]
-            for j in range(d):
-                out[i, j] += factors[k, i, j] * coefficient
-    return out
-
-
 @njit(fastmath=FAST, inline="always")
 def _dot(a, b):
     total = b.dtype.type(0)
     for j in range(len(b)):
         total += a[j] * b[j]
     return total
+
+
+@kernel
+def project(factors, x):
+    n, m, d = factors.shape
+    out = np.empty((n, m), x.dtype)
+    for i in prange(m):
+        for k in range(n):
+            out[k, i] = _dot(factors[k, i], x[i])
+    return out
 
 
 @kernel

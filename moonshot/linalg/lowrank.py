@@ -1,4 +1,4 @@
-"""Products with every row's factors: `U_i' x_i`, `U_i c_i` and both, for factors stored (n, m, d)."""
+"""Products with every row's factors: `U_i' x_i` and `U_i U_i' x_i`, for factors stored (n, m, d)."""
 
 from moonshot.linalg.backend import Array, is_numpy, namespace
 
@@ -13,25 +13,13 @@ def project(factors: Array, x: Array) -> Array:
     return xp.stack([xp.sum(u * x, axis=1) for u in factors])
 
 
-def combine(factors: Array, coefficients: Array) -> Array:
-    """`U_i c_i` for every row, (m, d); coefficients: (n, m)."""
-    if is_numpy(factors):
-        from moonshot.linalg import kernels_cpu
-
-        return kernels_cpu.combine(factors, coefficients)
-    product = factors[0] * coefficients[0][:, None]
-    for u, c in zip(factors[1:], coefficients[1:], strict=True):
-        product = product + u * c[:, None]
-    return product
-
-
 def apply(factors: Array, x: Array) -> Array:
     """`U_i U_i' x_i` for every row, (m, d), in the dtype of x; x: (m, d)."""
     if is_numpy(factors):
         from moonshot.linalg import kernels_cpu
 
         return kernels_cpu.apply(factors, x)
-    return combine(factors, project(factors, x))
+    return _combine(factors, project(factors, x))
 
 
 def refresh(factors: Array, x: Array, inverses: Array, coefficients: Array) -> Array:
@@ -46,7 +34,7 @@ def refresh(factors: Array, x: Array, inverses: Array, coefficients: Array) -> A
     xp = namespace(x)
     change = xp.permute_dims(project(factors, x), (1, 0)) - coefficients
     coefficients += (inverses @ change[:, :, None])[:, :, 0]
-    return combine(factors, xp.permute_dims(coefficients, (1, 0)))
+    return _combine(factors, xp.permute_dims(coefficients, (1, 0)))
 
 
 def correct(y: Array, factors: Array, weights: Array, inverses: Array) -> Array:
@@ -62,4 +50,12 @@ def correct(y: Array, factors: Array, weights: Array, inverses: Array) -> Array:
     xp = namespace(y)
     projected = xp.permute_dims(project(factors, y), (1, 0))[:, :, None]
     coefficients = xp.permute_dims((inverses @ projected)[:, :, 0], (1, 0))
-    return y - combine(factors, coefficients) * weights
+    return y - _combine(factors, coefficients) * weights
+
+
+def _combine(factors: Array, coefficients: Array) -> Array:
+    """`U_i c_i` for every row, (m, d); coefficients: (n, m)."""
+    product = factors[0] * coefficients[0][:, None]
+    for u, c in zip(factors[1:], coefficients[1:], strict=True):
+        product = product + u * c[:, None]
+    return product
