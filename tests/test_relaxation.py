@@ -269,7 +269,7 @@ def test_the_path_of_arrays_on_a_device_gives_the_same(n, monkeypatch):
     tensors = layer.problem
     tensors.centre, tensors.hessian.A = torch.tensor(tensors.centre), torch.tensor(layer.A)
     if n:
-        tensors.hessian.factors = torch.tensor(tensors.hessian.factors)
+        tensors.hessian._factors = torch.tensor(tensors.hessian.factors)
     for pattern in ("2:4", 0.6):
         bound = relaxed(layer.problem, pattern, iterations=300)
         assert relaxed(tensors, pattern, iterations=300) == pytest.approx(bound, rel=3e-3)
