@@ -28,10 +28,8 @@ def save(model: nn.Module, processor: object, report: Report, folder: str | Path
     Raises FileExistsError, or OSError with what to do where the disk is full or not writable.
     """
     final = Path(folder)
-    with _draft(final) as temporary, _saving(final):
-        model.save_pretrained(temporary)  # type: ignore[operator]
-        _publish(temporary, final, model, processor, report)
-    return final
+    with _draft(final) as draft:
+        return Opened(model, processor, final, draft).save(report)
 
 
 class Opened:
@@ -72,8 +70,20 @@ class Opened:
                     self.model.generation_config.save_pretrained(self.draft)  # type: ignore[union-attr, operator]
             else:
                 self.model.save_pretrained(self.draft)  # type: ignore[operator]
-            _publish(self.draft, self.folder, self.model, self.processor, report)
+            self._publish(report)
         return self.folder
+
+    def _publish(self, report: Report) -> None:
+        """Put everything but the weights into the draft and give it its name."""
+        if self.processor is not None:
+            self.processor.save_pretrained(self.draft)  # type: ignore[attr-defined]
+        layers = dict(layers_of("", self.model))
+        masks = {name: (layers[name].weight != 0).detach().cpu() for name in report.layers}
+        save_file({name: mask.contiguous() for name, mask in masks.items()}, self.draft / "masks.safetensors")
+        (self.draft / "recipe.json").write_text(json.dumps(report.recipe, indent=2) + "\n")
+        report.save(self.draft / "report.json")
+        self.draft.chmod(0o755)
+        os.rename(self.draft, self.folder)
 
 
 @contextmanager
@@ -164,19 +174,6 @@ def _saving(final: Path) -> Iterator[None]:
         raise OSError(
             f"could not save to {final}: {error}; free some space or choose another folder"
         ) from error
-
-
-def _publish(draft: Path, final: Path, model: nn.Module, processor: object, report: Report) -> None:
-    """Put everything but the weights into the draft and give it its name."""
-    if processor is not None:
-        processor.save_pretrained(draft)  # type: ignore[attr-defined]
-    layers = dict(layers_of("", model))
-    masks = {name: (layers[name].weight != 0).detach().cpu() for name in report.layers}
-    save_file({name: mask.contiguous() for name, mask in masks.items()}, draft / "masks.safetensors")
-    (draft / "recipe.json").write_text(json.dumps(report.recipe, indent=2) + "\n")
-    report.save(draft / "report.json")
-    draft.chmod(0o755)
-    os.rename(draft, final)
 
 
 def load(name: str) -> tuple[nn.Module, object]:
