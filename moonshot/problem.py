@@ -41,7 +41,11 @@ class Term:
 
     def loss(self, V: Array) -> float:
         """`q_t(V) / q_t(0)` in float64; V: (m, d), computed on as it is (see backend.native)."""
-        return self.coefficient * Deviation(V - self.centre).loss(self.shared, self.factors)
+        return self.loss_of(Deviation(V - self.centre))
+
+    def loss_of(self, deviation: "Deviation") -> float:
+        """The loss of a V that is this far from the centre."""
+        return self.coefficient * deviation.loss(self.shared, self.factors)
 
 
 class Deviation:
@@ -140,10 +144,7 @@ class Problem:
         v = native(V, "V")
         centres = {id(term.centre): term.centre for term in self.terms}
         deviations = {key: Deviation(v - centre) for key, centre in centres.items()}
-        losses = [
-            term.coefficient * deviations[id(term.centre)].loss(term.shared, term.factors)
-            for term in self.terms
-        ]
+        losses = [term.loss_of(deviations[id(term.centre)]) for term in self.terms]
         return (self.value(v) if self.ridge is None else self._sum_of_terms(v, losses)), losses
 
     def _sum_of_terms(self, v: Array, losses: list[float]) -> float:
