@@ -102,7 +102,7 @@ class RowHessian:
         return inverse_factor(self.A)
 
     def half_product(self, dtype: str, lanes: int) -> Array:
-        """`P_i = R U_i` in tiles of `lanes` rows, (tiles, d, n, lanes): see factor.half_product. Needs factors."""
+        """`P_i = R U_i` in tiles of `lanes` rows, (tiles, d, n, lanes): see products.half_product. Needs factors."""
         return half_product(as_dtype(self.factors, dtype), as_dtype(self.inverse_factor, dtype), lanes)
 
     def unit_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
@@ -114,9 +114,9 @@ class RowHessian:
         values, vectors = (as_dtype(x, dtype) for x in eigenbasis(unit))
         if self.factors is None:
             return values, vectors, None
-        factors = as_dtype(self.factors, dtype) / as_dtype(scale, dtype)
-        n, m, d = factors.shape
-        return values, vectors, (factors.reshape(n * m, d) @ vectors).reshape(n, m, d)
+        n, m, d = self.factors.shape
+        scaled = vectors / as_dtype(scale, dtype)[:, None]  # in place of the factors, which are many more
+        return values, vectors, (as_dtype(self.factors, dtype).reshape(n * m, d) @ scaled).reshape(n, m, d)
 
     def matvec(self, V: Array) -> Array:
         """`H_i v_i` for every row of V (m, d)."""

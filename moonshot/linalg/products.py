@@ -22,9 +22,8 @@ def half_product(factors: Array, r: Array, lanes: int) -> Array:
 
         out = kernels_cpu.tiled(factors, lanes)
         trmm, columns_first = _blas("trmm", factors), np.asfortranarray(r)
-        for tile in (
-            out if n else ()
-        ):  # in place: the BLAS reads the tile's transpose, and multiplies it by R' from the right
+        # in place: the BLAS reads a tile's transpose, and multiplies it by R' from the right
+        for tile in out if n else ():
             trmm(1.0, columns_first, tile.reshape(d, n * lanes).T, side=1, trans_a=1, overwrite_b=1)
         return out
     xp = namespace(factors)
