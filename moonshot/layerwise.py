@@ -67,8 +67,7 @@ def problems(
     dtype = next(model.parameters()).dtype
     wanted = set(names)
     signs = _random_signs(count_samples(batches), recipe.seed)
-    needs = frozenset[str]().union(*(term.needs for _, term in objective.weighted_terms))
-    gradients = bool(needs & {"gradients", "output_gradients"})
+    gradients = bool(objective.needed & {"gradients", "output_gradients"})
     replay = cut.replay(model, batches, recipe.loss, gradients, Scratch(recipe.scratch))
     for index, (prefix, segment) in enumerate(replay.segments):
         views = {name: view for name, view in layers_of(prefix, segment) if name in wanted}

@@ -71,6 +71,11 @@ class Objective:
         """(weight, term) of every term with a positive weight; the weights sum to 1."""
         return ((1.0, self),)
 
+    @property
+    def needed(self) -> frozenset[str]:
+        """The observations that any of its terms reads."""
+        return frozenset[str]().union(*(term.needs for _, term in self.weighted_terms))
+
     def accumulate(self, statistic: Any, observation: Observation) -> Any:
         """The statistic after one more batch; `statistic` is None at the first."""
         raise TypeError(f"{self.name} is no term: it must define accumulate and quadratic")

@@ -77,9 +77,10 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Counts:
-    """What follows from shapes alone: layers to prune, multiply-adds apart from solvers, memory as in Plan."""
+    """What follows from shapes alone: layers, factors of a row, multiply-adds without solvers', memory as in Plan."""
 
     layers: list[Layer]
+    rank: int
     multiplications: float
     memory: int
     waiting: int
@@ -100,9 +101,8 @@ def plan(
     if counts is None:
         return None
     device = next(model.parameters()).device
-    rank = _rank(batches, objective, factors)
     seconds = counts.multiplications / _multiplication_rate(device)
-    seconds += _solver_seconds(solver, rank, counts.layers, device)
+    seconds += _solver_seconds(solver, counts.rank, counts.layers, device)
     return Plan(seconds, counts.memory, counts.waiting)
 
 
@@ -127,9 +127,8 @@ def count(
     layers = [layer for block in blocks for layer in block]
     vocabulary, hidden = embeddings[0].num_embeddings, embeddings[0].embedding_dim
     itemsize = next(model.parameters()).itemsize
-    needs = frozenset[str]().union(*(term.needs for _, term in objective.weighted_terms))
-    replayed = bool(needs & {"gradients", "output_gradients"})
-    rank = _rank(batches, objective, factors)
+    replayed = bool(objective.needed & {"gradients", "output_gradients"})
+    rank = min(factors, count_samples(batches)) if "gradients" in objective.needed else 0
     total, at_once = sum(tokens), max(tokens)
     length = max(batch["input_ids"].shape[1] for batch in batches)
 
@@ -149,7 +148,7 @@ def count(
     for block in blocks:
         multiplications += sum(float(total) * d * d * matrices for d, matrices in _grams(block, objective))
         multiplications += sum(float(total) * m * d for m, d, _ in block) * (rank > 0)
-    return Counts(layers, multiplications, memory, waiting)
+    return Counts(layers, rank, multiplications, memory, waiting)
 
 
 def _chosen(prefix: str, block: nn.Module, names: set[str]) -> list[Layer]:
@@ -158,12 +157,6 @@ def _chosen(prefix: str, block: nn.Module, names: set[str]) -> list[Layer]:
         for name, view in layers_of(prefix, block)
         if name in names
     ]
-
-
-def _rank(batches: list[Batch], objective: Objective, factors: int) -> int:
-    """The number of factors of a row."""
-    needed = any("gradients" in term.needs for _, term in objective.weighted_terms)
-    return min(factors, count_samples(batches)) if needed else 0
 
 
 def _running(block: list[Layer], tokens: int, length: int, replayed: bool) -> int:

@@ -34,7 +34,7 @@ class LayerStatistics:
         """
         self.layers, self.routed = layers, routed
         self.terms = [term for _, term in objective.weighted_terms]
-        self.needs = frozenset[str]().union(*(term.needs for term in self.terms))
+        self.needs = objective.needed
         self.tokens = dict.fromkeys(layers, 0)
         self._statistics: dict[tuple[str, int, int], Any] = {}  # by layer, group and term
         self._owner: dict[str, str] = {}  # layer -> the first layer that reads the same input
