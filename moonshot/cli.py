@@ -134,7 +134,13 @@ def prune(
         else:
             calibration = _windows(opened.processor, found, nsamples, seqlen, seed)
         judge = pruning.DEFAULT_OBJECTIVE if terms == "auto" else terms
-        scratch = _scratch(opened, calibration, judge, _solver(solver), targets, ignore or (), factors, memory)
+        work = dict(solver=_solver(solver), targets=targets, ignore=ignore or (), factors=factors)
+        recipe = work | dict(
+            dampening_frac=dampening_frac,
+            seed=seed,
+            unreached=unreached.value,
+            scratch=_scratch(opened, calibration, memory, objective=judge, **work),
+        )
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("gradients", total=None)
@@ -145,16 +151,6 @@ def prune(
                 if not console.is_terminal:  # where a log is all there is, a line for each step
                     console.print(f"{progress.tasks[0].completed:.0f} of {total}: {what}", highlight=False)
 
-            recipe = dict(
-                solver=_solver(solver),
-                targets=targets,
-                ignore=ignore or (),
-                factors=factors,
-                dampening_frac=dampening_frac,
-                seed=seed,
-                unreached=unreached.value,
-                scratch=scratch,
-            )
             budget = None
             if allocate:
                 budget = allocation.allocate(
@@ -207,26 +203,16 @@ def evaluate(
         console.print(f"perplexity {evaluation.perplexity(network, ids)}", highlight=False)
 
 
-def _scratch(
-    opened, calibration, objective, solver, targets, ignore, factors: int, memory: float | None
-) -> Path | None:
+def _scratch(opened, calibration, memory: float | None, **work) -> Path | None:
     """Say what pruning will take; the folder for what does not fit into memory, None where it does.
 
-    Raises ResourceError where there is not enough memory or disk.
+    work: what planning.plan wants to know. Raises ResourceError where there is not enough memory or disk.
     """
     from moonshot import planning
     from moonshot.models.calibration import as_batches, tokens_at_once
 
     model = opened.model
-    plan = planning.plan(
-        model,
-        as_batches(calibration, tokens_at_once(model)),
-        objective=objective,
-        solver=solver,
-        targets=targets,
-        ignore=ignore,
-        factors=factors,
-    )
+    plan = planning.plan(model, as_batches(calibration, tokens_at_once(model)), **work)
     if plan is None:
         return None
     console.print(str(plan), highlight=False, soft_wrap=True)
