@@ -6,7 +6,6 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import moonshot as ms
@@ -14,26 +13,9 @@ from moonshot import planning
 from moonshot.models.calibration import as_batches, batch_samples
 from moonshot.models.scratch import Scratch
 from moonshot.planning import Plan, ResourceError, check_disk, free_memory, plan
+from tests.test_models import JOINT, decoder, tokens
 
-JOINT = 0.6 * ms.Reconstruction() + 0.2 * ms.TokenFisher() + 0.2 * ms.Fisher()
 CPU = torch.device("cpu")
-
-
-def decoder(dtype=torch.float32):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).to(dtype)
-
-
-def tokens(samples=6, length=12):
-    return torch.randint(0, 97, (samples, length), generator=torch.Generator().manual_seed(1))
 
 
 def planned(model, calibration, objective=JOINT, solver=None, **more):
@@ -54,7 +36,7 @@ def test_what_waits_is_what_the_scratch_file_takes(tmp_path, monkeypatch, dtype,
 
     monkeypatch.setattr("moonshot.pruning.Scratch", Counting)
     monkeypatch.setattr("moonshot.layerwise.Scratch", Counting)
-    model = decoder(dtype)
+    model = decoder(dtype=dtype)
     expected = planned(model, tokens(), objective, targets=targets).waiting
     ms.prune(
         model, tokens(), "2:4", objective=objective, solver=ms.Magnitude(), targets=targets, scratch=tmp_path
@@ -79,7 +61,7 @@ def test_a_solver_takes_as_long_as_it_does_on_small_problems(monkeypatch):
     monkeypatch.setattr(planning, "_multiplication_rate", lambda device: 1e30)
     times = iter([1.0, 8.0])
     monkeypatch.setattr(planning, "_seconds", lambda device, run: next(times))
-    model = decoder()
+    model = decoder(num_hidden_layers=3)
     layers = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     expected = 3 * sum(8.0 * m * d**2 / 512**3 for m, d in layers)
     assert planned(model, tokens()).seconds == pytest.approx(expected)

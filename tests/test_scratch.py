@@ -14,33 +14,19 @@ import moonshot as ms
 from moonshot.models.mapped import MappedFile
 from moonshot.models.scratch import Scratch, read_all
 from moonshot.storage import load, opened, save
+from tests.test_models import JOINT, decoder, tokens
 
 DEMO = Path(ms.__file__).parent / "demo"
-JOINT = 0.6 * ms.Reconstruction() + 0.2 * ms.TokenFisher() + 0.2 * ms.Fisher()
 
 
-def decoder(dtype=torch.bfloat16, **changes):
-    torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes)).to(dtype)
+def tied(dtype=torch.bfloat16):
+    return decoder(dtype=dtype, tie_word_embeddings=True)
 
 
 def network():
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
     return nn.Sequential(*layers, nn.Linear(128, 5)).eval()
-
-
-def tokens(samples=6, length=12):
-    return torch.randint(0, 97, (samples, length), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -91,7 +77,7 @@ def test_a_folder_that_is_not_there_and_a_full_disk_are_named(tmp_path, monkeypa
         scratch.keep(torch.ones(3))
 
 
-@pytest.mark.parametrize("make, loss", [(decoder, None), (network, "labels")])
+@pytest.mark.parametrize("make, loss", [(tied, None), (network, "labels")])
 def test_a_scratch_folder_changes_nothing(tmp_path, make, loss):
     if loss:
         x, y = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(2)), torch.arange(6) % 5
@@ -107,7 +93,7 @@ def test_a_scratch_folder_changes_nothing(tmp_path, make, loss):
 
 
 def test_a_failure_restores_the_weights_from_the_scratch_folder(tmp_path):
-    model = decoder()
+    model = tied()
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def fail(layer, total):
@@ -154,7 +140,7 @@ def prune(model):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shard", ["5GB", "10KB"])
 def test_a_mapped_model_is_pruned_and_saved_as_one_in_memory(tmp_path, dtype, shard):
-    decoder(dtype).save_pretrained(tmp_path / "dense", max_shard_size=shard)
+    tied(dtype).save_pretrained(tmp_path / "dense", max_shard_size=shard)
     assert ((tmp_path / "dense" / "model.safetensors.index.json").exists()) == (shard == "10KB")
     before = {path.name: path.read_bytes() for path in (tmp_path / "dense").iterdir()}
     transformers.AutoTokenizer.from_pretrained(DEMO / "model").save_pretrained(tmp_path / "dense")
