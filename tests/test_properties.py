@@ -253,7 +253,7 @@ def test_factors_rotated_in_every_row(solver, case):
 
 @true_of(EVERY)
 @few
-@given(cases(factors=(1, 3, 12)))
+@given(cases(factors=(3, 12)))  # with fewer ADMM's answer depends on their number: see linalg.shifted
 def test_a_factor_split_in_two(solver, case):
     layer, pattern, _ = case
     half = layer.U[:, :, :1] / np.sqrt(2)

@@ -19,6 +19,7 @@ if "NUMBA_THREADING_LAYER" not in os.environ:
 _ONE_CALLER = Lock()
 
 _LINE = 16  # columns transposed at once
+_LANES = 64  # groups ranked side by side
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # NaN and infinity keep their meaning
 
@@ -85,13 +86,22 @@ def capacitance(p, weights):
     n, m, d = p.shape
     out = np.empty((m, n, n), p.dtype)
     for i in prange(m):
+        weighted = np.empty(d, p.dtype)
         for k in range(n):
-            for q in range(k + 1):
-                total = p.dtype.type(1 if k == q else 0)
+            weighted[:] = p[k, i] * weights
+            for q in range(0, k - 2, 4):  # four dot products for one reading of the weighted row
+                a, b, c, e = p[q, i], p[q + 1, i], p[q + 2, i], p[q + 3, i]
+                ka = kb = kc = ke = p.dtype.type(0)
                 for j in range(d):
-                    total += p[k, i, j] * p[q, i, j] * weights[j]
-                out[i, k, q] = total
-                out[i, q, k] = total
+                    ka += weighted[j] * a[j]
+                    kb += weighted[j] * b[j]
+                    kc += weighted[j] * c[j]
+                    ke += weighted[j] * e[j]
+                out[i, k, q], out[i, k, q + 1], out[i, k, q + 2], out[i, k, q + 3] = ka, kb, kc, ke
+            for q in range((k + 1) // 4 * 4, k + 1):
+                out[i, k, q] = _dot(p[q, i], weighted)
+            out[i, :k, k] = out[i, k, :k]
+            out[i, k, k] += 1
     return out
 
 
@@ -117,19 +127,52 @@ def invert(matrices):
                 c[a, b] = -c[a, b]
 
 
+@njit(fastmath=FAST, inline="always")
+def _rank_pair(earlier, later, rank_earlier, rank_later):
+    for l in range(_LANES):
+        dearer = np.int32(earlier[l] <= later[l])
+        rank_later[l] += dearer
+        rank_earlier[l] += 1 - dearer
+
+
 @kernel
 def smallest_of_few(scores, k):
     rows, columns = scores.shape
     mask = np.empty((rows, columns), np.bool_)
-    for i in prange(rows):
+    for tile in prange((rows + _LANES - 1) // _LANES):
+        first = tile * _LANES
+        count = min(_LANES, rows - first)
+        values, ranks = np.zeros((columns, _LANES), scores.dtype), np.zeros((columns, _LANES), np.int32)
         for j in range(columns):
-            rank = 0
+            for l in range(count):
+                values[j, l] = scores[first + l, j]
+        for j in range(columns):
             for q in range(j):
-                rank += scores[i, q] <= scores[i, j]
-            for q in range(j + 1, columns):
-                rank += scores[i, q] < scores[i, j]
-            mask[i, j] = rank < k
+                _rank_pair(values[q], values[j], ranks[q], ranks[j])
+        for j in range(columns):
+            rank = ranks[j]
+            for l in range(count):
+                mask[first + l, j] = rank[l] < k
     return mask
+
+
+@kernel
+def reflected(point, mask, pull, rho):
+    m, d = point.shape
+    out = np.empty_like(point)
+    for i in prange(m):
+        for j in range(d):
+            out[i, j] = pull[i, j] + rho * (point[i, j] if mask[i, j] else -point[i, j])
+    return out
+
+
+@kernel
+def add_outside(x, point, mask):
+    m, d = x.shape
+    zero = x.dtype.type(0)
+    for i in prange(m):
+        for j in range(d):
+            x[i, j] += zero if mask[i, j] else point[i, j]
 
 
 @kernel

@@ -38,7 +38,7 @@ class ShiftedInverse:
             self._inverses = capacitance_inverse(self._rotated, self._shrink)
 
     def solve(self, b: Array) -> Array:
-        """x (m, d) for b (m, d)."""
+        """x (m, d) for b (m, d), which may be overwritten."""
         if self._exact:
             shrunk = (b @ self._basis) * self._shrink
             return correct(shrunk, self._rotated, self._shrink, self._inverses) @ self._basis.T
@@ -48,6 +48,7 @@ class ShiftedInverse:
             n, m, _ = self._factors.shape
             self._coefficients = zeros_like_shape(b, (m, n))
             self._pull = refresh(self._factors, b @ self._dense, self._inverses, self._coefficients)
-        x = (b - self._pull) @ self._dense
+        b -= self._pull
+        x = b @ self._dense
         self._pull = refresh(self._factors, x, self._inverses, self._coefficients)
         return x

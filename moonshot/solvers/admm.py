@@ -1,13 +1,17 @@
 """ADMM: alternate between the quadratic and the pattern until they agree, then refit on the support."""
 
+import math
 from dataclasses import dataclass
 
 from moonshot.linalg.backend import Array, namespace
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.linalg.shifted import ShiftedInverse
+from moonshot.linalg.splitting import add_outside, reflected
 from moonshot.patterns import Pattern
 from moonshot.problem import Problem, Status
 from moonshot.solvers.base import Answer
+
+_ROUND = 5  # iterations with one rho
 
 
 @dataclass(frozen=True)
@@ -27,23 +31,24 @@ class ADMM:
         x <- (H_i + rho I)^-1 (H_i c_i - dual + rho z)      z <- the best pattern of x + dual / rho
         dual <- dual + rho (x - z)
 
-    rho is multiplied by `growth` every three iterations, and the method stops when the support has not changed over
-    `patience` such checks. The weights are then refitted on the support by conjugate gradients. One
+    rho is multiplied by `growth` every five iterations, and the method stops when no more than `tolerance` of the
+    weights have come or gone since. The weights are then refitted on the support by conjugate gradients. One
     eigendecomposition of A serves every rho and every pattern; a row's factors add an n x n capacitance matrix for
     each rho.
 
     rho: the first penalty, relative to the median eigenvalue of A scaled to a unit diagonal. Much above it, weights
     are chosen before they could compensate one another; much below, iterations are wasted.
     growth: above 1; nearer to 1 is slower and better, see docs/solvers/admm.md.
-    iterations: the limit. refits: conjugate-gradient steps at the end, at most.
+    iterations: the limit. tolerance: a share of the weights, 0 or more. refits: conjugate-gradient steps at the end,
+    at most.
 
     Source: Meng et al., ALPS (arXiv 2406.07831), for the shared Hessian.
     """
 
     rho: float = 0.5
-    growth: float = 1.1
+    growth: float = 1.2
     iterations: int = 300
-    patience: int = 1
+    tolerance: float = 3e-4
     refits: int = 100
 
     name = "ADMM"
@@ -53,7 +58,9 @@ class ADMM:
             raise ValueError(f"rho must be positive, got {self.rho!r}")
         if not self.growth > 1:
             raise ValueError(f"growth must be above 1, or the method would not settle, got {self.growth!r}")
-        for field in ("iterations", "patience", "refits"):
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance must be a share of the weights, 0 or more, got {self.tolerance!r}")
+        for field in ("iterations", "refits"):
             if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
                 raise ValueError(f"{field} must be a positive integer, got {getattr(self, field)!r}")
 
@@ -71,30 +78,28 @@ class ADMM:
         quadratic = state.quadratic
         target = quadratic.target
         xp = namespace(target)
-        started = mask = pattern.keep(abs(target))
-        start = xp.where(mask, target, xp.zeros_like(target))
-        z, dual = start, xp.zeros_like(start)
+        started = mask = checked = pattern.keep(abs(target))
+        point = start = xp.where(mask, target, xp.zeros_like(target))
         rho = self.rho * float(state.eigenvalues[len(state.eigenvalues) // 2])
         inverse = ShiftedInverse(state.eigenvalues, state.basis, state.rotated, quadratic.factors)
         inverse.shift(rho)
-        checked, calm, status = mask, 0, Status.ITERATION_LIMIT
-        done = 0
+        status, done = Status.ITERATION_LIMIT, 0
         for done in range(1, self.iterations + 1):
-            moved = inverse.solve(quadratic.pull - dual + rho * z)
-            moved += dual / rho
-            mask = pattern.keep(abs(moved))
-            z = moved * mask
-            dual = rho * (moved - z)
-            if done % 3:
+            # point is x + dual / rho: the mask keeps z of it, and leaves the next dual / rho
+            x = inverse.solve(reflected(point, mask, quadratic.pull, rho))
+            add_outside(x, point, mask)
+            point, mask = x, pattern.keep(abs(x))
+            if done % _ROUND:
                 continue
-            calm = 0 if bool(xp.any(mask != checked)) else calm + 1
-            checked = mask
-            if calm >= self.patience:
+            moved = int(xp.count_nonzero(mask != checked))
+            if moved <= 2 * self.tolerance * math.prod(mask.shape):
                 status = Status.CONVERGED
                 break
+            checked = mask
             rho *= self.growth
             inverse.shift(rho)
-        weight = quadratic.refit(z, mask, self.refits)
+            point = xp.where(mask, point, point / self.growth)
+        weight = quadratic.refit(point * mask, mask, self.refits)
         if quadratic.loss(start) < quadratic.loss(weight):  # never worse than where it started
             weight, mask = quadratic.refit(start, started, self.refits), started
         return Answer(weight / quadratic.scale, mask, status, done, start=start / quadratic.scale)
