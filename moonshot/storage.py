@@ -218,29 +218,36 @@ def is_image_classifier(name: str) -> bool:
 
 
 def read_text(data: str) -> str:
-    """The text of a file, of every file in a folder by name, or of a datasets name's first text column.
+    """The text of a file, of every file in a folder by name, or of a dataset's column "text", or its first of text.
 
-    A datasets name may carry a configuration and a split: "wikitext:wikitext-2-raw-v1:train".
+    A datasets name may carry a configuration and a split: "wikitext:wikitext-2-raw-v1:train". Raises ValueError where
+    there is no text.
     """
     path = Path(data)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-    else:
-        return _dataset_text(data)
-    try:
-        text = "\n\n".join(file.read_text(encoding="utf-8") for file in files)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{data} holds a file that is not UTF-8 text: {error}") from error
+    parts = _file_texts(path) if path.is_file() or path.is_dir() else _dataset_texts(data)
+    text = "\n\n".join(parts)
     if not text.strip():
         raise ValueError(f"{data} holds no text")
     return text
 
 
-def _dataset_text(data: str) -> str:
+def _file_texts(path: Path) -> list[str]:
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    try:
+        return [file.read_text(encoding="utf-8") for file in files]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} holds a file that is not UTF-8 text: {error}") from error
+
+
+def _dataset_texts(data: str) -> list[str]:
     dataset = open_dataset(data)
-    columns = [key for key, kind in dataset.features.items() if getattr(kind, "dtype", "") == "string"]
+    columns = [
+        key
+        for key, kind in dataset.features.items()
+        if getattr(kind, "dtype", "") in ("string", "large_string")
+    ]
     if not columns:
-        raise ValueError(f"the dataset {data!r} has no text column")
-    return "\n\n".join(dataset[columns[0]])
+        raise ValueError(
+            f"the dataset {data!r} has no column of text, its columns are {', '.join(dataset.features)}"
+        )
+    return [text for text in dataset["text" if "text" in columns else columns[0]] if text]

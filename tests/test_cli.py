@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
@@ -109,6 +110,41 @@ def test_data_that_is_not_text(monkeypatch, tmp_path, capsys):
     (tmp_path / "data.txt").write_text("  ")
     assert run(monkeypatch, "eval", DEMO / "model", "--data", tmp_path / "data.txt") == 1
     assert "holds no text" in capsys.readouterr().err
+
+
+def dataset(path, **columns):
+    datasets.Dataset.from_dict(columns).to_parquet(path / "validation.parquet")
+    return f"{path}::validation"
+
+
+def test_data_by_a_datasets_name(monkeypatch, tmp_path, capsys):
+    (tmp_path / "set").mkdir()
+    text = (DEMO / "calibration.txt").read_text()
+    data = dataset(tmp_path / "set", id=["a", "b", "c"], text=[text[:20000], None, text[20000:40000]])
+    (tmp_path / "same.txt").write_text(text[:20000] + "\n\n" + text[20000:40000])
+    said = []
+    for source in (data, tmp_path / "same.txt"):
+        assert run(monkeypatch, "eval", DEMO / "model", "--data", source, "--nsamples", 4) == 0
+        said.append(re.search(r"perplexity.*", capsys.readouterr().out).group())
+    assert said[0] == said[1]
+    arguments = prune_arguments(tmp_path, data=data)
+    assert run(monkeypatch, "prune", DEMO / "model", *arguments) == 0
+    assert json.loads((tmp_path / "pruned" / "recipe.json").read_text())["pattern"] == "2:4"
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"id": [1, 2]}, "has no column of text, its columns are id"),
+        ({"text": [None, "", " "]}, "holds no text"),
+        ({"title": ["too", "short"]}, "the text has"),
+    ],
+)
+def test_a_dataset_without_enough_text(monkeypatch, tmp_path, capsys, columns, words):
+    (tmp_path / "set").mkdir()
+    data = dataset(tmp_path / "set", **columns)
+    assert run(monkeypatch, "eval", DEMO / "model", "--data", data) == 1
+    assert words in capsys.readouterr().err
 
 
 def image_folder(path):
