@@ -101,9 +101,13 @@ class RowHessian:
         """R (d, d), upper triangular, `A^-1 = R'R`, float64."""
         return inverse_factor(self.A)
 
-    def half_product(self, dtype: str, lanes: int) -> Array:
-        """`P_i = R U_i` in tiles of `lanes` rows, (tiles, d, n, lanes): see products.half_product. Needs factors."""
-        return half_product(as_dtype(self.factors, dtype), as_dtype(self.inverse_factor, dtype), lanes)
+    def half_product(self, dtype: str, lanes: int) -> tuple[Array, float]:
+        """P and a share s with `R U_i = sqrt(s) P_i`, in tiles of `lanes` rows: (tiles, d, n, lanes). Needs factors.
+
+        s is 1 but for Hessians that have P in common. See products.half_product.
+        """
+        factors, r = as_dtype(self.factors, dtype), as_dtype(self.inverse_factor, dtype)
+        return half_product(factors, r, lanes), 1.0
 
     def unit_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
         """Eigenvalues (d,) and eigenvectors Q (d, d) of `D^-1/2 A D^-1/2`, D the diagonal of A, and `Q' D^-1/2 U_i`.

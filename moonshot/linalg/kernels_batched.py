@@ -6,6 +6,8 @@ T_j = (I + sum_{k >= j} p_k p_k')^-1 and the residual `r = -sum_{k < j} p_k z_k`
 
     t_j = T_j p_j     phi_j = 1 - p_j' t_j     mu_j = t_j' r
 
+With `P = R U / sqrt(s)` instead, s the share, T_j = (I / s + sum ...)^-1 leaves phi and mu as they are.
+
 mu_j is the best z_j if column j is kept, and `value^2 / (R_jj^2 phi_j)` what pruning it costs.
 
 Shapes: a, keep, z (d, m); r (d, d). What belongs to the low-rank part comes in tiles of rows, `lanes(m)` rows each:
@@ -21,7 +23,7 @@ def lanes(rows: int) -> int:
     return rows
 
 
-def gains(p: Array) -> tuple[Array, Array]:
+def gains(p: Array, share: float) -> tuple[Array, Array]:
     """t and phi of every column, from the last to the first.
 
     T_j follows from T_{j+1} by adding p_j p_j', which is stable where the downdate from left to right is
@@ -31,7 +33,7 @@ def gains(p: Array) -> tuple[Array, Array]:
     p = p[0]
     d, n, m = p.shape
     t, phi = xp.empty_like(p), zeros_like_shape(p, (d, m))
-    inverse = eye_like(p, n)[None] + zeros_like_shape(p, (m, 1, 1))
+    inverse = share * eye_like(p, n)[None] + zeros_like_shape(p, (m, 1, 1))
     for j in range(d - 1, -1, -1):
         u = (inverse @ p[j].T[:, :, None])[:, :, 0]
         phi[j] = 1 / (1 + xp.sum(u * p[j].T, axis=1))

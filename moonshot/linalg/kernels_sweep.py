@@ -53,23 +53,23 @@ def _add_multiple(target, factor, a):
         target[l] += factor * a[l]
 
 
-def gains(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gains(p: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     t, phi = (
         np.empty_like(p),
         np.empty((*p.shape[:2], _LANES), p.dtype),
     )  # NumPy's large arrays have large pages
-    _fill_gains(p, t, phi)
+    _fill_gains(p, p.dtype.type(share), t, phi)
     return t, phi
 
 
 @kernel
-def _fill_gains(p, t, phi):
+def _fill_gains(p, share, t, phi):
     tiles, d, n, _ = p.shape
     one = p.dtype.type(1)
     for tile in prange(tiles):
         inverse = np.zeros((n * (n + 1) // 2, _LANES), p.dtype)  # its lower triangle, row after row
         for k in range(n):
-            inverse[k * (k + 3) // 2] = one
+            inverse[k * (k + 3) // 2] = share
         u = np.empty((n, _LANES), p.dtype)
         for j in range(d - 1, -1, -1):
             column, gain, shrink = p[tile, j], t[tile, j], phi[tile, j]

@@ -32,7 +32,7 @@ class WeightedHessians:
             raise ValueError(f"the weight of the factors must be 0 or more, got {factors!r}")
         return _Weighted(self, shared, factors)
 
-    def half_product(self, dtype: str, lanes: int) -> Array:
+    def half_product(self, dtype: str, lanes: int) -> tuple[Array, float]:
         return self._once(("half product", dtype, lanes), lambda: self.hessian.half_product(dtype, lanes))
 
     def unit_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
@@ -70,8 +70,9 @@ class _Weighted(RowHessian):
     def inverse_factor(self) -> Array:
         return self._common.hessian.inverse_factor / sqrt(self._shared)
 
-    def half_product(self, dtype: str, lanes: int) -> Array:
-        return self._common.half_product(dtype, lanes) * self._ratio
+    def half_product(self, dtype: str, lanes: int) -> tuple[Array, float]:
+        product, share = self._common.half_product(dtype, lanes)
+        return product, share * self._ratio**2
 
     def unit_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
         values, vectors, rotated = self._common.unit_eigenbasis(dtype)

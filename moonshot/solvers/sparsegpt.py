@@ -17,7 +17,7 @@ class _State:
     kernels: ModuleType
     weight: Array  # (d, m)
     r: Array  # (d, d), A^-1 = R'R
-    p: Array  # (tiles, d, n, lanes), P_i = R U_i; see kernels_batched for these three
+    p: Array  # (tiles, d, n, lanes), R U_i up to a scale; see kernels_batched for these three
     t: Array  # (tiles, d, n, lanes)
     phi: Array  # (tiles, d, lanes)
 
@@ -62,9 +62,9 @@ class SparseGPT:
         lanes = kernels.lanes(m)
         if hessian.rank == 0:
             none = zeros_like_shape(weight, (-(-m // lanes), d, 0, lanes))
-            return _State(kernels, weight, r, none, *kernels.gains(none))
-        p = hessian.half_product(problem.dtype, lanes)
-        return _State(kernels, weight, r, p, *kernels.gains(p))
+            return _State(kernels, weight, r, none, *kernels.gains(none, 1.0))
+        p, share = hessian.half_product(problem.dtype, lanes)
+        return _State(kernels, weight, r, p, *kernels.gains(p, share))
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         xp = namespace(state.weight)
