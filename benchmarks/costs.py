@@ -30,9 +30,9 @@ def sweep(layer: Layer, n: int) -> tuple[float, float]:
 
 
 def admm(layer: Layer, n: int) -> tuple[float, float]:
-    """The same of ADMM: a product an iteration, an inverse every third, rotated factors, the eigendecomposition."""
+    """The same of ADMM: a product an iteration, an inverse every fifth, rotated factors, the eigendecomposition."""
     m, d, _ = layer
-    return m * d * d * (ITERATIONS + n) + d**3 / 2 * ITERATIONS / 3, 4.5 * d**3
+    return m * d * d * (ITERATIONS + n) + d**3 / 2 * ITERATIONS / 5, 4.5 * d**3
 
 
 def main() -> None:
