@@ -58,7 +58,7 @@ def demo(
     from moonshot.comparison import compare
 
     with console.status("loading") as status:
-        comparison = compare(seed=seed, on_step=lambda step: status.update(step))
+        comparison = compare(samples=24, seed=seed, on_step=lambda step: status.update(step))
     dense = comparison.dense
     patterns = list(comparison.rows[0].perplexities)
     table = Table(title=f"Held-out perplexity, context {dense.context}, {dense.windows} windows")
