@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numba
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 
 from every_solver import SOLVERS, TABLES, each_solver, true_of
 from moonshot.certificate import lower_bound
@@ -253,9 +253,12 @@ def test_factors_rotated_in_every_row(solver, case):
 
 @true_of(EVERY)
 @few
-@given(cases(factors=(3, 12)))  # with fewer ADMM's answer depends on their number: see linalg.shifted
+@given(cases(factors=(1, 3, 12)))
 def test_a_factor_split_in_two(solver, case):
     layer, pattern, _ = case
+    _, d, n = layer.U.shape
+    lag = isinstance(solver, ADMM) and 8 * n <= d  # as linalg.shifted says, and once split they may not
+    assume(not lag)
     half = layer.U[:, :, :1] / np.sqrt(2)
     other = replace(layer, U=np.concatenate([half, layer.U[:, :, 1:], half], axis=2))
     assert_same_answer(solver, pattern, layer, other)
