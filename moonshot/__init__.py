@@ -6,6 +6,7 @@ report = ms.prune(model, calibration, "2:4", objective=objective)
 
 from typing import TYPE_CHECKING, Any
 
+from moonshot import threads  # noqa: F401 - before what loads NumPy
 from moonshot.certificate import lower_bound
 from moonshot.front import front
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian

@@ -1,5 +1,6 @@
 """The command line: `moonshot demo`, `moonshot prune`, `moonshot eval`."""
 
+import os
 import re
 import sys
 from enum import Enum
@@ -299,6 +300,7 @@ def _solver(name: SolverName):
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 1."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads sleep too: see moonshot.threads
     try:
         app()
     except (ValueError, TypeError, OSError) as error:

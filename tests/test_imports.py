@@ -1,6 +1,7 @@
 """What imports what: `import moonshot` is light, and imports point one way."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ CORE = {
 }
 # Each module or package of moonshot and which others it may import, in functions too.
 MAY_IMPORT = {
+    "threads": set(),
     "linalg": set(),
     "problem": {"linalg"},
     "patterns": {"linalg"},
@@ -203,3 +205,21 @@ def test_the_core_solves_a_problem_without_torch():
         "solve((Reconstruction() + Fisher()).problem(w, inputs=x, gradients=g), '2:4', SparseGPT())"
     )
     assert "numba" in loaded and not loaded & HEAVY
+
+
+def test_what_openblas_waits_for_is_set_before_numpy_is_loaded():
+    code = """
+import os, sys
+class Watch:
+    def find_spec(name, *_):
+        if name == "numpy":
+            print(os.environ["OPENBLAS_THREAD_TIMEOUT"])
+sys.meta_path.insert(0, Watch)
+import moonshot
+"""
+    for variables, waits in ({}, "6"), ({"OPENBLAS_THREAD_TIMEOUT": "20"}, "20"):
+        kept = {name: value for name, value in os.environ.items() if name != "OPENBLAS_THREAD_TIMEOUT"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=kept | variables, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == [waits]
