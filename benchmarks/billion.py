@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
+import moonshot
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-import moonshot
 
 DEMO = Path(moonshot.__file__).parent / "demo"
 

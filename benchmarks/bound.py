@@ -8,11 +8,10 @@ import argparse
 import time
 from pathlib import Path
 
-import numpy as np
-from solvers.benchmark_utils.grading import Layer, row_optima
-
 import moonshot as ms
+import numpy as np
 from moonshot.relaxation import relaxation_bound
+from solvers.benchmark_utils.grading import Layer, row_optima
 
 SEEDS = 8
 
@@ -71,7 +70,6 @@ def large(size: int, n: int, patterns: list[str]) -> None:
 
 def llama(layer: str) -> None:
     import torch
-
     from moonshot.models.calibration import windows
     from moonshot.storage import load
 

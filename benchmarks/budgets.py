@@ -14,16 +14,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import nn
-
 import moonshot as ms
+import torch
 from moonshot.comparison import DEMO
 from moonshot.evaluation import accuracy, perplexity
 from moonshot.models.calibration import windows
 from moonshot.models.images import ImageBatches, find_pictures
 from moonshot.pruning import DEFAULT_OBJECTIVE
 from moonshot.storage import load, load_classifier
+from torch import nn
 
 SPARSITIES = {"vit": (0.9, 0.95, 0.96), "resnet": (0.9, 0.94, 0.96), "llama": (0.7, 0.8, 0.9)}
 SOLVERS = {"SparseGPT": ms.SparseGPT(), "ADMM": ms.ADMM()}

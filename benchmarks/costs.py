@@ -8,12 +8,11 @@ Minutes are those of the multiply-adds alone at `--rate` tera-flops, half as man
 import argparse
 
 import torch
+from moonshot.planning import Layer, count
+from moonshot.pruning import DEFAULT_OBJECTIVE
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from moonshot.planning import Layer, count
-from moonshot.pruning import DEFAULT_OBJECTIVE
 
 SHAPES = {  # hidden, MLP, blocks, heads, key-value heads, tied embeddings
     "1B (3.2)": (2048, 8192, 16, 32, 8, True),

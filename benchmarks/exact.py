@@ -6,9 +6,8 @@ NUMBA_NUM_THREADS=1 python benchmarks/exact.py [--rows 8] [--factors 8] [--nodes
 import argparse
 import statistics
 
-import numpy as np
-
 import moonshot as ms
+import numpy as np
 
 PATTERNS = [*(ms.Unstructured(sparsity, scope="row") for sparsity in (0.3, 0.5, 0.7)), ms.NM(2, 4)]
 

@@ -13,9 +13,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
-
 import moonshot as ms
+import numpy as np
 
 WEIGHTINGS = [(1 - b) * ms.Reconstruction() + b * ms.Fisher() for b in np.linspace(0, 0.9, 10)]
 SPARSITIES = [round(0.5 + 0.05 * k, 2) for k in range(10)]

@@ -8,9 +8,8 @@ table.
 
 import argparse
 
-import numpy as np
-
 import moonshot as ms
+import numpy as np
 
 
 def correlated_layer(size: int, factors: int, seed: int = 0) -> ms.Problem:

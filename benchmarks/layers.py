@@ -12,9 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from torch import nn
-
 from moonshot.models.layers import layer_view
+from torch import nn
 
 # What the layer is, its arguments, and the inputs it sees.
 LAYERS = {

@@ -7,11 +7,10 @@ The default shape has 110 M parameters: 12 blocks, hidden 768, MLP 2048, vocabul
 
 import argparse
 
+import moonshot as ms
 import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-import moonshot as ms
 
 
 def main() -> None:

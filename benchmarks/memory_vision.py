@@ -10,11 +10,10 @@ import argparse
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import moonshot as ms
 import psutil
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
-
-import moonshot as ms
 
 CLASSES = 1000
 MODELS = {

@@ -15,15 +15,14 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import moonshot as ms
 import torch
 import transformers
-from torch import Tensor, nn
-
-import moonshot as ms
 from moonshot.models.batchnorm import reestimate
 from moonshot.models.calibration import as_batches, model_loss
 from moonshot.models.cut import cut_open
 from moonshot.models.layers import layers_of
+from torch import Tensor, nn
 
 VOCABULARY, CLASSES, TOKENS, PIXELS = 96, 10, 24, 32
 Make = Callable[[], nn.Module]

@@ -7,10 +7,9 @@ python benchmarks/swaps.py layer [--rows 1024] [--size 1024] [--factors 16] [--p
 import argparse
 import itertools
 
+import moonshot as ms
 import numpy as np
 from solvers.benchmark_utils.grading import Layer, row_optima
-
-import moonshot as ms
 
 
 def small(rows: int, columns: int = 14, factors: int = 3) -> None:

@@ -2,11 +2,10 @@
 
 from functools import lru_cache
 
+import moonshot as ms
 import numpy as np
 from benchmark_utils.grading import Layer, check, row_optima, row_values
 from benchopt import BaseObjective
-
-import moonshot as ms
 
 _ENUMERABLE = 16  # columns
 

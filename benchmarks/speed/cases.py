@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import moonshot as ms
 import numpy as np
 import torch
-from torch import nn
-
-import moonshot as ms
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.models.layers import layer_view
 from moonshot.models.statistics import LayerStatistics
+from torch import nn
 
 from ..solvers.benchmark_utils.grading import Layer, row_optima
 from ..solvers.benchmark_utils.references import torch_alps, torch_obc, torch_sparsegpt, torch_wanda

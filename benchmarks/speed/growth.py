@@ -12,11 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import moonshot as ms
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-
-import moonshot as ms
 
 from .cases import HALF, PATTERN, accumulated, observed, solved
 from .layers import random_layer

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 import moonshot as ms
+import numpy as np
 
 
 @dataclass(frozen=True, eq=False)

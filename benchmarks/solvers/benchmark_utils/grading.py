@@ -4,7 +4,6 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-
 from moonshot import NM, Pattern
 
 

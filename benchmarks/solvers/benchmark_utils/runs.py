@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
+import moonshot as ms
 import numpy as np
 import torch
 from benchopt import BaseSolver
-
-import moonshot as ms
 
 from .grading import Layer
 

@@ -2,12 +2,11 @@
 
 from functools import cache
 
+import moonshot as ms
 import numpy as np
 import torch
 from benchmark_utils.grading import Layer
 from benchopt import BaseDataset
-
-import moonshot as ms
 from moonshot.comparison import DEMO
 from moonshot.models.calibration import windows
 from moonshot.patterns import Pattern

@@ -1,10 +1,9 @@
 """Small rows, whose optimum is known by enumeration."""
 
+import moonshot as ms
 import numpy as np
 from benchmark_utils.random_layers import random_layer
 from benchopt import BaseDataset
-
-import moonshot as ms
 
 PATTERNS = {
     "50% per row": ms.Unstructured(0.5, scope="row"),

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
+import moonshot as ms
 import numpy as np
 from benchmark_utils.random_layers import random_layer
 from benchopt import BaseDataset
-
-import moonshot as ms
 
 
 class Dataset(BaseDataset):

@@ -1,8 +1,7 @@
 """ADMM with its default penalties."""
 
-from benchmark_utils.runs import MoonshotSolver
-
 import moonshot as ms
+from benchmark_utils.runs import MoonshotSolver
 
 
 class Solver(MoonshotSolver):

@@ -1,8 +1,7 @@
 """Exact, at most ten seconds a layer; skipped where rows are too long."""
 
-from benchmark_utils.runs import MoonshotSolver
-
 import moonshot as ms
+from benchmark_utils.runs import MoonshotSolver
 
 
 class Solver(MoonshotSolver):

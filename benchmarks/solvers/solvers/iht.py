@@ -1,8 +1,7 @@
 """IHT with its default limits."""
 
-from benchmark_utils.runs import MoonshotSolver
-
 import moonshot as ms
+from benchmark_utils.runs import MoonshotSolver
 
 
 class Solver(MoonshotSolver):

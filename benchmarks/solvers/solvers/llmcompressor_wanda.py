@@ -2,12 +2,11 @@
 
 import math
 
+import moonshot as ms
 import torch
 from benchmark_utils.grading import Layer, budget
 from benchmark_utils.runs import TorchSolver
 from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import sparsify_weight
-
-import moonshot as ms
 
 
 class Solver(TorchSolver):

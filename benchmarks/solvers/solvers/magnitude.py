@@ -1,8 +1,7 @@
 """Magnitude: keep the largest weights."""
 
-from benchmark_utils.runs import MoonshotSolver
-
 import moonshot as ms
+from benchmark_utils.runs import MoonshotSolver
 
 
 class Solver(MoonshotSolver):

@@ -1,11 +1,10 @@
 """ALPS in plain torch, on the shared part A alone: it has one Hessian for all rows."""
 
+import moonshot as ms
 import torch
 from benchmark_utils.grading import Layer, budget
 from benchmark_utils.references import torch_alps
 from benchmark_utils.runs import TorchSolver
-
-import moonshot as ms
 
 
 class Solver(TorchSolver):

@@ -1,11 +1,10 @@
 """OBC in plain torch, on each row's own Hessian, formed explicitly for a batch of rows at a time."""
 
+import moonshot as ms
 import torch
 from benchmark_utils.grading import Layer, budget
 from benchmark_utils.references import torch_obc
 from benchmark_utils.runs import TorchSolver
-
-import moonshot as ms
 
 _BATCH = 2**22  # numbers in the Hessians of a batch
 _COLUMNS = 256

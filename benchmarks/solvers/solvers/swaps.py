@@ -1,8 +1,7 @@
 """Swaps, from the answer of ADMM or of OBS."""
 
-from benchmark_utils.runs import MoonshotSolver
-
 import moonshot as ms
+from benchmark_utils.runs import MoonshotSolver
 
 
 class Solver(MoonshotSolver):

@@ -1,8 +1,7 @@
 """Wanda, with the diagonal of the joint Hessian."""
 
-from benchmark_utils.runs import MoonshotSolver
-
 import moonshot as ms
+from benchmark_utils.runs import MoonshotSolver
 
 
 class Solver(MoonshotSolver):
