@@ -15,7 +15,7 @@ from moonshot import budgets
 from moonshot.choosing import choose
 from moonshot.evaluation import mean_loss, sample_losses
 from moonshot.layerwise import (
-    LayerProblem,
+    LayerProblems,
     Recipe,
     check_fit,
     check_reached,
@@ -209,7 +209,7 @@ def allocate(
             on_step(what, steps)
 
     with restored_on_failure(model, views.values(), Scratch(scratch)) as restore, evaluating(model):
-        walk = problems(model, cut, views, fitted, objective, recipe)
+        walk = problems(model, cut, views, fitted, [objective], recipe)
         offer = _Offer(views, _solved(walk, menus, solver, advance), total, exact=patterns is None)
         with in_float32(held(model)):
             candidates = _candidates(offer, _Stored(offer, model, fitted, loss, advance), rounds)
@@ -273,7 +273,7 @@ def _menu(
 
 
 def _solved(
-    layers: Generator[LayerProblem],
+    layers: Generator[LayerProblems],
     menus: dict[str, list[tuple[int, Pattern]]],
     solver: Solver,
     advance: Callable[[str], None],
@@ -281,13 +281,16 @@ def _solved(
     """Every layer solved at every choice, the other layers dense."""
     solved = {}
     with closing(layers):
-        for name, _, problem, _ in layers:
-            state = solver.init(problem)
-            solved[name] = [
-                _choice(name, problem, zeros, pattern, solver, state) for zeros, pattern in menus[name]
-            ]
-            advance(name)
+        for layer in layers:
+            solved[layer.name] = _choices(layer, menus[layer.name], solver)
+            advance(layer.name)
     return solved
+
+
+def _choices(layer: LayerProblems, menu: list[tuple[int, Pattern]], solver: Solver) -> list[_Choice]:
+    (problem,) = layer.problems
+    state = solver.init(problem)
+    return [_choice(layer.name, problem, zeros, pattern, solver, state) for zeros, pattern in menu]
 
 
 def _choice(name: str, problem: Problem, zeros: int, pattern: Pattern, solver: Solver, state: Any) -> _Choice:

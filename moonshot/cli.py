@@ -135,12 +135,13 @@ def prune(
         else:
             calibration = _windows(opened.processor, found, nsamples, seqlen, seed)
         judge = pruning.DEFAULT_OBJECTIVE if terms == "auto" else terms
+        trials = len(pruning.CANDIDATES) if terms == "auto" else 0
         work = dict(solver=_solver(solver), targets=targets, ignore=ignore or (), factors=factors)
         recipe = work | dict(
             dampening_frac=dampening_frac,
             seed=seed,
             unreached=unreached.value,
-            scratch=_scratch(opened, calibration, memory, objective=judge, **work),
+            scratch=_scratch(opened, calibration, memory, objective=judge, trials=trials, **work),
         )
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

@@ -1,9 +1,10 @@
 """Problems that weigh the same terms differently, on one factorisation."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from moonshot.assembly import (
+    Quadratic,
     check_fraction,
     damped,
     damped_problem,
@@ -14,7 +15,7 @@ from moonshot.assembly import (
 )
 from moonshot.linalg.backend import Array
 from moonshot.linalg.weighted import WeightedHessians
-from moonshot.objectives import Objective, Observation
+from moonshot.objectives import Objective, Observation, quadratics_of
 from moonshot.problem import Deviation, Problem, check_weight
 
 _ROUNDING = 1e-9  # how far apart ratios may be that are meant to be equal
@@ -45,23 +46,59 @@ def front(
     at a time, as they are asked for. Raises ValueError where the objectives have no factorisation in common,
     NotPositiveDefiniteError as `Objective.assemble` does.
     """
-    fraction, w = check_fraction(dampening_frac), check_weight(weight)
     weightings = _weightings(objectives)
+    terms = list(dict.fromkeys(term for weighting in weightings for term in weighting))
     observation = Observation(inputs, output_gradients, gradients)
-    quadratics = {
-        term: term.quadratic(term.accumulate(None, observation), w)
-        for term in dict.fromkeys(term for weighting in weightings for term in weighting)
-    }
-    with_shared = [term for term, quadratic in quadratics.items() if quadratic.shared is not None]
-    with_factors = [term for term, quadratic in quadratics.items() if quadratic.factors is not None]
-    ratio, factor_ratio = _ratio(weightings, with_shared), _ratio(weightings, with_factors)
-    for weighting in weightings:
-        if not any(term in weighting for term in with_shared):
-            raise ValueError(
-                f"{' + '.join(term.name for term in weighting)} alone has no matrix that rows share to factor: give "
-                "Reconstruction a small weight, or make its problem with objective.problem(...)"
-            )
+    statistics = [term.accumulate(None, observation) for term in terms]
+    return _on_one_factorisation(weightings, weight, quadratics_of(terms, weight, statistics), dampening_frac)
 
+
+def fronts(
+    objectives: Iterable[Objective],
+    weight: Array,
+    quadratics: Mapping[Objective, Quadratic],
+    dampening_frac: float = 0.01,
+) -> Iterator[Problem]:
+    """The pruning problems of any objectives, one for each, where neighbours that can be one front are one.
+
+    quadratics: of all terms (objectives.quadratics_of). An objective that shares nothing with its neighbours has the
+    ridge of `Objective.assemble`.
+    """
+    for run in _runs(objectives, quadratics):
+        if len(run) == 1:
+            yield run[0].weigh(weight, quadratics, dampening_frac)
+        else:
+            weightings = _weightings(run)
+            seen = {term: q for term, q in quadratics.items() if any(term in each for each in weightings)}
+            yield from _on_one_factorisation(weightings, weight, seen, dampening_frac)
+
+
+def _runs(
+    objectives: Iterable[Objective], quadratics: Mapping[Objective, Quadratic]
+) -> Iterator[list[Objective]]:
+    """The objectives, neighbours with a factorisation in common together."""
+    run: list[Objective] = []
+    for objective in objectives:
+        try:
+            _in_common(_weightings([*run, objective]), quadratics)
+        except ValueError:
+            if run:
+                yield run
+            run = []
+        run.append(objective)
+    if run:
+        yield run
+
+
+def _on_one_factorisation(
+    weightings: list[dict[Objective, float]],
+    weight: Array,
+    quadratics: Mapping[Objective, Quadratic],
+    dampening_frac: float,
+) -> Iterator[Problem]:
+    """The problems of a front. quadratics: of its terms, and no others."""
+    fraction, w = check_fraction(dampening_frac), check_weight(weight)
+    ratio, factor_ratio = _in_common(weightings, quadratics)
     zero = Deviation(-w)
     terms = {
         term: normalised(term.name, factor_ratio.get(term, 1.0), q, w, zero) for term, q in quadratics.items()
@@ -73,12 +110,31 @@ def front(
 
     def problems() -> Iterator[Problem]:
         for weighting in weightings:
-            a = sum(weighting.get(term, 0.0) for term in with_shared)
-            b = sum(weighting.get(term, 0.0) for term in with_factors)
+            a = sum(weighting.get(term, 0.0) for term in ratio)
+            b = sum(weighting.get(term, 0.0) for term in factor_ratio)
             weighted = [replace(terms[term], weight=weighting.get(term, 0.0)) for term in terms]
             yield damped_problem(weight, w, hessians.weighted(a, b), weighted, damping, a * ridge)
 
     return problems()
+
+
+def _in_common(
+    weightings: list[dict[Objective, float]], quadratics: Mapping[Objective, Quadratic]
+) -> tuple[dict[Objective, float], dict[Objective, float]]:
+    """The ratio of the terms with a shared matrix and that of the terms with factors, which all weightings agree on.
+
+    Raises ValueError where they do not, or where one has no shared matrix.
+    """
+    with_shared = [term for term, quadratic in quadratics.items() if quadratic.shared is not None]
+    with_factors = [term for term, quadratic in quadratics.items() if quadratic.factors is not None]
+    ratio, factor_ratio = _ratio(weightings, with_shared), _ratio(weightings, with_factors)
+    for weighting in weightings:
+        if not any(term in weighting for term in with_shared):
+            raise ValueError(
+                f"{' + '.join(term.name for term in weighting)} alone has no matrix that rows share to factor: give "
+                "Reconstruction a small weight, or make its problem with objective.problem(...)"
+            )
+    return ratio, factor_ratio
 
 
 def _weightings(objectives: Iterable[Objective]) -> list[dict[Objective, float]]:

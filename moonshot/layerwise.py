@@ -1,14 +1,17 @@
 """The layers of a model as pruning problems, one after the other: what `prune` solves and `allocate` compares."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moonshot.front import fronts
 from moonshot.models.blocks import Loss, ModelError, held, in_float32
 from moonshot.models.calibration import Batch, count_samples
 from moonshot.models.cut import Cut
@@ -16,7 +19,7 @@ from moonshot.models.layers import LayerView, layers_of
 from moonshot.models.scratch import Scratch
 from moonshot.models.statistics import LayerStatistics
 from moonshot.models.targets import select
-from moonshot.objectives import Objective
+from moonshot.objectives import Objective, quadratics_of, quadratics_of_groups
 from moonshot.patterns import Pattern, PatternError
 from moonshot.problem import Problem
 
@@ -40,12 +43,12 @@ class Recipe:
             raise ValueError(f"factors must be a positive integer, got {self.factors!r}")
 
 
-class LayerProblem(NamedTuple):
-    """tokens: how many rows of inputs the problem was made of."""
+class LayerProblems(NamedTuple):
+    """problems: one for each objective, made as they are asked for; tokens: how many rows of inputs they are of."""
 
     name: str
     view: LayerView
-    problem: Problem
+    problems: Iterator[Problem]
     tokens: int
 
 
@@ -54,10 +57,10 @@ def problems(
     cut: Cut,
     names: Iterable[str],
     batches: list[Batch],
-    objective: Objective,
+    objectives: Sequence[Objective],
     recipe: Recipe,
-) -> Generator[LayerProblem]:
-    """The problems of the layers with these names, in the order in which the model runs.
+) -> Generator[LayerProblems]:
+    """The problems of the layers with these names, in the order in which the model runs, by one or more objectives.
 
     Whatever is assigned to a layer before the next one is asked for is what later layers' inputs come from;
     gradients are those of the model as it was. A segment is in float32 while its layers are given out, so close the
@@ -67,36 +70,49 @@ def problems(
     dtype = next(model.parameters()).dtype
     wanted = set(names)
     signs = _random_signs(count_samples(batches), recipe.seed)
-    gradients = bool(objective.needed & {"gradients", "output_gradients"})
+    terms = reduce(add, objectives)
+    gradients = bool(terms.needed & {"gradients", "output_gradients"})
     replay = cut.replay(model, batches, recipe.loss, gradients, Scratch(recipe.scratch))
     for index, (prefix, segment) in enumerate(replay.segments):
         views = {name: view for name, view in layers_of(prefix, segment) if name in wanted}
         with in_float32(held(segment)):
-            statistics = LayerStatistics(views, objective, recipe.factors, signs, cut.routed)
+            statistics = LayerStatistics(views, terms, recipe.factors, signs, cut.routed)
             replay.observe(index, statistics)
             for name, view in views.items():
-                yield LayerProblem(  # held by nobody here
+                yield LayerProblems(  # held by nobody here
                     name,
                     view,
-                    _problem(name, view, dtype, statistics.pop(name), objective, recipe.dampening_frac),
+                    _of_layer(name, view, dtype, statistics.pop(name), objectives, recipe.dampening_frac),
                     statistics.tokens[name],
                 )
             replay.advance(index)
 
 
-def _problem(
+def _of_layer(
     name: str,
     view: LayerView,
     dtype: torch.dtype,
     statistics: list[list[Any]],
-    objective: Objective,
+    objectives: Sequence[Objective],
     dampening_frac: float,
-) -> Problem:
+) -> Iterator[Problem]:
     weights = view.matrices()
+    terms = [term for _, term in reduce(add, objectives).weighted_terms]
     with in_layer(name):
         if view.groups == 1:
-            return objective.assemble(weights[0].to(dtype), statistics[0], dampening_frac=dampening_frac)
-        return objective.assemble_groups(weights.double(), statistics, dampening_frac=dampening_frac)
+            weight = weights[0].to(dtype)
+            quadratics = quadratics_of(terms, weight, statistics[0])
+        else:
+            weight = weights.double().flatten(0, 1)
+            quadratics = quadratics_of_groups(terms, weights.double(), statistics)
+        if len(objectives) == 1:  # nothing of it is needed once there is a problem
+            return iter((objectives[0].weigh(weight, quadratics, dampening_frac),))
+    return _noted(name, fronts(objectives, weight, quadratics, dampening_frac))
+
+
+def _noted(name: str, problems: Iterator[Problem]) -> Iterator[Problem]:
+    with in_layer(name):
+        yield from problems
 
 
 @contextmanager

@@ -5,6 +5,7 @@ statistic, and what quadratic that statistic is. `0.7 * Reconstruction() + 0.3 *
 so is each term alone. A new term is one subclass of `Objective` (docs/extending.md has an example).
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from numbers import Real
@@ -121,44 +122,16 @@ class Objective:
         shared matrix numerically indefinite, delta is raised tenfold up to six times; `problem.damping` is
         the fraction used. Raises NotPositiveDefiniteError if that does not help.
         """
-        w = check_weight(weight)
-        quadratics = [
-            term.quadratic(statistic, w)
-            for (_, term), statistic in zip(self.weighted_terms, statistics, strict=True)
-        ]
-        return self._from_quadratics(weight, quadratics, dampening_frac)
+        terms = [term for _, term in self.weighted_terms]
+        return self.weigh(weight, quadratics_of(terms, weight, statistics), dampening_frac)
 
-    def assemble_groups(
-        self, weights: Array, statistics: list[list[Any]], *, dampening_frac: float = 0.01
+    def weigh(
+        self, weight: Array, quadratics: Mapping["Objective", Quadratic], dampening_frac: float = 0.01
     ) -> Problem:
-        """One pruning problem (groups m, d) of a layer whose groups of outputs read inputs of their own.
-
-        weights: (groups, m, d); statistics: for each group one for each of `weighted_terms`, as `assemble` takes them.
-
-        What the rows of a group share becomes d factors of each, so that one budget can be spread over all
-        groups: meant for the few inputs of grouped convolutions. See `assemble` for damping and errors.
-        """
-        groups, m, d = weights.shape
-        weight = weights.reshape(groups * m, d)
-        w = check_weight(weight)
-        rows = [w[g * m : (g + 1) * m] for g in range(groups)]
-        quadratics = [
-            stacked(
-                [term.quadratic(of_group[k], part) for of_group, part in zip(statistics, rows, strict=True)],
-                rows,
-            )
-            for k, (_, term) in enumerate(self.weighted_terms)
-        ]
-        return self._from_quadratics(weight, quadratics, dampening_frac)
-
-    def _from_quadratics(self, weight: Array, quadratics: list[Quadratic], dampening_frac: float) -> Problem:
-        fraction = check_fraction(dampening_frac)
-        w = check_weight(weight)
+        """`assemble`, from the terms' quadratics."""
+        fraction, w = check_fraction(dampening_frac), check_weight(weight)
         zero = Deviation(-w)
-        terms = [
-            normalised(term.name, share, quadratic, w, zero)
-            for (share, term), quadratic in zip(self.weighted_terms, quadratics, strict=True)
-        ]
+        terms = [normalised(term.name, share, quadratics[term], w, zero) for share, term in self.weighted_terms]
         shared, factors = total_shared(terms, w), total_factors(terms)
         hessian, damping, ridge = damped(shared, factors, fraction, mean_diagonal(shared, factors))
         return damped_problem(weight, w, hessian, terms, damping, ridge)
@@ -248,6 +221,31 @@ class TokenFisher(Objective):
 
     def quadratic(self, statistic: Array, weight: Array) -> Quadratic:
         return Quadratic(shared=statistic)
+
+
+def quadratics_of(
+    terms: Iterable[Objective], weight: Array, statistics: Iterable[Any]
+) -> dict[Objective, Quadratic]:
+    """{term: its quadratic} on a layer with this weight (m, d). statistics: one for each term."""
+    w = check_weight(weight)
+    return {term: term.quadratic(statistic, w) for term, statistic in zip(terms, statistics, strict=True)}
+
+
+def quadratics_of_groups(
+    terms: Iterable[Objective], weights: Array, statistics: Iterable[Iterable[Any]]
+) -> dict[Objective, Quadratic]:
+    """{term: its quadratic} on all rows (groups m, d) of a layer whose groups of outputs read inputs of their own.
+
+    weights: (groups, m, d); statistics: for each group one for each term.
+
+    What the rows of a group share becomes d factors of each, so that one budget can be spread over all groups: meant
+    for the few inputs of grouped convolutions.
+    """
+    terms, rows = list(terms), [check_weight(weight) for weight in weights]
+    by_group = [
+        quadratics_of(terms, weight, of_group) for weight, of_group in zip(rows, statistics, strict=True)
+    ]
+    return {term: stacked([group[term] for group in by_group], rows) for term in terms}
 
 
 def _check_weighting(weight: float) -> float:

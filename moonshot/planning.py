@@ -95,14 +95,20 @@ def plan(
     targets: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] = (),
     factors: int = 16,
+    trials: int = 0,
 ) -> Plan | None:
-    """What `prune` takes with these arguments; None for what is no transformer on tokens (batches with input_ids)."""
-    counts = count(model, batches, objective=objective, targets=targets, ignore=ignore, factors=factors)
+    """What `prune` takes with these arguments; None for what is no transformer on tokens (batches with input_ids).
+
+    trials: how many objectives on the same terms are tried first.
+    """
+    counts = count(
+        model, batches, objective=objective, targets=targets, ignore=ignore, factors=factors, trials=trials
+    )
     if counts is None:
         return None
     device = next(model.parameters()).device
     seconds = counts.multiplications / _multiplication_rate(device)
-    seconds += _solver_seconds(solver, counts.rank, counts.layers, device)
+    seconds += _solver_seconds(solver, counts.rank, counts.layers, device) * (1 + trials)
     return Plan(seconds, counts.memory, counts.waiting)
 
 
@@ -114,6 +120,7 @@ def count(
     targets: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] = (),
     factors: int = 16,
+    trials: int = 0,
 ) -> Counts | None:
     """What can be said of `plan` for a model without weights, on the meta device."""
     tokens = [batch_tokens(batch) for batch in batches]
@@ -132,14 +139,14 @@ def count(
     total, at_once = sum(tokens), max(tokens)
     length = max(batch["input_ids"].shape[1] for batch in batches)
 
-    waiting = sum(m * d for m, d, _ in layers) * itemsize
+    waiting = sum(m * d for m, d, _ in layers) * itemsize * (1 + trials)
     waiting += total * hidden * itemsize * (2 + len(blocks) if replayed else 1)
     weights = [sum(p.numel() for p in block.parameters()) for _, block in parts]
     outside = sum(tensor.numel() for tensor in held_outside(model, [block for _, block in parts]))
     memory = max(
         4 * outside + 4 * at_once * vocabulary * _LOGITS,
         *(
-            4 * own + _running(block, at_once, length, replayed) + _solving(block, objective, rank)
+            4 * own + _running(block, at_once, length, replayed) + _solving(block, objective, rank, trials)
             for own, block in zip(weights, blocks, strict=True)
         ),
     )
@@ -148,6 +155,9 @@ def count(
     for block in blocks:
         multiplications += sum(float(total) * d * d * matrices for d, matrices in _grams(block, objective))
         multiplications += sum(float(total) * m * d for m, d, _ in block) * (rank > 0)
+    if trials:  # one walk on three quarters of the samples, and each answer's losses on the rest
+        multiplications *= 1.75
+        multiplications += 0.25 * total * trials * (sum(weights) + hidden * vocabulary)
     return Counts(layers, rank, multiplications, memory, waiting)
 
 
@@ -174,12 +184,16 @@ def _grams(block: list[Layer], objective: Objective) -> list[tuple[int, int]]:
     return [(d, per_input) for _, d in inputs] + [(layer.d, per_layer) for layer in block]
 
 
-def _solving(block: list[Layer], objective: Objective, rank: int) -> int:
-    """Bytes of a block's statistics, and of one layer's problem and solver while later layers' gradients wait."""
+def _solving(block: list[Layer], objective: Objective, rank: int, trials: int) -> int:
+    """Bytes of a block's statistics, and of one layer's problem and solver while later layers' gradients wait.
+
+    Trials keep a layer's gradients and what their front derives from them.
+    """
+    arrays = _FACTORS - 1 + 2 * (trials > 0)
     statistics = sum(4 * d * d * matrices for d, matrices in _grams(block, objective))
     gradients = [4 * rank * m * d for m, d, _ in block]
     peaks = [
-        sum(gradients[k:]) + (_FACTORS - 1) * gradients[k] + 8 * d * d * _SHARED + 4 * m * d * _WEIGHTS
+        sum(gradients[k:]) + arrays * gradients[k] + 8 * d * d * _SHARED + 4 * m * d * _WEIGHTS
         for k, (m, d, _) in enumerate(block)
     ]
     return statistics + max(peaks, default=0)

@@ -8,7 +8,9 @@ import torch
 import moonshot as ms
 from moonshot.choosing import choose
 from moonshot.evaluation import sample_losses
+from moonshot.front import fronts
 from moonshot.models.calibration import as_batches, count_samples, model_loss, set_aside
+from moonshot.objectives import quadratics_of
 from moonshot.pruning import CANDIDATES
 from tests.test_models import decoder, tokens
 
@@ -75,3 +77,60 @@ def test_auto_prunes_by_the_objective_it_chose():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert len(json.loads(report.to_json())["trials"]) == len(CANDIDATES)
     assert str(report).count("held-out loss") == len(CANDIDATES)
+
+
+def test_a_trial_is_the_model_pruned_by_its_objective():
+    """Of one layer, whose inputs are those of the dense model for all."""
+    ids, work = tokens(12), dict(targets="*.0.mlp.up_proj", solver=ms.SparseGPT(), dampening_frac=1e-8)
+    report = ms.prune(decoder(), ids, "2:4", objective="auto", **work)
+    fitted, held_out = set_aside(as_batches(ids), 0)
+    losses = {}
+    for candidate in CANDIDATES:
+        model = decoder()
+        ms.prune(model, fitted, "2:4", objective=candidate, **work)
+        losses[candidate.name] = float(sample_losses(model, held_out).double().mean())
+    assert len(set(losses.values())) == len(CANDIDATES)
+    assert {trial.name: trial.loss for trial in report.trials} == pytest.approx(losses, rel=1e-6)
+
+
+def test_the_first_trial_is_the_whole_model_pruned_by_the_default():
+    ids, solver = tokens(12), ms.SparseGPT()
+    report = ms.prune(decoder(), ids, "2:4", objective="auto", solver=solver)
+    fitted, held_out = set_aside(as_batches(ids), 0)
+    model = decoder()
+    ms.prune(model, fitted, "2:4", objective=CANDIDATES[0], solver=solver)
+    assert report.trials[0].loss == pytest.approx(float(sample_losses(model, held_out).mean()), rel=1e-3)
+
+
+def test_answers_may_wait_on_disk(tmp_path):
+    found = []
+    for folder in (None, tmp_path):
+        model = decoder()
+        report = ms.prune(model, tokens(12), "2:4", objective="auto", solver=ms.SparseGPT(), scratch=folder)
+        found.append((report.trials, list(model.parameters())))
+    (trials, kept), (again, on_disk) = found
+    assert trials == again and all(map(torch.equal, kept, on_disk))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("calls", [5, 14 * len(CANDIDATES) + 3])
+def test_a_failure_among_the_trials_or_after_restores_the_model(calls):
+    model = decoder()
+    before, seen = [parameter.clone() for parameter in model.parameters()], []
+
+    def fail(layer, total):
+        seen.append(layer.name)
+        if len(seen) == calls:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        ms.prune(model, tokens(12), "2:4", objective="auto", solver=ms.SparseGPT(), on_layer=fail)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_the_candidates_are_two_fronts():
+    observation = ms.Observation(torch.randn(40, 8), torch.randn(40, 4), torch.randn(3, 4, 8))
+    terms, weight = [ms.Reconstruction(), ms.TokenFisher(), ms.Fisher()], torch.randn(4, 8)
+    statistics = [term.accumulate(None, observation) for term in terms]
+    problems = list(fronts(CANDIDATES, weight, quadratics_of(terms, weight, statistics)))
+    assert [len(problem.terms) for problem in problems] == [3, 3, 3, 2, 2, 2]

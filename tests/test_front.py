@@ -1,6 +1,7 @@
 """A front's problems against their definition, its solvers against problems built alone, and what is shared."""
 
 import gc
+import importlib
 import weakref
 
 import numpy as np
@@ -13,10 +14,12 @@ from every_solver import each_solver
 from moonshot.linalg import hessian as hessian_module
 from moonshot.linalg.backend import like
 from moonshot.linalg.weighted import WeightedHessians
+from moonshot.objectives import quadratics_of
 from strategies import layers, random_layer
 from test_objectives import Pulled
 from tests.examples.weightings import trade_off
 
+front_module = importlib.import_module("moonshot.front")  # moonshot.front is the function
 R, F, T = ms.Reconstruction(), ms.Fisher(), ms.TokenFisher()
 M, D = 4, 8
 LINE = [(1 - b) * R + b * F for b in (0.0, 0.3, 0.9)]
@@ -175,6 +178,47 @@ def test_every_kind_of_array(backend, dtype):
         result = ms.solve(one, "2:4", ms.SparseGPT())
         assert backend.numpy(result.weight).dtype == dtype
         assert result.value == pytest.approx(ms.solve(other, "2:4", ms.SparseGPT()).value, rel=1e-2)
+
+
+# fronts among any objectives
+
+
+def test_neighbours_with_a_factorisation_in_common_are_a_front(monkeypatch):
+    weight, seen = observed()
+    observation = ms.Observation(**seen)
+    terms = [R, F, T]
+    quadratics = quadratics_of(terms, weight, [term.accumulate(None, observation) for term in terms])
+    both = 0.75 * R + 0.25 * T
+    runs = [[0.8 * both + 0.2 * F, both], [F], [R, 0.5 * R + 0.5 * F, 0.9 * R + 0.1 * F], [R + T]]
+    made = []
+
+    def counted(hessian):
+        made.append(hessian)
+        return WeightedHessians(hessian)
+
+    monkeypatch.setattr(front_module, "WeightedHessians", counted)
+    problems = front_module.fronts([objective for run in runs for objective in run], weight, quadratics, 0.1)
+    V = np.random.default_rng(1).normal(size=weight.shape)
+    for run in runs:
+        if len(run) == 1:
+            expected = [run[0].problem(weight, **seen, dampening_frac=0.1)]
+        else:
+            expected = list(ms.front(run, weight, **seen, dampening_frac=0.1))
+        for one in expected:
+            problem = next(problems)
+            assert problem.value(V) == pytest.approx(one.value(V), rel=1e-12)
+            assert {term.name for term in problem.terms} == {term.name for term in one.terms}
+    assert next(problems, None) is None
+    assert len(made) == 2 + 2  # two fronts among them, and the two they are compared to
+
+
+def test_objectives_alone_are_no_front():
+    weight, seen = observed()
+    term = R.accumulate(None, ms.Observation(**seen))
+    (problem,) = front_module.fronts([R], weight, {R: R.quadratic(term, weight)})
+    V = 0.3 * weight
+    assert problem.value(V) == R.problem(weight, **seen).value(V)
+    assert list(front_module.fronts([], weight, {})) == []
 
 
 # solvers

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "planning": {"models", "objectives", "solvers", "patterns", "problem", "linalg"},
     "choosing": {"report"},
     "budgets": set(),
-    "layerwise": {"models", "objectives", "patterns", "problem", "linalg"},
+    "layerwise": {"models", "front", "objectives", "patterns", "problem", "linalg"},
     "pruning": CORE | {"models", "layerwise", "report", "evaluation", "choosing"},
     "allocation": CORE | {"budgets", "models", "layerwise", "report", "evaluation", "choosing", "pruning"},
     "comparison": CORE | {"models", "report", "storage", "evaluation", "pruning", "allocation"},

@@ -13,7 +13,7 @@ from moonshot import planning
 from moonshot.models.calibration import as_batches, batch_samples
 from moonshot.models.scratch import Scratch
 from moonshot.planning import Plan, ResourceError, check_disk, free_memory, plan
-from tests.test_models import JOINT, decoder, tokens
+from tests.test_models import JOINT, block_layers, decoder, tokens
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,16 @@ def test_more_of_anything_takes_more(monkeypatch):
     assert single.seconds < one.seconds < twice.seconds < longer.seconds
     assert single.waiting < one.waiting < twice.waiting < longer.waiting
     assert planned(model, tokens(), targets="*.0.mlp.down_proj").seconds < one.seconds
+
+
+def test_trials_take_more(monkeypatch):
+    monkeypatch.setattr(planning, "_multiplication_rate", lambda device: 1e9)
+    monkeypatch.setattr(planning, "_seconds", lambda device, run: 1.0)
+    model = decoder()
+    none, some = planned(model, tokens(12)), planned(model, tokens(12), trials=6)
+    pruned = sum(module.weight.nbytes for module in block_layers(model).values())
+    assert some.waiting - none.waiting == 6 * pruned
+    assert some.memory > none.memory and 2 * none.seconds < some.seconds < 7 * none.seconds
 
 
 def test_a_solver_takes_as_long_as_it_does_on_small_problems(monkeypatch):
