@@ -25,7 +25,7 @@ PARTS = {  # by file and function, none of which calls another
     ],
     "backward passes": [("__init__.py", "grad")],
     "statistics": [("statistics.py", "observe"), ("statistics.py", "pop")],
-    "problems": [("objectives.py", "assemble")],
+    "problems": [("objectives.py", "quadratics_of"), ("objectives.py", "weigh")],
     "solver: factorisations": [("SOLVER", "init")],
     "solver: the rest": [("SOLVER", "compute")],
     "grades": [("problem.py", "graded"), ("problem.py", "zero_value"), ("problem.py", "value")],
