@@ -16,11 +16,11 @@ from pathlib import Path
 
 import moonshot as ms
 import torch
+from moonshot.auto import DEFAULT_OBJECTIVE
 from moonshot.comparison import DEMO
 from moonshot.evaluation import accuracy, perplexity
 from moonshot.models.calibration import windows
 from moonshot.models.images import ImageBatches, find_pictures
-from moonshot.pruning import DEFAULT_OBJECTIVE
 from moonshot.storage import load, load_classifier
 from torch import nn
 

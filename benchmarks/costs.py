@@ -8,8 +8,8 @@ Minutes are those of the multiply-adds alone at `--rate` tera-flops, half as man
 import argparse
 
 import torch
+from moonshot.auto import DEFAULT_OBJECTIVE
 from moonshot.planning import Layer, count
-from moonshot.pruning import DEFAULT_OBJECTIVE
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot import budgets
+from moonshot.auto import DEFAULT_OBJECTIVE
 from moonshot.choosing import choose
 from moonshot.evaluation import mean_loss, sample_losses
 from moonshot.layerwise import (
@@ -34,7 +35,7 @@ from moonshot.models.scratch import Scratch
 from moonshot.objectives import Objective
 from moonshot.patterns import Pattern, PatternError, Unstructured, as_pattern
 from moonshot.problem import Problem
-from moonshot.pruning import DEFAULT_OBJECTIVE, PatternLike, check_method, device_of, prune
+from moonshot.pruning import PatternLike, check_method, device_of, prune
 from moonshot.report import Trial
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver, solve

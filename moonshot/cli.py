@@ -113,7 +113,7 @@ def prune(
     ] = Unreached.error,
 ) -> None:
     """Prune a causal language model or an image classifier and save it with its mask, recipe and report."""
-    from moonshot import allocation, pruning, storage
+    from moonshot import allocation, auto, pruning, storage
     from moonshot.models.images import ImageBatches
 
     if choice and not allocate:
@@ -134,8 +134,8 @@ def prune(
             _print_skipped(broken)
         else:
             calibration = _windows(opened.processor, found, nsamples, seqlen, seed)
-        judge = pruning.DEFAULT_OBJECTIVE if terms == "auto" else terms
-        trials = len(pruning.CANDIDATES) if terms == "auto" else 0
+        judge = auto.DEFAULT_OBJECTIVE if terms == "auto" else terms
+        trials = len(auto.CANDIDATES) if terms == "auto" else 0
         work = dict(solver=_solver(solver), targets=targets, ignore=ignore or (), factors=factors)
         recipe = work | dict(
             dampening_frac=dampening_frac,

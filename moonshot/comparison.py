@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from moonshot.auto import DEFAULT_OBJECTIVE
 from moonshot.evaluation import Perplexity, perplexity
 from moonshot.models.calibration import windows
 from moonshot.objectives import Objective, Reconstruction
-from moonshot.pruning import DEFAULT_OBJECTIVE, prune
+from moonshot.pruning import prune
 from moonshot.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
 from moonshot.storage import load
 

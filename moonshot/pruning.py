@@ -3,65 +3,36 @@
 import platform
 import resource
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moonshot.choosing import choose
-from moonshot.evaluation import sample_losses
-from moonshot.layerwise import (
-    LayerProblems,
-    Recipe,
-    check_fit,
-    check_reached,
-    chosen_layers,
-    in_layer,
-    problem_shape,
-    problems,
-)
-from moonshot.models.batchnorm import reestimate, running_statistics
-from moonshot.models.blocks import Loss, evaluating, held, in_float32, running_in_float32
+from moonshot.auto import CANDIDATES, DEFAULT_OBJECTIVE, best_objective
+from moonshot.layerwise import Recipe, check_fit, check_reached, chosen_layers
+from moonshot.models.blocks import Loss
 from moonshot.models.calibration import (
-    Batch,
     as_batches,
     batch_tokens,
     count_samples,
     model_loss,
     moved,
-    set_aside,
     tokens_at_once,
 )
 from moonshot.models.cut import Cut, cut_open
-from moonshot.models.layers import LayerView
-from moonshot.models.restoring import restored_on_failure
-from moonshot.models.scratch import Kept, Scratch
 from moonshot.models.targets import TargetError, select
-from moonshot.objectives import Fisher, Objective, Reconstruction, TokenFisher
+from moonshot.objectives import Objective
 from moonshot.patterns import Pattern, as_pattern
 from moonshot.report import LayerReport, Report
 from moonshot.solvers.admm import ADMM
-from moonshot.solvers.base import Solver, solve
-
-DEFAULT_OBJECTIVE = 0.6 * Reconstruction() + 0.2 * TokenFisher() + 0.2 * Fisher()
-# What objective="auto" tries, the default first: two fronts (front.fronts), each on one factorisation.
-_BOTH_SHARED = 0.75 * Reconstruction() + 0.25 * TokenFisher()
-CANDIDATES = (
-    DEFAULT_OBJECTIVE,
-    0.5 * _BOTH_SHARED + 0.5 * Fisher(),
-    _BOTH_SHARED,
-    Reconstruction(),
-    0.8 * Reconstruction() + 0.2 * Fisher(),
-    0.5 * Reconstruction() + 0.5 * Fisher(),
-)
+from moonshot.solvers.base import Solver
+from moonshot.walk import Walk
 
 PatternLike = Pattern | str | float
 OnLayer = Callable[[LayerReport, int], None]
-OnAnswers = Callable[[str, list[Tensor]], None]
 
 
 def prune(
@@ -87,8 +58,8 @@ def prune(
 
     calibration: token ids (samples, tokens), a list of batches, or a DataLoader (models.calibration.as_batches).
     pattern: one for all layers, or {layer name: pattern} for those to prune.
-    objective: what the layers' answers are judged by; "auto" tries those in CANDIDATES on three quarters of the
-    samples, on one walk through the model, and takes the one that does best on the rest (choosing.choose).
+    objective: what the layers' answers are judged by; "auto" tries those in auto.CANDIDATES on three quarters of the
+    samples, on one walk through the model, and takes the one that does best on the rest (auto.best_objective).
     targets, ignore: names, globs or `re:` expressions of layers (models.targets.select).
     factors: per-sample gradients are reduced to this many by random signs, without bias, for terms that need them.
     seed: of the signs and of the samples set aside; the same seed gives the same model.
@@ -134,129 +105,25 @@ def prune(
         skipped=skipped,
     )
     begin = time.perf_counter()
-    layers = cut.layers()
-    parts = [segment for _, segment in cut.segments]
-    again = batch_norm and bool(running_statistics(model))
-    chosen = [layers[name] for name in patterns]
-    with restored_on_failure(model, chosen, Scratch(scratch)) as restore, evaluating(model):
-        trials = len(CANDIDATES) if isinstance(objective, str) else 0
-        total = (trials + 1) * len(patterns)
+    trials = len(CANDIDATES) if isinstance(objective, str) else 0
+    total = (trials + 1) * len(patterns)
 
-        def advance(layer: LayerReport) -> None:
-            if on_layer is not None:
-                on_layer(layer, total)
+    def advance(layer: LayerReport) -> None:
+        if on_layer is not None:
+            on_layer(layer, total)
 
-        def prune_by(
-            objectives: Sequence[Objective],
-            batches: list[Batch],
-            bound: bool = False,
-            keep: OnAnswers = _forget,
-        ) -> dict[str, LayerReport]:
-            walk = problems(model, cut, patterns, batches, objectives, recipe)
-            return _prune_layers(walk, patterns, solver, bound, cut.routed, advance, keep)
-
-        def settle(batches: list[Batch]) -> None:
-            if again:
-                _reestimate(model, batches, loss, parts)
-
+    walk = Walk(model, cut, patterns, solver, recipe, batch_norm, advance)
+    with walk.restored_on_failure() as restore:
         if isinstance(objective, str):
-            fitted, held_out = set_aside(batches, seed)
-            answers: dict[str, list[Kept]] = {}
-            waiting = Scratch(scratch)
-            prune_by(
-                CANDIDATES, fitted, keep=lambda name, weights: answers.update({name: waiting.keep_all(weights)})
-            )
-
-            def held_out_losses(candidate: int) -> Tensor:
-                for name, of_layer in answers.items():
-                    _assign(layers[name], of_layer[candidate].read())
-                settle(fitted)
-                with running_in_float32(model, parts):
-                    return sample_losses(model, held_out, loss)
-
-            names = {candidate.name: k for k, candidate in enumerate(CANDIDATES)}
-            best, report.trials = choose(names, held_out_losses)
-            objective = CANDIDATES[names[best]]
-            answers.clear()
+            objective, report.trials = best_objective(walk, batches)
             restore()
         report.recipe["objective"] = objective.name
-        report.layers = prune_by([objective], batches, bound)
-        settle(batches)
-        if again:
-            report.recipe["batch_norm"] = "estimated again"
+        report.layers = walk.prune([objective], batches, bound)
+    if walk.estimates_again:
+        report.recipe["batch_norm"] = "estimated again"
     report.seconds = time.perf_counter() - begin
     report.peak_memory = _peak_memory()
     return report
-
-
-def _reestimate(model: nn.Module, batches: list[Batch], loss: Loss, parts: list[nn.Module]) -> None:
-    with in_float32(held(model)):
-        reestimate(model, batches, loss, parts)
-
-
-def _forget(name: str, weights: list[Tensor]) -> None:
-    """Keep no answers."""
-
-
-def _prune_layers(
-    layers: Generator[LayerProblems],
-    patterns: dict[str, Pattern],
-    solver: Solver,
-    bound: bool,
-    routed: bool,
-    advance: Callable[[LayerReport], None],
-    keep: OnAnswers,
-) -> dict[str, LayerReport]:
-    """Solve every layer's problems, assign the answer to the first, and keep all; {layer name: its first report}."""
-    reports = {}
-    with closing(layers):
-        for layer in layers:
-            weights, of_layer = _solved(layer, patterns[layer.name], solver, bound, routed)
-            _assign(layer.view, weights[0])
-            keep(layer.name, weights)
-            for report in of_layer:
-                advance(report)
-            reports[layer.name] = of_layer[0]
-    return reports
-
-
-def _solved(
-    layer: LayerProblems, pattern: Pattern, solver: Solver, bound: bool, routed: bool
-) -> tuple[list[Tensor], list[LayerReport]]:
-    """The answers to the problems of a layer."""
-    weights, reports = [], []
-    while problem := next(layer.problems, None):
-        with in_layer(layer.name):
-            result = solve(problem, pattern, solver, bound=bound)
-        weights.append(result.weight)
-        reports.append(
-            LayerReport(
-                name=layer.name,
-                shape=problem_shape(layer.view),
-                pattern=result.pattern,
-                sparsity=result.sparsity,
-                relative=result.relative,
-                terms=result.terms,
-                damping=problem.damping,
-                status=str(result.status),
-                seconds=result.seconds,
-                gap=result.gap,
-                note=_note(layer.tokens, layer.view.shape[1]) if routed else "",
-            )
-        )
-        del problem, result  # their memory, before the next one takes as much
-    return weights, reports
-
-
-def _assign(view: LayerView, weight: Tensor) -> None:
-    view.assign(weight.reshape(view.groups, *view.shape))
-
-
-def _note(tokens: int, inputs: int) -> str:
-    """What is to be said of a layer whose inputs cannot tell all of its weights apart."""
-    if tokens >= inputs:
-        return ""
-    return f"{tokens} tokens for {inputs} inputs" if tokens else "no token reached it: pruned by magnitude"
 
 
 def device_of(model: nn.Module) -> torch.device:

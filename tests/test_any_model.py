@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import moonshot as ms
-from moonshot import pruning
+from moonshot import auto, walk
 from moonshot.models.batchnorm import reestimate
 from moonshot.models.blocks import ModelError
 from moonshot.models.calibration import CalibrationError, as_batches, model_loss
@@ -482,7 +482,7 @@ def test_batch_norm_is_as_it_was_after_a_failure(monkeypatch):
         reestimate(*arguments)
         raise RuntimeError("enough")
 
-    monkeypatch.setattr(pruning, "reestimate", fail)
+    monkeypatch.setattr(walk, "reestimate", fail)
     with pytest.raises(RuntimeError, match="enough"):
         ms.prune(model, calibration, 0.5, objective=ms.Reconstruction(), solver=ms.Magnitude())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -494,7 +494,7 @@ def test_the_best_objective_for_a_network_with_batch_norm(dtype):
     model = model.to(dtype)
     samples = [{name: torch.cat([tensor] * 2) for name, tensor in calibration[0].items()}]
     report = ms.prune(model, samples, 0.5, objective="auto", solver=ms.SparseGPT())
-    assert len(report.trials) == len(pruning.CANDIDATES) and report.sparsity == pytest.approx(0.5, abs=2e-3)
+    assert len(report.trials) == len(auto.CANDIDATES) and report.sparsity == pytest.approx(0.5, abs=2e-3)
 
 
 # calls that are wrong

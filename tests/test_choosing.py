@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import moonshot as ms
+from moonshot.auto import CANDIDATES
 from moonshot.choosing import choose
 from moonshot.evaluation import sample_losses
 from moonshot.front import fronts
 from moonshot.models.calibration import as_batches, count_samples, model_loss, set_aside
 from moonshot.objectives import quadratics_of
-from moonshot.pruning import CANDIDATES
 from tests.test_models import decoder, tokens
 
 FIRST = torch.tensor([3.0, 1.0, 2.0, 4.0])

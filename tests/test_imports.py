@@ -47,9 +47,12 @@ MAY_IMPORT = {
     "choosing": {"report"},
     "budgets": set(),
     "layerwise": {"models", "front", "objectives", "patterns", "problem", "linalg"},
-    "pruning": CORE | {"models", "layerwise", "report", "evaluation", "choosing"},
-    "allocation": CORE | {"budgets", "models", "layerwise", "report", "evaluation", "choosing", "pruning"},
-    "comparison": CORE | {"models", "report", "storage", "evaluation", "pruning", "allocation"},
+    "walk": CORE | {"models", "layerwise", "report", "evaluation"},
+    "auto": {"models", "objectives", "choosing", "report", "walk"},
+    "pruning": CORE | {"models", "layerwise", "report", "walk", "auto"},
+    "allocation": CORE
+    | {"budgets", "models", "layerwise", "report", "evaluation", "choosing", "auto", "pruning"},
+    "comparison": CORE | {"models", "report", "storage", "evaluation", "auto", "pruning", "allocation"},
 }
 MAY_IMPORT["cli"] = {"checks", "planning", *MAY_IMPORT["comparison"], "comparison"}
 # Who may use the public names of `import moonshot`: nobody below them, or imports would go round.
@@ -62,6 +65,8 @@ TORCH = {
     "layerwise",
     "choosing",
     "planning",
+    "walk",
+    "auto",
     "pruning",
     "allocation",
     "evaluation",

@@ -34,7 +34,7 @@ def test_what_waits_is_what_the_scratch_file_takes(tmp_path, monkeypatch, dtype,
             kept.append(tensor.nbytes)
             return super().keep(tensor)
 
-    monkeypatch.setattr("moonshot.pruning.Scratch", Counting)
+    monkeypatch.setattr("moonshot.walk.Scratch", Counting)
     monkeypatch.setattr("moonshot.layerwise.Scratch", Counting)
     model = decoder(dtype=dtype)
     expected = planned(model, tokens(), objective, targets=targets).waiting
