@@ -158,7 +158,7 @@ def test_a_weighted_hessian_is_that_of_its_parts(layer, a, b):
         for i, u in enumerate(np.sqrt(b) * layer.U):
             expected = direct.inverse_factor @ u
             np.testing.assert_allclose(
-                np.sqrt(share) * tiles[i // 2, :, :, i % 2],
+                np.sqrt(share) * tiles[:, i // 2, :, i % 2],
                 expected,
                 rtol=1e-6,
                 atol=1e-9 * np.max(abs(expected)),

@@ -36,19 +36,19 @@ def explicit_gains(p):
     return t, phi
 
 
-TILED = ("p", "t", "phi", "residual")  # what comes in tiles of rows, its last axis here
+TILED = {"p": 1, "t": 1, "phi": 1, "residual": 0}  # what comes in tiles of rows, and which axis they are
 
 
-def tiled(array, lanes):
-    """(..., m) as (tiles, ..., lanes), zero beyond the last row."""
+def tiled(array, lanes, axis):
+    """(..., m) as (..., lanes) with the tiles as an axis of their own, zero beyond the last row."""
     tiles = -(-array.shape[-1] // lanes)
     padded = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, tiles * lanes - array.shape[-1])])
-    return np.moveaxis(padded.reshape(*array.shape[:-1], tiles, lanes), -2, 0)
+    return np.moveaxis(padded.reshape(*array.shape[:-1], tiles, lanes), -2, axis)
 
 
-def untiled(array, m):
-    tiles, *middle, lanes = array.shape
-    return np.moveaxis(array, 0, -2).reshape(*middle, tiles * lanes)[..., :m]
+def untiled(array, m, axis):
+    *others, tiles, lanes = np.moveaxis(array, axis, -2).shape
+    return np.moveaxis(array, axis, -2).reshape(*others, tiles * lanes)[..., :m]
 
 
 def run(kernels, function, arguments, convert, *numbers):
@@ -63,7 +63,9 @@ def run(kernels, function, arguments, convert, *numbers):
     lanes = kernels.lanes(m)
     arrays = {
         name: convert(
-            np.ascontiguousarray(tiled(arguments[name], lanes)) if name in TILED else arguments[name].copy()
+            np.ascontiguousarray(tiled(arguments[name], lanes, TILED[name]))
+            if name in TILED
+            else arguments[name].copy()
         )
         for name in names
     }
@@ -74,7 +76,7 @@ def run(kernels, function, arguments, convert, *numbers):
         for name, x in (arrays | results).items()
         if x is not None
     }
-    return {name: untiled(x, m) if name in TILED else x for name, x in found.items()}
+    return {name: untiled(x, m, TILED[name]) if name in TILED else x for name, x in found.items()}
 
 
 def assert_same(function, backend, arguments, *numbers):
@@ -101,9 +103,9 @@ def assert_same(function, backend, arguments, *numbers):
 def test_gains_are_what_they_are_defined_as(seed, m, d, n, share):
     p = np.random.default_rng(seed).normal(size=(d, n, m)) / share**0.5
     t, phi = explicit_gains(p * share**0.5)
-    found = kernels_sweep.gains(np.ascontiguousarray(tiled(p, kernels_sweep.lanes(m))), share)
+    found = kernels_sweep.gains(np.ascontiguousarray(tiled(p, kernels_sweep.lanes(m), 1)), share)
     for left, right in zip(found, (t * share**0.5, phi), strict=True):
-        np.testing.assert_allclose(untiled(left, m), right, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(untiled(left, m, 1), right, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

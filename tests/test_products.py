@@ -19,8 +19,8 @@ def test_half_product(seed, d, n, lanes, dtype):
     expected = np.einsum("jk,nmk->jnm", r, factors)
     close = {"rtol": 0, "atol": (1e-4 if dtype == "f4" else 1e-11)}
     tiles = half_product(factors, r, lanes)
-    assert tiles.shape == (-(-5 // lanes), d, n, lanes) and tiles.dtype == dtype
-    rows = np.moveaxis(tiles, 0, 2).reshape(d, n, len(tiles) * lanes)
+    assert tiles.shape == (d, -(-5 // lanes), n, lanes) and tiles.dtype == dtype
+    rows = np.moveaxis(tiles, 1, 2).reshape(d, n, -(-5 // lanes) * lanes)
     np.testing.assert_allclose(rows[:, :, :5], expected, **close)
     assert (rows[:, :, 5:] == 0).all()
     np.testing.assert_allclose(half_product_by_factor(factors, r), expected.transpose(1, 2, 0), **close)

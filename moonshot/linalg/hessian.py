@@ -102,7 +102,7 @@ class RowHessian:
         return inverse_factor(self.A)
 
     def half_product(self, dtype: str, lanes: int) -> tuple[Array, float]:
-        """P and a share s with `R U_i = sqrt(s) P_i`, in tiles of `lanes` rows: (tiles, d, n, lanes). Needs factors.
+        """P and a share s with `R U_i = sqrt(s) P_i`, in tiles of `lanes` rows: (d, tiles, n, lanes). Needs factors.
 
         s is 1 but for Hessians that have P in common. See products.half_product.
         """

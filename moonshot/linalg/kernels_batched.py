@@ -11,7 +11,7 @@ With `P = R U / sqrt(s)` instead, s the share, T_j = (I / s + sum ...)^-1 leaves
 mu_j is the best z_j if column j is kept, and `value^2 / (R_jj^2 phi_j)` what pruning it costs.
 
 Shapes: a, keep, z (d, m); r (d, d). What belongs to the low-rank part comes in tiles of rows, `lanes(m)` rows each:
-p, t (tiles, d, n, lanes); phi (tiles, d, lanes); residual (tiles, n, lanes). Columns come before rows, so that what a
+p, t (d, tiles, n, lanes); phi (d, tiles, lanes); residual (tiles, n, lanes). Columns come before rows, so that what a
 step of the sweep reads is contiguous. n may be 0. Here all rows are one tile.
 """
 
@@ -30,7 +30,7 @@ def gains(p: Array, share: float) -> tuple[Array, Array]:
     not: `u = T_{j+1} p_j`, `phi_j = 1 / (1 + p_j' u)`, `t_j = phi_j u`, `T_j = T_{j+1} - phi_j u u'`.
     """
     xp = namespace(p)
-    p = p[0]
+    p = p[:, 0]
     d, n, m = p.shape
     t, phi = xp.empty_like(p), zeros_like_shape(p, (d, m))
     inverse = share * eye_like(p, n)[None] + zeros_like_shape(p, (m, 1, 1))
@@ -39,7 +39,7 @@ def gains(p: Array, share: float) -> tuple[Array, Array]:
         phi[j] = 1 / (1 + xp.sum(u * p[j].T, axis=1))
         t[j] = u.T * phi[j]
         inverse = inverse - u[:, :, None] * t[j].T[:, None, :]
-    return t[None], phi[None]
+    return t[:, None], phi[:, None]
 
 
 def scores(a: Array, r: Array, p: Array, t: Array, phi: Array, residual: Array, start: int, stop: int) -> Array:
@@ -52,11 +52,11 @@ def scores(a: Array, r: Array, p: Array, t: Array, phi: Array, residual: Array, 
     if residual.shape[1]:
         rest, mu = residual[0], []
         for j in range(start, stop):
-            mu.append(xp.sum(t[0, j] * rest, axis=0))
-            rest = rest - p[0, j] * mu[-1]
+            mu.append(xp.sum(t[j, 0] * rest, axis=0))
+            rest = rest - p[j, 0] * mu[-1]
         value = value + r[start:stop, start:stop].T @ xp.stack(mu)
     pivots = xp.linalg.diagonal(r)[start:stop, None]
-    return value**2 / (pivots**2 * phi[0, start:stop])
+    return value**2 / (pivots**2 * phi[start:stop, 0])
 
 
 def sweep(
@@ -99,8 +99,8 @@ def _sweep(a, r, p, t, residual, keep, z, start, stop, last):
     xp = namespace(a)
     zero = asarray_like(0.0, a)
     for j in range(start, stop):
-        mu = xp.sum(t[0, j] * residual[0], axis=0)
+        mu = xp.sum(t[j, 0] * residual[0], axis=0)
         z[j] = xp.where(keep[j], mu, -a[j] / r[j, j])
-        residual[0] -= p[0, j] * z[j]
+        residual[0] -= p[j, 0] * z[j]
         a[j:last] += r[j, j:last, None] * z[j]
         a[j] = xp.where(keep[j], a[j], xp.astype(zero, a.dtype))

@@ -18,7 +18,7 @@ if "NUMBA_THREADING_LAYER" not in os.environ:
     numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 _ONE_CALLER = Lock()
 
-_LINE = 16  # columns transposed at once
+_LINE = 64  # columns transposed at once
 _LANES = 64  # groups ranked side by side
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # NaN and infinity keep their meaning
@@ -194,9 +194,9 @@ def correct(y, factors, weights, inverses):
 
 
 def tiled(factors: np.ndarray, lanes: int) -> np.ndarray:
-    """Factors (n, m, d) in tiles of rows, (tiles, d, n, lanes), zero beyond the last row."""
+    """Factors (n, m, d) in tiles of rows, (d, tiles, n, lanes), zero beyond the last row."""
     n, m, d = factors.shape
-    out = np.empty((-(-m // lanes), d, n, lanes), factors.dtype)  # NumPy's large arrays have large pages
+    out = np.empty((d, -(-m // lanes), n, lanes), factors.dtype)  # NumPy's large arrays have large pages
     _fill_tiles(factors, out)
     return out
 
@@ -204,7 +204,7 @@ def tiled(factors: np.ndarray, lanes: int) -> np.ndarray:
 @kernel
 def _fill_tiles(factors, out):
     n, m, d = factors.shape
-    tiles, _, _, lanes = out.shape
+    _, tiles, _, lanes = out.shape
     for tile in prange(tiles):
         first, count = tile * lanes, min(lanes, m - tile * lanes)
         lines = np.zeros((lanes, _LINE), factors.dtype)  # both arrays are read and written in whole cache lines
@@ -216,4 +216,4 @@ def _fill_tiles(factors, out):
                         lines[l, j] = factors[k, first + l, start + j]
                 for j in range(width):
                     for l in range(lanes):
-                        out[tile, start + j, k, l] = lines[l, j]
+                        out[start + j, tile, k, l] = lines[l, j]

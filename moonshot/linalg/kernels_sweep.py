@@ -64,7 +64,7 @@ def gains(p: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
 
 @kernel
 def _fill_gains(p, share, t, phi):
-    tiles, d, n, _ = p.shape
+    d, tiles, n, _ = p.shape
     one = p.dtype.type(1)
     for tile in prange(tiles):
         inverse = np.zeros((n * (n + 1) // 2, _LANES), p.dtype)  # its lower triangle, row after row
@@ -72,7 +72,7 @@ def _fill_gains(p, share, t, phi):
             inverse[k * (k + 3) // 2] = share
         u = np.empty((n, _LANES), p.dtype)
         for j in range(d - 1, -1, -1):
-            column, gain, shrink = p[tile, j], t[tile, j], phi[tile, j]
+            column, gain, shrink = p[j, tile], t[j, tile], phi[j, tile]
             shrink[:] = one
             for k in range(n):
                 row = inverse[k * (k + 1) // 2 : k * (k + 3) // 2 + 1]
@@ -103,31 +103,31 @@ def _best_step(step, gain, rest):
 
 
 @njit(fastmath=FAST, inline="always")
-def _cost(cost, r, p, t, phi, rest, start, step):
-    """Turn the values of columns start.. of one tile into what pruning each costs; `rest` is used up."""
+def _cost(cost, r, p, t, phi, tile, rest, start, step):
+    """Turn the values of columns start.. of a tile into what pruning each costs; `rest` is used up."""
     if len(rest) > 0:
         for j in range(len(cost)):
-            _best_step(step, t[start + j], rest)
+            _best_step(step, t[start + j, tile], rest)
             for k in range(len(rest)):
-                _subtract_product(rest[k], p[start + j, k], step)
+                _subtract_product(rest[k], p[start + j, tile, k], step)
             for q in range(j, len(cost)):
                 _add_multiple(cost[q], r[start + j, start + q], step)
     for j in range(len(cost)):
-        pivot, now, share = r[start + j, start + j], cost[j], phi[start + j]
+        pivot, now, share = r[start + j, start + j], cost[j], phi[start + j, tile]
         for l in range(_LANES):
             now[l] = now[l] * now[l] / (pivot * pivot * share[l])
 
 
 @njit(fastmath=FAST, inline="always")
-def _fix(value, r, p, t, rest, keep, z, start, j, first, last, step):
-    """Fix column j of one tile and compensate the columns of `value`, which begins with column `start`."""
-    _best_step(step, t[j], rest)
+def _fix(value, r, p, t, tile, rest, keep, z, start, j, first, last, step):
+    """Fix column j of a tile and compensate the columns of `value`, which begins with column `start`."""
+    _best_step(step, t[j, tile], rest)
     now = value[j - start]
     for l in range(last - first):
         step[l] = step[l] if keep[j, first + l] else -now[l] / r[j, j]
         z[j, first + l] = step[l]
     for k in range(len(rest)):
-        _subtract_product(rest[k], p[j, k], step)
+        _subtract_product(rest[k], p[j, tile, k], step)
     for q in range(j - start, len(value)):
         _add_multiple(value[q], r[j, start + q], step)
     for l in range(last - first):
@@ -141,7 +141,7 @@ def scores(a, r, p, t, phi, residual, start, stop):
     for tile in prange(len(residual)):
         first, last = _tile(tile, m)
         cost, step = _load(a, start, stop, first, last), np.zeros(_LANES, a.dtype)
-        _cost(cost, r, p[tile], t[tile], phi[tile], residual[tile].copy(), start, step)
+        _cost(cost, r, p, t, phi, tile, residual[tile].copy(), start, step)
         out[:, first:last] = cost[:, : last - first]
     return out
 
@@ -152,7 +152,7 @@ def sweep(a, r, p, t, residual, keep, z, start, stop):
         first, last = _tile(tile, a.shape[1])
         value, step = _load(a, start, stop, first, last), np.zeros(_LANES, a.dtype)
         for j in range(start, stop):
-            _fix(value, r, p[tile], t[tile], residual[tile], keep, z, start, j, first, last, step)
+            _fix(value, r, p, t, tile, residual[tile], keep, z, start, j, first, last, step)
         a[start:stop, first:last] = value[:, : last - first]
 
 
@@ -166,7 +166,7 @@ def sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, kept, group):
         for begin in range(start, stop, group):
             cost[:] = value[begin - start : begin - start + group]
             ahead[:] = rest
-            _cost(cost, r, p[tile], t[tile], phi[tile], ahead, begin, step)
+            _cost(cost, r, p, t, phi, tile, ahead, begin, step)
             rank[:] = 0  # how many of the group cost less, or as much and come earlier
             for j in range(group):
                 for q in range(j):
@@ -178,5 +178,5 @@ def sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, kept, group):
                 for l in range(last - first):
                     keep[begin + j, first + l] = rank[j, l] >= group - kept
             for j in range(begin, begin + group):
-                _fix(value, r, p[tile], t[tile], rest, keep, z, start, j, first, last, step)
+                _fix(value, r, p, t, tile, rest, keep, z, start, j, first, last, step)
         a[start:stop, first:last] = value[:, : last - first]

@@ -11,7 +11,7 @@ _STRIP = 256  # rows of a triangular matrix multiplied at once, where no BLAS do
 
 
 def half_product(factors: Array, r: Array, lanes: int) -> Array:
-    """`P_i = R U_i` for every row i, in tiles of rows: (tiles, d, n, lanes), zero beyond the last row.
+    """`P_i = R U_i` for every row i, in tiles of rows: (d, tiles, n, lanes), zero beyond the last row.
 
     factors: (n, m, d), the U_i' stacked by factor; r: (d, d) upper triangular; lanes: rows of a tile. Uses that R is
     triangular: little more than m n d^2 / 2 multiply-adds instead of m n d^2.
@@ -21,23 +21,23 @@ def half_product(factors: Array, r: Array, lanes: int) -> Array:
         from moonshot.linalg import kernels_cpu
 
         out = kernels_cpu.tiled(factors, lanes)
-        trmm, columns_first = _blas("trmm", factors), np.asfortranarray(r)
-        # in place: the BLAS reads a tile's transpose, and multiplies it by R' from the right
-        for tile in out if n else ():
-            trmm(1.0, columns_first, tile.reshape(d, n * lanes).T, side=1, trans_a=1, overwrite_b=1)
+        if n:  # in place: the BLAS reads the transpose, and multiplies it by R' from the right
+            columns = out.reshape(d, -1).T
+            _blas("trmm", factors)(1.0, np.asfortranarray(r), columns, side=1, trans_a=1, overwrite_b=1)
         return out
     xp = namespace(factors)
-    out = zeros_like_shape(factors, (-(-m // lanes), d, n, lanes))
-    for tile in range(len(out)):
+    tiles = -(-m // lanes)
+    out = zeros_like_shape(factors, (d, tiles, n, lanes))
+    for tile in range(tiles):
         rows = factors[:, tile * lanes : (tile + 1) * lanes, :]
         count = rows.shape[1]
         columns = rows.reshape(n * count, d).T
-        product = out[tile].reshape(d, n * lanes) if count == lanes else xp.empty_like(columns)
+        product = out.reshape(d, n * lanes) if count == m == lanes else xp.empty_like(columns)
         for start in range(0, d, _STRIP):
             stop = min(start + _STRIP, d)
             xp.matmul(r[start:stop, start:], columns[start:], out=product[start:stop])
-        if count < lanes:
-            out[tile, :, :, :count] = product.reshape(d, n, count)
+        if count < m or count < lanes:
+            out[:, tile, :, :count] = product.reshape(d, n, count)
     return out
 
 
@@ -47,7 +47,7 @@ def half_product_by_factor(factors: Array, r: Array) -> Array:
     if is_numpy(factors) and n:
         columns = factors.copy().reshape(n * m, d).T
         return _blas("trmm", factors)(1.0, np.asfortranarray(r), columns, overwrite_b=1).T.reshape(n, m, d)
-    (product,) = half_product(factors, r, lanes=m)
+    product = half_product(factors, r, lanes=m)[:, 0]
     return contiguous(namespace(factors).permute_dims(product, (1, 2, 0)))
 
 

@@ -17,9 +17,9 @@ class _State:
     kernels: ModuleType
     weight: Array  # (d, m)
     r: Array  # (d, d), A^-1 = R'R
-    p: Array  # (tiles, d, n, lanes), R U_i up to a scale; see kernels_batched for these three
-    t: Array  # (tiles, d, n, lanes)
-    phi: Array  # (tiles, d, lanes)
+    p: Array  # (d, tiles, n, lanes), R U_i up to a scale; see kernels_batched for these three
+    t: Array  # (d, tiles, n, lanes)
+    phi: Array  # (d, tiles, lanes)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class SparseGPT:
         d, m = weight.shape
         lanes = kernels.lanes(m)
         if hessian.rank == 0:
-            none = zeros_like_shape(weight, (-(-m // lanes), d, 0, lanes))
+            none = zeros_like_shape(weight, (d, -(-m // lanes), 0, lanes))
             return _State(kernels, weight, r, none, *kernels.gains(none, 1.0))
         p, share = hessian.half_product(problem.dtype, lanes)
         return _State(kernels, weight, r, p, *kernels.gains(p, share))
@@ -70,7 +70,7 @@ class SparseGPT:
         xp = namespace(state.weight)
         a = xp.asarray(state.weight, copy=True)
         keep, z = xp.ones_like(a, dtype=xp.bool), xp.zeros_like(a)
-        tiles, d, n, lanes = state.p.shape
+        d, tiles, n, lanes = state.p.shape
         residual = zeros_like_shape(a, (tiles, n, lanes))
         group = pattern.m if isinstance(pattern, NM) else 1
         width = -(-self.block // group) * group
