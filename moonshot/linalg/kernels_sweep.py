@@ -54,10 +54,8 @@ def _add_multiple(target, factor, a):
 
 
 def gains(p: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    t, phi = (
-        np.empty_like(p),
-        np.empty((*p.shape[:2], _LANES), p.dtype),
-    )  # NumPy's large arrays have large pages
+    # NumPy's large arrays have large pages
+    t, phi = np.empty_like(p), np.empty((*p.shape[:2], _LANES), p.dtype)
     _fill_gains(p, p.dtype.type(share), t, phi)
     return t, phi
 
