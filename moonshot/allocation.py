@@ -362,7 +362,7 @@ class _Stored:
         for layer, (name, view) in enumerate(self._offer.views.items()):
             if self._now[layer] != answer[layer]:
                 weight = self._offer.choices[name][answer[layer]].weight.dense()
-                view.assign(weight.reshape(view.groups, *view.shape))
+                view.assign_rows(weight)
         self._now = list(answer)
         estimate_in_one_pass(self._model, self._batches, self._loss)
         value = mean_loss(self._model, self._batches, self._loss)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,19 +70,19 @@ def problems(
     dtype = next(model.parameters()).dtype
     wanted = set(names)
     signs = _random_signs(count_samples(batches), recipe.seed)
-    terms = reduce(add, objectives)
-    gradients = bool(terms.needed & {"gradients", "output_gradients"})
+    union = reduce(add, objectives)
+    gradients = bool(union.needed & {"gradients", "output_gradients"})
     replay = cut.replay(model, batches, recipe.loss, gradients, Scratch(recipe.scratch))
     for index, (prefix, segment) in enumerate(replay.segments):
         views = {name: view for name, view in layers_of(prefix, segment) if name in wanted}
         with in_float32(held(segment)):
-            statistics = LayerStatistics(views, terms, recipe.factors, signs, cut.routed)
+            statistics = LayerStatistics(views, union, recipe.factors, signs, cut.routed)
             replay.observe(index, statistics)
             for name, view in views.items():
                 yield LayerProblems(  # held by nobody here
                     name,
                     view,
-                    _of_layer(name, view, dtype, statistics.pop(name), objectives, recipe.dampening_frac),
+                    _of_layer(name, view, dtype, statistics, objectives, recipe.dampening_frac),
                     statistics.tokens[name],
                 )
             replay.advance(index)
@@ -92,19 +92,19 @@ def _of_layer(
     name: str,
     view: LayerView,
     dtype: torch.dtype,
-    statistics: list[list[Any]],
+    statistics: LayerStatistics,
     objectives: Sequence[Objective],
     dampening_frac: float,
 ) -> Iterator[Problem]:
-    weights = view.matrices()
-    terms = [term for _, term in reduce(add, objectives).weighted_terms]
+    by_group, weights = statistics.pop(name), view.matrices()
     with in_layer(name):
         if view.groups == 1:
             weight = weights[0].to(dtype)
-            quadratics = quadratics_of(terms, weight, statistics[0])
+            quadratics = quadratics_of(statistics.terms, weight, by_group[0])
         else:
-            weight = weights.double().flatten(0, 1)
-            quadratics = quadratics_of_groups(terms, weights.double(), statistics)
+            weights = weights.double()
+            weight = weights.flatten(0, 1)
+            quadratics = quadratics_of_groups(statistics.terms, weights, by_group)
         if len(objectives) == 1:  # nothing of it is needed once there is a problem
             return iter((objectives[0].weigh(weight, quadratics, dampening_frac),))
     return _noted(name, fronts(objectives, weight, quadratics, dampening_frac))

@@ -12,7 +12,6 @@ from moonshot.models.batchnorm import reestimate, running_statistics
 from moonshot.models.blocks import evaluating, held, in_float32, running_in_float32
 from moonshot.models.calibration import Batch
 from moonshot.models.cut import Cut
-from moonshot.models.layers import LayerView
 from moonshot.models.restoring import restored_on_failure
 from moonshot.models.scratch import Scratch
 from moonshot.objectives import Objective
@@ -70,7 +69,7 @@ class Walk:
         with closing(walk):
             for layer in walk:
                 weights, of_layer = self._solved(layer, bound)
-                _assign(layer.view, weights[0])
+                layer.view.assign_rows(weights[0])
                 keep(layer.name, weights)
                 for report in of_layer:
                     self.on_layer(report)
@@ -82,7 +81,7 @@ class Walk:
         """Give layers answers that were kept, as if the model had been pruned by them on these samples."""
         layers = self.cut.layers()
         for name, weight in answers:
-            _assign(layers[name], weight)
+            layers[name].assign_rows(weight)
         self._settle(batches)
 
     def losses(self, batches: list[Batch]) -> Tensor:
@@ -127,10 +126,6 @@ class Walk:
             )
             del problem, result  # their memory, before the next one takes as much
         return weights, reports
-
-
-def _assign(view: LayerView, weight: Tensor) -> None:
-    view.assign(weight.reshape(view.groups, *view.shape))
 
 
 def _note(tokens: int, inputs: int) -> str:

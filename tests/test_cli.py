@@ -1,6 +1,7 @@
 """The command line, end to end on the shipped model, and its errors in one line."""
 
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
 
 import moonshot
-from moonshot import cli, planning
+from moonshot import auto, cli, planning
 from moonshot.models.scratch import Scratch
 
 DEMO = Path(moonshot.__file__).parent / "demo"
@@ -324,6 +325,27 @@ def test_prune_says_what_it_takes_and_keeps_on_disk_what_does_not_fit(monkeypatc
     files = [tmp_path / name / "model.safetensors" for name in ("pruned", "other")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "pruned"]
+
+
+def test_what_auto_takes_is_said_with_its_trials(monkeypatch, tmp_path):
+    trials, plan = [], planning.plan
+    monkeypatch.setattr(planning, "plan", lambda *a, **k: (trials.append(k["trials"]), plan(*a, **k))[1])
+    for number, objective in enumerate(("auto", "reconstruction")):
+        more = dict(objective=objective, targets="*.0.mlp.*", nsamples=8, save=tmp_path / str(number))
+        assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path, **more)) == 0
+    assert trials == [len(auto.CANDIDATES), 0]
+    assert len(json.loads((tmp_path / "0" / "report.json").read_text())["trials"]) == len(auto.CANDIDATES)
+
+
+@pytest.mark.parametrize(("given", "policy"), [(None, "passive"), ("active", "active")])
+def test_torchs_threads_sleep_unless_they_are_told_otherwise(monkeypatch, given, policy):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")  # put back afterwards
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    seen = []
+    monkeypatch.setattr(cli, "app", lambda: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    cli.main()
+    assert seen == [policy]
 
 
 def test_prune_refuses_what_does_not_fit(monkeypatch, tmp_path, capsys):

@@ -280,6 +280,8 @@ def test_assigned_matrices_are_what_the_layer_computes_with(case):
     bias = 0 if module.bias is None else module.bias.detach()
     rows = [gathered(view, inputs, group=group)[0] @ new[group].T for group in range(view.groups)]
     torch.testing.assert_close(torch.cat(rows, -1) + bias, outputs)
+    view.assign_rows(2 * new.flatten(0, 1))
+    assert torch.equal(view.matrices(), 2 * new)
 
 
 @settings(max_examples=150)

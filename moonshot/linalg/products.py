@@ -32,11 +32,11 @@ def half_product(factors: Array, r: Array, lanes: int) -> Array:
         rows = factors[:, tile * lanes : (tile + 1) * lanes, :]
         count = rows.shape[1]
         columns = rows.reshape(n * count, d).T
-        product = out.reshape(d, n * lanes) if count == m == lanes else xp.empty_like(columns)
+        product = out.reshape(d, n * m) if lanes == m else xp.empty_like(columns)
         for start in range(0, d, _STRIP):
             stop = min(start + _STRIP, d)
             xp.matmul(r[start:stop, start:], columns[start:], out=product[start:stop])
-        if count < m or count < lanes:
+        if lanes != m:
             out[:, tile, :, :count] = product.reshape(d, n, count)
     return out
 

@@ -105,6 +105,10 @@ class LayerView:
         weight = self._weight()
         weight.copy_(matrices.detach().reshape(weight.shape).flip(self.flipped))
 
+    def assign_rows(self, rows: Tensor) -> None:
+        """`assign`, from the rows of all groups below one another (groups m, d)."""
+        self.assign(rows.reshape(self.groups, *self.shape))
+
     def chunks(self, inputs: Tensor, output_gradients: Tensor | None = None, group: int = 0) -> Iterator[Chunk]:
         """The rows of one group of a batch, each once and in order, at most NUMBERS numbers at a time.
 
