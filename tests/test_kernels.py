@@ -1,12 +1,17 @@
 """The kernels for devices do what the kernels for the CPU do, on NumPy arrays and on torch tensors."""
 
+import shutil
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonshot.linalg import kernels_batched, kernels_sweep
-from moonshot.linalg.backend import native
+import cuda_on_host
+import moonshot as ms
+from moonshot.linalg import kernels_batched, kernels_cuda, kernels_sweep
+from moonshot.linalg.backend import native, on_host
 from strategies import random_layer
 
 ROWS = [5, 67]  # part of a tile; a whole one and part of another
@@ -79,24 +84,48 @@ def run(kernels, function, arguments, convert, *numbers):
     return {name: untiled(x, m, TILED[name]) if name in TILED else x for name, x in found.items()}
 
 
-def assert_same(function, backend, arguments, *numbers):
-    dtype = str(arguments["a"].dtype)
+@pytest.fixture
+def batched(backend):
+    """(kernels_batched, what makes an array of the kind they are tried on)."""
 
     def convert(array):
-        tensor = backend.array(array, "bool" if array.dtype == bool else dtype)
-        return native(tensor) if backend.name == "torch-cuda" and array.dtype != bool else tensor
+        made = backend.array(array, str(array.dtype))
+        return native(made) if backend.name == "torch-cuda" and array.dtype != bool else made
 
-    if backend.name == "torch-cuda" and type(convert(arguments["a"])).__module__.startswith("cupy"):
+    if backend.name == "torch-cuda" and type(convert(np.ones(1))).__module__.startswith("cupy"):
         pytest.skip("CUDA tensors are computed on by CuPy here: the cupy run covers them")
+    return kernels_batched, convert
+
+
+@pytest.fixture(params=[3, 40, pytest.param("device", marks=pytest.mark.gpu)])
+def cuda(request, monkeypatch):
+    """(kernels_cuda, what makes arrays for them), on the CPU with so many threads in a block, or on a device."""
+    if request.param == "device":
+        return kernels_cuda, pytest.importorskip("cupy").asarray
+    if shutil.which(cuda_on_host.COMPILER) is None:
+        pytest.skip(f"{cuda_on_host.COMPILER} is not installed")
+
+    def launch(name, dtype, rank, width, blocks, threads, arguments):
+        options = kernels_cuda.options(dtype, rank, width)
+        cuda_on_host.launch(kernels_cuda.source(), options, name, blocks, request.param, arguments)
+
+    monkeypatch.setattr(kernels_cuda, "launch", launch)
+    return kernels_cuda, np.ascontiguousarray
+
+
+def assert_same(function, kernels, arguments, *numbers):
+    """That `kernels`, (module, what makes arrays), do what those for the CPU do."""
+    tolerance = TOLERANCE[str(arguments["a"].dtype)]
     expected = run(kernels_sweep, function, arguments, np.ascontiguousarray, *numbers)
-    computed = run(kernels_batched, function, arguments, convert, *numbers)
+    module, convert = kernels
+    computed = run(module, function, arguments, convert, *numbers)
     assert expected.keys() == computed.keys()
     for name, left in expected.items():
         right = computed[name]
         if left.dtype == bool:
             np.testing.assert_array_equal(left, right)
         else:
-            np.testing.assert_allclose(right, left, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+            np.testing.assert_allclose(right, left, rtol=tolerance, atol=tolerance)
 
 
 @given(st.integers(0, 99), st.integers(1, 3), st.integers(1, 150), st.integers(1, 5), st.floats(1e-4, 1e4))
@@ -108,29 +137,74 @@ def test_gains_are_what_they_are_defined_as(seed, m, d, n, share):
         np.testing.assert_allclose(untiled(left, m, 1), right, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("n", [0, 1, 4, 9])
+GROUPS = [(2, 4), (1, 4), (0, 2), (4, 4), (3, 8)]
+SPANS = [(0, 8), (4, 8), (2, 7), (3, 4)]
+every_size = pytest.mark.parametrize(
+    ("m", "n", "dtype"), list(product(ROWS, [0, 1, 4, 9], ["float32", "float64"]))
+)
+
+
+@every_size
 @pytest.mark.parametrize("d", [1, 8])
-@pytest.mark.parametrize("m", ROWS)
-def test_gains(backend, m, d, n, dtype):
-    assert_same("gains", backend, sweep_arguments(d, m, d, n, dtype), 0.7)
+def test_gains(batched, m, d, n, dtype):
+    assert_same("gains", batched, sweep_arguments(d, m, d, n, dtype), 0.7)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("n", [0, 1, 4, 9])
-@pytest.mark.parametrize(("start", "stop"), [(0, 8), (4, 8), (2, 7), (3, 4)])
+@every_size
+@pytest.mark.parametrize(("start", "stop"), SPANS)
 @pytest.mark.parametrize("function", ["scores", "sweep"])
-@pytest.mark.parametrize("m", ROWS)
-def test_scores_and_sweep(backend, m, function, start, stop, n, dtype):
-    assert_same(function, backend, sweep_arguments(n, m, 8, n, dtype), start, stop)
+def test_scores_and_sweep(batched, m, function, start, stop, n, dtype):
+    assert_same(function, batched, sweep_arguments(n, m, 8, n, dtype), start, stop)
+
+
+@every_size
+@pytest.mark.parametrize(("kept", "group"), GROUPS)
+def test_sweep_groups(batched, m, kept, group, n, dtype):
+    assert_same("sweep_groups", batched, sweep_arguments(n, m, 24, n, dtype), 8, 16, kept, group)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("n", [0, 1, 4, 9])
-@pytest.mark.parametrize(("kept", "group"), [(2, 4), (1, 4), (0, 2), (4, 4), (3, 8)])
-@pytest.mark.parametrize("m", ROWS)
-def test_sweep_groups(backend, m, kept, group, n, dtype):
-    assert_same("sweep_groups", backend, sweep_arguments(n, m, 24, n, dtype), 8, 16, kept, group)
+@pytest.mark.parametrize("n", [0, 1, 9])
+def test_cuda(cuda, n, dtype):
+    arguments = sweep_arguments(n, 4, 24, n, dtype)
+    assert_same("gains", cuda, arguments, 0.7)
+    for start, stop in SPANS:
+        assert_same("scores", cuda, arguments, start, stop)
+        assert_same("sweep", cuda, arguments, start, stop)
+    for kept, group in GROUPS:
+        assert_same("sweep_groups", cuda, arguments, 8, 16, kept, group)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize(
+    "pattern", [ms.NM(2, 4), ms.Unstructured(0.6), ms.Unstructured(0.6, scope="row")], ids=str
+)
+def test_a_whole_sweep_by_cuda(cuda, monkeypatch, pattern, n):
+    layer = random_layer(7, 3, 40, n, condition=100.0)
+    _, convert = cuda
+    solver = ms.SparseGPT(block=16)
+
+    def solution(convert):
+        arrays = [convert(array) for array in (layer.weight, layer.A, layer.U) if array is not None]
+        return ms.solve(ms.Problem(arrays[0], ms.RowHessian(*arrays[1:])), pattern, solver)
+
+    expected = solution(np.asarray)
+    monkeypatch.setattr("moonshot.solvers.sparsegpt._kernels", lambda weight, rank: kernels_cuda)
+    found = solution(convert)
+    np.testing.assert_array_equal(on_host(found.mask), expected.mask)
+    np.testing.assert_allclose(on_host(found.weight), expected.weight, rtol=1e-9, atol=1e-12)
+
+
+def test_what_cuda_cannot_hold_is_said(cuda):
+    kernels, convert = cuda
+    assert kernels.fits(76, "float64") and kernels.fits(100, "float32")
+    assert not kernels.fits(78, "float64") and not kernels.fits(110, "float32")
+    none = convert(np.zeros((2049, 1, 0, 1)))
+    column, keep = convert(np.zeros((2049, 1))), convert(np.ones((2049, 1), bool))
+    with pytest.raises(ValueError, match="smaller block"):
+        kernels.sweep(column, convert(np.eye(2049)), none, none, none[0], keep, column, 0, 2049)
+    with pytest.raises(ValueError, match="C order"):
+        kernels.gains(convert(np.zeros((3, 4, 2, 1))).swapaxes(0, 1), 1.0)
 
 
 @pytest.mark.parametrize("n", [0, 3])

@@ -88,6 +88,10 @@ def is_numpy(array: Array) -> bool:
     return array_api_compat.is_numpy_array(array)
 
 
+def is_cupy(array: Array) -> bool:
+    return array_api_compat.is_cupy_array(array)
+
+
 def as_dtype(array: Array, dtype: str) -> Array:
     """`array` in "float32" or "float64", without a copy where it is that already."""
     xp = namespace(array)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import scipy  # whose linalg is imported where it is first used
+from array_api_compat import device
 
 from moonshot.linalg.backend import Array, contiguous, is_numpy, namespace, zeros_like_shape
 
@@ -27,18 +28,16 @@ def half_product(factors: Array, r: Array, lanes: int) -> Array:
         return out
     xp = namespace(factors)
     tiles = -(-m // lanes)
-    out = zeros_like_shape(factors, (d, tiles, n, lanes))
-    for tile in range(tiles):
-        rows = factors[:, tile * lanes : (tile + 1) * lanes, :]
-        count = rows.shape[1]
-        columns = rows.reshape(n * count, d).T
-        product = out.reshape(d, n * m) if lanes == m else xp.empty_like(columns)
-        for start in range(0, d, _STRIP):
-            stop = min(start + _STRIP, d)
-            xp.matmul(r[start:stop, start:], columns[start:], out=product[start:stop])
-        if lanes != m:
-            out[:, tile, :, :count] = product.reshape(d, n, count)
-    return out
+    if m % lanes:
+        missing = zeros_like_shape(factors, (n, tiles * lanes - m, d))
+        factors = xp.concat((factors, missing), axis=1)
+    by_tile = xp.permute_dims(factors.reshape(n, tiles, lanes, d), (1, 0, 2, 3))
+    columns = by_tile.reshape(tiles * n * lanes, d).T
+    out = xp.empty(columns.shape, dtype=columns.dtype, device=device(columns))
+    for start in range(0, d, _STRIP):
+        stop = min(start + _STRIP, d)
+        xp.matmul(r[start:stop, start:], columns[start:], out=out[start:stop])
+    return out.reshape(d, tiles, n, lanes)
 
 
 def half_product_by_factor(factors: Array, r: Array) -> Array:

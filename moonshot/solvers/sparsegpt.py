@@ -4,7 +4,17 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, namespace, smallest, zeros_like_shape
+from moonshot.linalg.backend import (
+    Array,
+    as_dtype,
+    contiguous,
+    dtype_name,
+    is_cupy,
+    is_numpy,
+    namespace,
+    smallest,
+    zeros_like_shape,
+)
 from moonshot.patterns import NM, Pattern, Unstructured
 from moonshot.problem import Problem
 from moonshot.solvers.base import Answer
@@ -53,11 +63,8 @@ class SparseGPT:
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
         weight = contiguous(problem.centre.T)
-        if is_numpy(weight):
-            from moonshot.linalg import kernels_sweep as kernels
-        else:
-            from moonshot.linalg import kernels_batched as kernels  # type: ignore[no-redef]
-        r = as_dtype(hessian.inverse_factor, problem.dtype)
+        kernels = _kernels(weight, hessian.rank)
+        r = contiguous(as_dtype(hessian.inverse_factor, problem.dtype))
         d, m = weight.shape
         lanes = kernels.lanes(m)
         if hessian.rank == 0:
@@ -80,6 +87,17 @@ class SparseGPT:
             if stop < d:
                 a[stop:] += state.r[start:stop, stop:].T @ z[start:stop]
         return Answer(contiguous(a.T), contiguous(keep.T))
+
+
+def _kernels(weight: Array, rank: int) -> ModuleType:
+    """The sweep's inner loops for arrays of this kind."""
+    if is_numpy(weight):
+        from moonshot.linalg import kernels_sweep
+
+        return kernels_sweep
+    from moonshot.linalg import kernels_batched, kernels_cuda
+
+    return kernels_cuda if is_cupy(weight) and kernels_cuda.fits(rank, dtype_name(weight)) else kernels_batched
 
 
 def _sweep_block(

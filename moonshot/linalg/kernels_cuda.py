@@ -1,0 +1,109 @@
+"""The sequential sweep's inner loops for CuPy arrays: every row is one thread block (sweep.cu).
+
+`kernels_batched` has the same functions, with the same arguments, for any device; its docstrings hold the
+mathematics. There each step of the sweep is several launches over all rows, here the whole of it is one. A tile is
+one row. The source is compiled when it is first needed for a dtype, a number of factors and a width, which takes a
+second or so, and kept on disk by CuPy.
+"""
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from moonshot.linalg.backend import Array, dtype_name, namespace
+
+_SHARED = 48 * 1024  # bytes of shared memory that every thread block may have
+_THREADS = {"gains": 64, "scores": 128, "sweep": 128, "sweep_groups": 128}
+
+
+def lanes(rows: int) -> int:
+    """Rows of a tile."""
+    return 1
+
+
+def fits(rank: int, dtype: str) -> bool:
+    """Whether a row's state, rank x rank, fits into shared memory."""
+    return np.dtype(dtype).itemsize * (rank + 2) ** 2 <= _SHARED
+
+
+def gains(p: Array, share: float) -> tuple[Array, Array]:
+    xp = namespace(p)
+    d, m, n, _ = p.shape
+    t, phi = xp.empty_like(p), xp.empty((d, m, 1), dtype=p.dtype)
+    _run("gains", (m, n, 1), p, p.dtype.type(share), t, phi, d, m)
+    return t, phi
+
+
+def scores(a: Array, r: Array, p: Array, t: Array, phi: Array, residual: Array, start: int, stop: int) -> Array:
+    out = namespace(a).empty_like(a[start:stop])
+    _run("scores", _sizes(p, start, stop), a, r, p, t, phi, residual, out, start, stop, *a.shape)
+    return out
+
+
+def sweep(
+    a: Array, r: Array, p: Array, t: Array, residual: Array, keep: Array, z: Array, start: int, stop: int
+) -> None:
+    _run("sweep", _sizes(p, start, stop), a, r, p, t, residual, keep, z, start, stop, *a.shape)
+
+
+def sweep_groups(
+    a: Array,
+    r: Array,
+    p: Array,
+    t: Array,
+    phi: Array,
+    residual: Array,
+    keep: Array,
+    z: Array,
+    start: int,
+    stop: int,
+    kept: int,
+    group: int,
+) -> None:
+    numbers = (start, stop, kept, group, *a.shape)
+    _run("sweep_groups", _sizes(p, start, stop), a, r, p, t, phi, residual, keep, z, *numbers)
+
+
+def _sizes(p: Array, start: int, stop: int) -> tuple[int, int, int]:
+    """Rows, factors, and columns to be held in shared memory."""
+    return p.shape[1], p.shape[2], stop - start
+
+
+def _run(name: str, sizes: tuple[int, int, int], *arguments: Any) -> None:
+    rows, rank, columns = sizes
+    first = arguments[0]
+    width = max(32, 1 << (columns - 1).bit_length())
+    if 3 * first.dtype.itemsize * width > _SHARED:  # two of them, and a row's factors
+        raise ValueError(
+            f"{columns} columns at once do not fit into shared memory: use SparseGPT() with a smaller block"
+        )
+    if not all(item.flags.c_contiguous for item in arguments if hasattr(item, "flags")):
+        raise ValueError(f"{name} reads arrays in C order only")
+    numbers = [np.int32(item) if isinstance(item, int) else item for item in arguments]
+    launch(name, dtype_name(first), rank, width, rows, _THREADS[name], tuple(numbers))
+
+
+def launch(
+    name: str, dtype: str, rank: int, width: int, blocks: int, threads: int, arguments: tuple[Any, ...]
+) -> None:
+    """Run a kernel of sweep.cu on the device."""
+    _compiled(dtype, rank, width).get_function(name)((blocks,), (threads,), arguments)
+
+
+@cache
+def _compiled(dtype: str, rank: int, width: int) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=source(), options=options(dtype, rank, width))
+
+
+def source() -> str:
+    return (files("moonshot.linalg") / "sweep.cu").read_text(encoding="utf-8")
+
+
+def options(dtype: str, rank: int, width: int) -> tuple[str, ...]:
+    """What the source is compiled with."""
+    real = {"float32": "float", "float64": "double"}[dtype]
+    return (f"-DREAL={real}", f"-DRANK={rank}", f"-DWIDTH={width}")

@@ -1,0 +1,157 @@
+// The sequential sweep on a CUDA device: one row of the layer is one thread block, its state is in shared memory.
+//
+// kernels_batched has the mathematics and the names. Compiled for one type and size each:
+//   REAL    float or double
+//   RANK    factors of a row, n
+//   WIDTH   columns that fit into shared memory, at least stop - start
+//
+// a, z, keep: (d, m); r: (d, d); p, t: (d, m, n); phi: (d, m); residual: (m, n). Right for any number of threads.
+
+typedef REAL real;
+constexpr int rank = RANK, width = WIDTH;
+
+#define EACH(i, count) for (int i = threadIdx.x; i < (count); i += blockDim.x)
+
+// mu = t' r
+__device__ real best_step(const real *gain, const real *rest)
+{
+    real sum = 0;
+    for (int k = 0; k < rank; ++k)
+        sum += gain[k] * rest[k];
+    return sum;
+}
+
+// Give column j the value of z that is `step`: value begins with column `first` and has `count` of them.
+__device__ void take_step(int j, real step, const real *r, const real *p, real *rest, real *value, int first,
+                          int count, int d, int m)
+{
+    const real *column = p + ((size_t)j * m + blockIdx.x) * rank;
+    EACH(k, rank)
+        rest[k] -= column[k] * step;
+    EACH(q, first + count - j)
+        value[j - first + q] += r[(size_t)j * d + j + q] * step;
+}
+
+// Turn the values of `count` columns from `first` on into what pruning each costs; `rest` is used up.
+__device__ void look_ahead(real *cost, int first, int count, const real *r, const real *p, const real *t,
+                           const real *phi, real *rest, int d, int m)
+{
+    for (int j = first; rank && j < first + count; ++j) {
+        const real step = best_step(t + ((size_t)j * m + blockIdx.x) * rank, rest);
+        __syncthreads();
+        take_step(j, step, r, p, rest, cost, first, count, d, m);
+        __syncthreads();
+    }
+    EACH(j, count) {
+        const real pivot = r[(size_t)(first + j) * (d + 1)];
+        cost[j] *= cost[j] / (pivot * pivot * phi[(size_t)(first + j) * m + blockIdx.x]);
+    }
+    __syncthreads();
+}
+
+// Fix columns first..last and compensate those up to `stop` in `value`, which begins with column `start`.
+__device__ void fix(int first, int last, const real *r, const real *p, const real *t, const bool *keep, real *rest,
+                    real *value, real *z, int start, int stop, int d, int m)
+{
+    for (int j = first; j < last; ++j) {
+        const size_t at = (size_t)j * m + blockIdx.x;
+        const bool kept = keep[at];
+        const real step = kept ? best_step(t + at * rank, rest) : -value[j - start] / r[(size_t)j * (d + 1)];
+        __syncthreads();
+        take_step(j, step, r, p, rest, value, start, stop - start, d, m);
+        if (threadIdx.x == 0) {
+            z[at] = step;
+            value[j - start] = kept ? value[j - start] : 0; // which this thread has just added to
+        }
+        __syncthreads();
+    }
+}
+
+__device__ void load(real *value, real *rest, const real *a, const real *residual, int start, int stop, int m)
+{
+    EACH(j, stop - start)
+        value[j] = a[(size_t)(start + j) * m + blockIdx.x];
+    EACH(k, rank)
+        rest[k] = residual[(size_t)blockIdx.x * rank + k];
+    __syncthreads();
+}
+
+__device__ void store(const real *value, const real *rest, real *a, real *residual, int start, int stop, int m)
+{
+    EACH(j, stop - start)
+        a[(size_t)(start + j) * m + blockIdx.x] = value[j];
+    EACH(k, rank)
+        residual[(size_t)blockIdx.x * rank + k] = rest[k];
+}
+
+extern "C" __global__ void gains(const real *p, real share, real *t, real *phi, int d, int m)
+{
+    __shared__ real inverse[rank * rank + 1], column[rank + 1], u[rank + 1];
+    EACH(e, rank * rank)
+        inverse[e] = e % (rank + 1) ? 0 : share;
+    for (int j = d - 1; j >= 0; --j) {
+        const size_t at = (size_t)j * m + blockIdx.x;
+        EACH(k, rank)
+            column[k] = p[at * rank + k];
+        __syncthreads();
+        EACH(k, rank) {
+            real sum = 0;
+            for (int q = 0; q < rank; ++q)
+                sum += inverse[q * rank + k] * column[q]; // symmetric
+            u[k] = sum;
+        }
+        __syncthreads();
+        const real shrink = 1 / (1 + best_step(u, column));
+        EACH(e, rank * rank)
+            inverse[e] -= shrink * (u[e / (rank + !rank)] * u[e % (rank + !rank)]);
+        EACH(k, rank)
+            t[at * rank + k] = shrink * u[k];
+        if (threadIdx.x == 0)
+            phi[at] = shrink;
+        __syncthreads();
+    }
+}
+
+extern "C" __global__ void scores(const real *a, const real *r, const real *p, const real *t, const real *phi,
+                                  const real *residual, real *out, int start, int stop, int d, int m)
+{
+    __shared__ real cost[width], rest[rank + 1];
+    load(cost, rest, a, residual, start, stop, m);
+    look_ahead(cost, start, stop - start, r, p, t, phi, rest, d, m);
+    EACH(j, stop - start)
+        out[(size_t)j * m + blockIdx.x] = cost[j];
+}
+
+extern "C" __global__ void sweep(real *a, const real *r, const real *p, const real *t, real *residual,
+                                 const bool *keep, real *z, int start, int stop, int d, int m)
+{
+    __shared__ real value[width], rest[rank + 1];
+    load(value, rest, a, residual, start, stop, m);
+    fix(start, stop, r, p, t, keep, rest, value, z, start, stop, d, m);
+    store(value, rest, a, residual, start, stop, m);
+}
+
+extern "C" __global__ void sweep_groups(real *a, const real *r, const real *p, const real *t, const real *phi,
+                                        real *residual, bool *keep, real *z, int start, int stop, int kept,
+                                        int group, int d, int m)
+{
+    __shared__ real value[width], cost[width], rest[rank + 1], ahead[rank + 1];
+    load(value, rest, a, residual, start, stop, m);
+    for (int first = start; first < stop; first += group) {
+        EACH(j, group)
+            cost[j] = value[first - start + j];
+        EACH(k, rank)
+            ahead[k] = rest[k];
+        __syncthreads();
+        look_ahead(cost, first, group, r, p, t, phi, ahead, d, m);
+        EACH(j, group) {
+            int cheaper = 0; // of equals, the earlier
+            for (int q = 0; q < group; ++q)
+                cheaper += cost[q] < cost[j] || (cost[q] == cost[j] && q < j);
+            keep[(size_t)(first + j) * m + blockIdx.x] = cheaper >= group - kept;
+        }
+        __syncthreads();
+        fix(first, first + group, r, p, t, keep, rest, value, z, start, stop, d, m);
+    }
+    store(value, rest, a, residual, start, stop, m);
+}
