@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from enum import Enum
 from pathlib import Path
@@ -108,6 +109,12 @@ def prune(
     memory: Annotated[
         float | None, typer.Option(help="GiB it may take in all; what is free unless given.")
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for finished layers, from which the same command goes on if it was cut short."
+        ),
+    ] = None,
     unreached: Annotated[
         Unreached, typer.Option(help="What becomes of layers that no calibration sample reaches.")
     ] = Unreached.error,
@@ -141,7 +148,7 @@ def prune(
             dampening_frac=dampening_frac,
             seed=seed,
             unreached=unreached.value,
-            scratch=_scratch(opened, calibration, memory, objective=judge, trials=trials, **work),
+            scratch=_scratch(opened, calibration, memory, checkpoint, objective=judge, trials=trials, **work),
         )
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -165,6 +172,7 @@ def prune(
                 budget or chosen,
                 objective=terms,
                 bound=bound,
+                checkpoint=checkpoint,
                 on_layer=lambda layer, total: advance(layer.name, total),
                 **recipe,
             )
@@ -176,6 +184,8 @@ def prune(
             report.recipe["broken_images"] = len(broken)
         console.print(str(report), highlight=False, soft_wrap=True)
         opened.save(report)
+    if checkpoint is not None:
+        shutil.rmtree(checkpoint)
     console.print(f"saved: {save}")
 
 
@@ -205,7 +215,7 @@ def evaluate(
         console.print(f"perplexity {evaluation.perplexity(network, ids)}", highlight=False)
 
 
-def _scratch(opened, calibration, memory: float | None, **work) -> Path | None:
+def _scratch(opened, calibration, memory: float | None, checkpoint: Path | None, **work) -> Path | None:
     """Say what pruning will take; the folder for what does not fit into memory, None where it does.
 
     work: what planning.plan wants to know. Raises ResourceError where there is not enough memory or disk.
@@ -219,7 +229,10 @@ def _scratch(opened, calibration, memory: float | None, **work) -> Path | None:
         return None
     console.print(str(plan), highlight=False, soft_wrap=True)
     on_disk = plan.needs_scratch(planning.free_memory(model.device, memory))
-    planning.check_disk(opened.draft, opened.unwritten + plan.waiting * on_disk)
+    needed = {opened.draft: opened.unwritten + plan.waiting * on_disk}
+    if checkpoint is not None:
+        needed[checkpoint] = sum(parameter.nbytes for parameter in model.parameters())
+    planning.check_disk(needed)
     return opened.draft if on_disk else None
 
 
@@ -309,5 +322,5 @@ def main() -> None:
         print(f"moonshot: {error} {notes}".rstrip(), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("moonshot: interrupted, nothing was saved", file=sys.stderr)
+        print("moonshot: interrupted, nothing was saved but what --checkpoint has", file=sys.stderr)
         sys.exit(130)

@@ -1,6 +1,6 @@
 """The layers of a model as pruning problems, one after the other: what `prune` solves and `allocate` compares."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -44,7 +44,10 @@ class Recipe:
 
 
 class LayerProblems(NamedTuple):
-    """problems: one for each objective, made as they are asked for; tokens: how many rows of inputs they are of."""
+    """problems: one for each objective, made as they are asked for; tokens: how many rows of inputs they are of.
+
+    A layer that is done has neither.
+    """
 
     name: str
     view: LayerView
@@ -59,13 +62,14 @@ def problems(
     batches: list[Batch],
     objectives: Sequence[Objective],
     recipe: Recipe,
+    done: Container[str] = (),
 ) -> Generator[LayerProblems]:
     """The problems of the layers with these names, in the order in which the model runs, by one or more objectives.
 
     Whatever is assigned to a layer before the next one is asked for is what later layers' inputs come from;
     gradients are those of the model as it was. A segment is in float32 while its layers are given out, so close the
     generator where it is not run to its end (contextlib.closing). A problem's weight has the model's dtype. It can be
-    large: let go of it before asking for the next.
+    large: let go of it before asking for the next. Layers that are `done` take their turns without one.
     """
     dtype = next(model.parameters()).dtype
     wanted = set(names)
@@ -76,9 +80,13 @@ def problems(
     for index, (prefix, segment) in enumerate(replay.segments):
         views = {name: view for name, view in layers_of(prefix, segment) if name in wanted}
         with in_float32(held(segment)):
-            statistics = LayerStatistics(views, union, recipe.factors, signs, cut.routed)
+            open_views = {name: view for name, view in views.items() if name not in done}
+            statistics = LayerStatistics(open_views, union, recipe.factors, signs, cut.routed)
             replay.observe(index, statistics)
             for name, view in views.items():
+                if name in done:
+                    yield LayerProblems(name, view, iter(()), 0)
+                    continue
                 yield LayerProblems(  # held by nobody here
                     name,
                     view,

@@ -8,7 +8,7 @@ within a factor of about two; memory is meant as an upper bound.
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -266,13 +266,27 @@ def _free_on_host() -> int:
     return min(free, limit - used)
 
 
-def check_disk(folder: Path, needed: int) -> None:
-    """Raises ResourceError where a folder's disk has fewer bytes left."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ResourceError(
-            f"{folder} has {_gib(free)} left and pruning takes {_gib(needed)} there: choose a folder on another disk"
-        )
+def check_disk(needed: Mapping[Path, int]) -> None:
+    """Raises ResourceError where the disk of a folder, or of several, has fewer bytes left than they need.
+
+    A folder that is not there yet counts where it will be made.
+    """
+    disks: dict[int, list[Path]] = {}
+    for folder in needed:
+        disks.setdefault(_there(folder).stat().st_dev, []).append(folder)
+    for folders in disks.values():
+        free, taken = shutil.disk_usage(_there(folders[0])).free, sum(needed[folder] for folder in folders)
+        if taken > free:
+            raise ResourceError(
+                f"{folders[0]} has {_gib(free)} left and pruning takes {_gib(taken)} there: choose a folder on another "
+                "disk"
+            )
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _gib(size: float) -> str:

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from moonshot.auto import CANDIDATES, DEFAULT_OBJECTIVE, best_objective
+from moonshot.checkpoint import Checkpoint, data_digest
 from moonshot.layerwise import Recipe, check_fit, check_reached, chosen_layers
 from moonshot.models.blocks import Loss
 from moonshot.models.calibration import (
+    Batch,
     as_batches,
     batch_tokens,
     count_samples,
@@ -26,7 +28,7 @@ from moonshot.models.cut import Cut, cut_open
 from moonshot.models.targets import TargetError, select
 from moonshot.objectives import Objective
 from moonshot.patterns import Pattern, as_pattern
-from moonshot.report import LayerReport, Report
+from moonshot.report import LayerReport, Report, Trial
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver
 from moonshot.walk import Walk
@@ -52,6 +54,7 @@ def prune(
     batch_norm: bool = True,
     unreached: Literal["error", "skip"] = "error",
     scratch: Path | None = None,
+    checkpoint: Path | str | None = None,
     on_layer: OnLayer | None = None,
 ) -> Report:
     """Prune the linear and convolutional layers of a model in place, and say how good every layer's answer is.
@@ -73,6 +76,8 @@ def prune(
     Report.skipped names them.
     scratch: a folder for what otherwise waits in memory, in files that are gone afterwards: the layers' weights as they
     were, and the hidden states and gradients between the model's parts.
+    checkpoint: a folder for every layer's answer, written as soon as there is one. A call with the same arguments
+    and model takes up from there what an earlier one was cut off from, with the same result.
     on_layer: called after each layer with its report and the number of layers in all, trials included.
 
     A transformer's blocks, or the parts that a model can be cut into (models.cut), take their turns: inputs come from
@@ -104,6 +109,10 @@ def prune(
         versions=_versions(),
         skipped=skipped,
     )
+    kept = None
+    if checkpoint is not None:
+        kept = Checkpoint(checkpoint, _work(report, objective, patterns, batches, loss, bound))
+        report.resumed = len(kept.done)
     begin = time.perf_counter()
     trials = len(CANDIDATES) if isinstance(objective, str) else 0
     total = (trials + 1) * len(patterns)
@@ -115,10 +124,10 @@ def prune(
     walk = Walk(model, cut, patterns, solver, recipe, batch_norm, advance)
     with walk.restored_on_failure() as restore:
         if isinstance(objective, str):
-            objective, report.trials = best_objective(walk, batches)
+            objective, report.trials = _tried(walk, batches, kept)
             restore()
         report.recipe["objective"] = objective.name
-        report.layers = walk.prune([objective], batches, bound)
+        report.layers = walk.prune([objective], batches, bound, checkpoint=kept)
     if walk.estimates_again:
         report.recipe["batch_norm"] = "estimated again"
     report.seconds = time.perf_counter() - begin
@@ -163,6 +172,36 @@ def _patterns(
     for name, chosen in patterns.items():
         check_fit(name, layers[name], chosen)
     return patterns
+
+
+def _tried(walk: Walk, batches: list[Batch], kept: Checkpoint | None) -> tuple[Objective, list[Trial]]:
+    """`best_objective`, or what an earlier run found."""
+    if kept is not None and (trials := kept.trials()):
+        best, found = trials
+        return next(candidate for candidate in CANDIDATES if candidate.name == best), found
+    objective, found = best_objective(walk, batches)
+    if kept is not None:
+        kept.keep_trials(objective.name, found)
+    return objective, found
+
+
+def _work(
+    report: Report,
+    objective: Objective | str,
+    patterns: Mapping[str, Pattern],
+    batches: Iterable[Any],
+    loss: Loss,
+    bound: bool,
+) -> dict[str, Any]:
+    """What a layer's answer depends on, apart from the model's weights."""
+    return report.recipe | {
+        "objective": objective if isinstance(objective, str) else objective.name,
+        "patterns": {name: str(pattern) for name, pattern in patterns.items()},
+        "calibration": data_digest(batches),
+        "loss": f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}",
+        "bound": bound,
+        "moonshot": report.versions["moonshot"],
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -47,6 +47,7 @@ class Report:
     """A pruned model: its layers by name, the recipe that made it, and what that took.
 
     skipped: the layers that were to be pruned and are as they were, with the reason.
+    resumed: how many layers' answers an earlier run had left in a checkpoint.
     trials: what objective="auto" tried (choosing.choose), empty otherwise.
     sparsity: fraction of zeros over the pruned layers. seconds: wall-clock; peak_memory: bytes resident at most.
     """
@@ -56,6 +57,7 @@ class Report:
     layers: dict[str, LayerReport] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
+    resumed: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
 
@@ -87,8 +89,9 @@ class Report:
         lines += [str(trial) for trial in self.trials]
         if "batch_norm" in self.recipe:
             lines.append(f"batch norm: {self.recipe['batch_norm']}")
+        resumed = f" ({self.resumed} from the checkpoint)" if self.resumed else ""
         lines.append(
-            f"{len(self.layers)} layers, {100 * self.sparsity:.2f} % zeros, {self.seconds:.1f} s, "
+            f"{len(self.layers)} layers{resumed}, {100 * self.sparsity:.2f} % zeros, {self.seconds:.1f} s, "
             f"peak memory {self.peak_memory / 2**20:.0f} MiB"
         )
         return "\n".join(lines)

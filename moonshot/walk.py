@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from moonshot.checkpoint import Checkpoint
 from moonshot.evaluation import sample_losses
 from moonshot.layerwise import LayerProblems, Recipe, in_layer, problem_shape, problems
 from moonshot.models.batchnorm import reestimate, running_statistics
@@ -59,16 +60,19 @@ class Walk:
         batches: list[Batch],
         bound: bool = False,
         keep: OnAnswers = forget,
+        checkpoint: Checkpoint | None = None,
     ) -> dict[str, LayerReport]:
         """Prune the model by the first objective; {layer name: report}.
 
         keep: called with a layer's name and its answers by all objectives, on the inputs that the first one's give.
+        checkpoint: where answers by one objective are kept; those that it has are not looked for again.
         """
         reports = {}
-        walk = problems(self.model, self.cut, self.patterns, batches, objectives, self.recipe)
+        done = checkpoint.done if checkpoint else frozenset()
+        walk = problems(self.model, self.cut, self.patterns, batches, objectives, self.recipe, done)
         with closing(walk):
             for layer in walk:
-                weights, of_layer = self._solved(layer, bound)
+                weights, of_layer = self._answered(layer, bound, checkpoint)
                 layer.view.assign_rows(weights[0])
                 keep(layer.name, weights)
                 for report in of_layer:
@@ -101,6 +105,20 @@ class Walk:
         if self.estimates_again:
             with in_float32(held(self.model)):
                 reestimate(self.model, batches, self.recipe.loss, self._parts)
+
+    def _answered(
+        self, layer: LayerProblems, bound: bool, checkpoint: Checkpoint | None
+    ) -> tuple[list[Tensor], list[LayerReport]]:
+        """`_solved`, or what the checkpoint has of it."""
+        if checkpoint is None:
+            return self._solved(layer, bound)
+        dense = layer.view.matrices()
+        if layer.name in checkpoint.done:
+            weight, report = checkpoint.answer(layer.name, dense)
+            return [weight], [report]
+        weights, reports = self._solved(layer, bound)
+        checkpoint.keep(layer.name, dense, weights[0], reports[0])
+        return weights, reports
 
     def _solved(self, layer: LayerProblems, bound: bool) -> tuple[list[Tensor], list[LayerReport]]:
         """The answers to the problems of a layer."""

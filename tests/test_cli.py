@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
 
 import moonshot
-from moonshot import auto, cli, planning
+from moonshot import auto, cli, planning, walk
 from moonshot.models.scratch import Scratch
 
 DEMO = Path(moonshot.__file__).parent / "demo"
@@ -346,6 +347,44 @@ def test_torchs_threads_sleep_unless_they_are_told_otherwise(monkeypatch, given,
     monkeypatch.setattr(cli, "app", lambda: seen.append(os.environ["OMP_WAIT_POLICY"]))
     cli.main()
     assert seen == [policy]
+
+
+def test_a_run_that_was_cut_short_goes_on(monkeypatch, tmp_path, capsys):
+    options = prune_arguments(tmp_path, targets="*.0.*", checkpoint=tmp_path / "answers")
+    calls = []
+    solve = walk.solve
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return solve(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "solve", interrupted)
+        assert run(patch, "prune", DEMO / "model", *options) == 130
+    assert "nothing was saved but what --checkpoint has" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["answers"]
+    assert len(list((tmp_path / "answers").glob("*.safetensors"))) == 2
+    assert run(monkeypatch, "prune", DEMO / "model", *options) == 0
+    assert "7 layers (2 from the checkpoint)" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+    whole = tmp_path / "whole"
+    assert (
+        run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path, targets="*.0.*", save=whole)) == 0
+    )
+    assert (whole / "model.safetensors").read_bytes() == (
+        tmp_path / "pruned" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk(monkeypatch, tmp_path, capsys):
+    used = namedtuple("usage", "total used free")(2**30, 2**30, 1000)
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda folder: used)
+    options = prune_arguments(tmp_path, checkpoint=tmp_path / "answers")
+    assert run(monkeypatch, "prune", DEMO / "model", *options) == 1
+    assert "choose a folder on another disk" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prune_refuses_what_does_not_fit(monkeypatch, tmp_path, capsys):

@@ -44,12 +44,13 @@ MAY_IMPORT = {
     "storage": {"models", "report", "patterns", "problem"},
     "evaluation": {"models", "report", "patterns", "problem", "linalg"},
     "planning": {"models", "objectives", "solvers", "patterns", "problem", "linalg"},
+    "checkpoint": {"report"},
     "choosing": {"report"},
     "budgets": set(),
     "layerwise": {"models", "front", "objectives", "patterns", "problem", "linalg"},
-    "walk": CORE | {"models", "layerwise", "report", "evaluation"},
+    "walk": CORE | {"models", "checkpoint", "layerwise", "report", "evaluation"},
     "auto": {"models", "objectives", "choosing", "report", "walk"},
-    "pruning": CORE | {"models", "layerwise", "report", "walk", "auto"},
+    "pruning": CORE | {"models", "checkpoint", "layerwise", "report", "walk", "auto"},
     "allocation": CORE
     | {"budgets", "models", "layerwise", "report", "evaluation", "choosing", "auto", "pruning"},
     "comparison": CORE | {"models", "report", "storage", "evaluation", "auto", "pruning", "allocation"},
@@ -63,6 +64,7 @@ ONLY_SIBLING = {"solvers": "base"}
 TORCH = {
     "models",
     "layerwise",
+    "checkpoint",
     "choosing",
     "planning",
     "walk",

@@ -112,9 +112,18 @@ def test_memory_that_is_not_there():
 
 
 def test_disk_that_is_not_there(tmp_path):
-    check_disk(tmp_path, 1)
+    check_disk({tmp_path: 1})
+    check_disk({tmp_path / "new" / "folder": 1})
     with pytest.raises(ResourceError, match="choose a folder on another disk"):
-        check_disk(tmp_path, shutil.disk_usage(tmp_path).total + 1)
+        check_disk({tmp_path: shutil.disk_usage(tmp_path).total + 1})
+
+
+def test_folders_on_one_disk_need_it_together(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    check_disk({tmp_path: 50, tmp_path / "new": 50})
+    with pytest.raises(ResourceError, match="takes 0 MiB there: choose"):
+        check_disk({tmp_path: 51, tmp_path / "new": 50})
 
 
 def test_memory_within_the_limit_of_a_control_group(tmp_path, monkeypatch):

@@ -1,0 +1,193 @@
+"""Runs that are cut short and taken up again."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import moonshot as ms
+from moonshot.checkpoint import Checkpoint, data_digest
+from moonshot.report import LayerReport, Trial
+from tests.test_models import JOINT, decoder, tokens, weights
+from tests.test_scratch import network
+
+REPORT = LayerReport("a.b", (2, 4), "2:4", 0.5, 0.1, {"reconstruction": 0.1}, 0.0, "converged", 1.5, 0.2)
+
+
+class Cut(Exception):
+    pass
+
+
+def cut_after(layers):
+    """An on_layer that stops the run after so many."""
+    seen = []
+
+    def on_layer(report, total):
+        seen.append(report.name)
+        if len(seen) == layers:
+            raise Cut
+
+    return on_layer
+
+
+def same(model, other):
+    return all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+
+
+def decoded(dtype):
+    return decoder(dtype=dtype, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("layers", [1, 3, 7, 9, 14])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(tmp_path, dtype, layers):
+    work = dict(objective=JOINT, solver=ms.SparseGPT(), checkpoint=tmp_path / "answers")
+    whole = decoded(dtype)
+    expected = ms.prune(whole, tokens(), "2:4", **(work | {"checkpoint": None}))
+    model = decoded(dtype)
+    with pytest.raises(Cut):
+        ms.prune(model, tokens(), "2:4", on_layer=cut_after(layers), **work)
+    assert same(model, decoded(dtype))
+    names = []
+    report = ms.prune(model, tokens(), "2:4", on_layer=lambda layer, total: names.append(layer.name), **work)
+    assert same(model, whole)
+    assert report.resumed == layers and f"({layers} from the checkpoint)" in str(report)
+    assert names == list(report.layers) == list(expected.layers)
+    for name, layer in report.layers.items():
+        assert (layer.shape, layer.relative, layer.terms) == (
+            expected.layers[name].shape,
+            expected.layers[name].relative,
+            expected.layers[name].terms,
+        )
+
+
+def test_what_is_done_is_not_solved_again(tmp_path, monkeypatch):
+    model = decoder()
+    with pytest.raises(Cut):
+        ms.prune(model, tokens(), 0.5, checkpoint=tmp_path, on_layer=cut_after(10))
+    solved = []
+    solve = ms.walk.solve
+    monkeypatch.setattr(
+        "moonshot.walk.solve", lambda *args, **kwargs: solved.append(1) or solve(*args, **kwargs)
+    )
+    ms.prune(model, tokens(), 0.5, checkpoint=tmp_path)
+    assert len(solved) == 4
+
+
+def test_a_network_of_convolutions_and_batch_norm(tmp_path):
+    torch.manual_seed(1)
+    images, labels = torch.randn(12, 3, 8, 8), torch.randint(0, 5, (12,))
+    batches = [{"x": images[:6], "labels": labels[:6]}, {"x": images[6:], "labels": labels[6:]}]
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
+
+    whole, model = network(), network()
+    ms.prune(whole, batches, 0.5, loss=loss)
+    with pytest.raises(Cut):
+        ms.prune(model, batches, 0.5, loss=loss, checkpoint=tmp_path, on_layer=cut_after(1))
+    report = ms.prune(model, batches, 0.5, loss=loss, checkpoint=tmp_path)
+    assert report.resumed == 1 and same(model, whole)
+
+
+def test_trials_are_kept(tmp_path, monkeypatch):
+    work = dict(objective="auto", solver=ms.SparseGPT(), targets="*.0.mlp.*", checkpoint=tmp_path)
+    whole, model = decoder(), decoder()
+    expected = ms.prune(whole, tokens(12), 0.5, **(work | {"checkpoint": None}))
+    with pytest.raises(Cut):
+        ms.prune(model, tokens(12), 0.5, on_layer=cut_after(6 * 3 + 1), **work)
+
+    def never(*_):
+        raise AssertionError("tried again")
+
+    monkeypatch.setattr("moonshot.pruning.best_objective", never)
+    report = ms.prune(model, tokens(12), 0.5, **work)
+    assert report.resumed == 1 and same(model, whole)
+    assert report.trials == expected.trials and report.recipe == expected.recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"pattern": "1:4"}, "pattern, patterns"),
+        ({"solver": ms.Wanda()}, "solver"),
+        ({"seed": 1}, "seed"),
+        ({"objective": ms.Reconstruction()}, "objective"),
+        ({"calibration": tokens() + 0 * tokens().flip(0).roll(1) + (tokens() == 5)}, "calibration"),
+        ({"targets": "*.1.*"}, "patterns"),
+        ({"bound": True}, "bound"),
+        ({"factors": 3}, "factors"),
+    ],
+)
+def test_answers_to_other_work_are_refused(tmp_path, change, what):
+    model = decoder()
+    work = dict(calibration=tokens(), pattern="2:4", solver=ms.SparseGPT(), checkpoint=tmp_path)
+    with pytest.raises(Cut):
+        ms.prune(model, on_layer=cut_after(2), **work)
+    before = weights(model)
+    with pytest.raises(ValueError, match=f"answers of other work, {what} differ: choose another"):
+        ms.prune(model, **(work | change))
+    assert all(torch.equal(before[name], weight) for name, weight in weights(model).items())
+
+
+def test_answers_for_another_model_are_refused(tmp_path):
+    with pytest.raises(Cut):
+        ms.prune(decoder(), tokens(), "2:4", checkpoint=tmp_path, on_layer=cut_after(2))
+    other = decoder()
+    with torch.no_grad():
+        other.model.layers[0].self_attn.k_proj.weight[0, 0] += 1
+    before = weights(other)
+    with pytest.raises(ValueError, match=r"answers of another model, whose .*k_proj has other weights"):
+        ms.prune(other, tokens(), "2:4", checkpoint=tmp_path)
+    assert all(torch.equal(before[name], weight) for name, weight in weights(other).items())
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is no checkpoint: choose an empty folder"):
+        ms.prune(decoder(), tokens(), "2:4", checkpoint=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot keep answers in .*file.answers.*choose another folder"):
+        Checkpoint(tmp_path / "file" / "answers", {})
+
+
+def test_what_is_kept_is_found_again(tmp_path):
+    dense, weight = torch.randn(1, 2, 4), torch.randn(2, 4).bfloat16()
+    first = Checkpoint(tmp_path / "new" / "folder", {"seed": 1})
+    assert first.done == frozenset() and first.trials() is None
+    first.keep("a/b.c", dense, weight, REPORT)
+    first.keep_trials("best", [Trial("best", 1.0, 0.5, 0.1)])
+    again = Checkpoint(tmp_path / "new" / "folder", {"seed": 1})
+    assert again.done == {"a/b.c"} and again.trials() == ("best", [Trial("best", 1.0, 0.5, 0.1)])
+    found, report = again.answer("a/b.c", dense)
+    assert torch.equal(found, weight) and found.dtype == weight.dtype and report == REPORT
+    names = sorted(file.name for file in again.folder.iterdir())
+    assert names == ["a%2Fb.c.safetensors", "trials.json", "work.json"]
+    assert torch.equal(load_file(again.folder / names[0])["weight"], weight)
+    assert json.loads((again.folder / "work.json").read_text()) == {"seed": 1}
+
+
+def test_a_broken_answer_is_named(tmp_path):
+    checkpoint = Checkpoint(tmp_path, {})
+    checkpoint.keep("layer", torch.ones(2), torch.ones(2), REPORT)
+    file = tmp_path / "layer.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"cannot read .*layer.safetensors: .*remove it to do the layer again"):
+        checkpoint.answer("layer", torch.ones(2))
+
+
+def test_data_digests():
+    batches = [{"ids": torch.arange(6).reshape(2, 3), "mask": None}, (torch.ones(2, dtype=torch.bfloat16),)]
+    changed = [{"ids": torch.arange(6).reshape(3, 2), "mask": None}, batches[1]]
+    retyped = [batches[0], (torch.ones(2, dtype=torch.float16),)]
+    digests = [data_digest(data) for data in (batches, changed, retyped, batches[::-1], [])]
+    assert len(set(digests)) == len(digests)
+    assert data_digest([dict(batches[0]), batches[1]]) == digests[0]
