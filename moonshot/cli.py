@@ -321,6 +321,7 @@ def main() -> None:
         notes = " ".join(getattr(error, "__notes__", ()))
         print(f"moonshot: {error} {notes}".rstrip(), file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("moonshot: interrupted, nothing was saved but what --checkpoint has", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Control-C
+            print("moonshot: interrupted, nothing was saved but what --checkpoint has", file=sys.stderr)
+        raise

@@ -1,11 +1,11 @@
-"""`smallest`: exactly k entries of every row, none of them larger than one that is left out."""
+"""`smallest`: exactly k entries of every row, none of them larger than one that is left out; transposes in C order."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonshot.linalg.backend import smallest
+from moonshot.linalg.backend import smallest, transposed
 
 
 def assert_smallest(scores, mask, k):
@@ -47,3 +47,14 @@ def test_infinity_is_a_score(columns):
     scores[0, 1], scores[1, 2] = -np.inf, 0
     for k in range(columns + 1):
         assert_smallest(scores, smallest(scores, k), k)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (64, 64), (65, 63), (130, 1), (0, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bool"])
+def test_a_transpose_in_c_order(backend, shape, dtype):
+    array = np.random.default_rng(0).integers(0, 2, shape)
+    found = backend.numpy(transposed(backend.array(array, dtype)))
+    assert found.flags.c_contiguous and str(found.dtype) == dtype
+    np.testing.assert_array_equal(found, array.astype(dtype).T)
+    strided = np.repeat(array.astype(dtype), 2, axis=1)[:, ::2]
+    np.testing.assert_array_equal(transposed(strided), strided.T)

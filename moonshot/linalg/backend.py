@@ -131,6 +131,15 @@ def contiguous(array: Array) -> Array:
     return namespace(array).asarray(array, order="C")
 
 
+def transposed(array: Array) -> Array:
+    """The transpose of a matrix, in C order."""
+    if is_numpy(array):
+        from moonshot.linalg import kernels_cpu
+
+        return kernels_cpu.transposed(array)
+    return contiguous(array.T)
+
+
 def eye_like(reference: Array, n: int) -> Array:
     xp = namespace(reference)
     return xp.eye(n, dtype=reference.dtype, device=array_api_compat.device(reference))

@@ -193,6 +193,21 @@ def correct(y, factors, weights, inverses):
                 y[i, j] -= factors[k, i, j] * weights[j] * coefficient
 
 
+@kernel
+def transposed(a):
+    """`a'`, in C order."""
+    rows, columns = a.shape
+    out = np.empty((columns, rows), a.dtype)
+    for strip in prange((rows + _LINE - 1) // _LINE):  # both arrays are read and written in whole cache lines
+        first, last = strip * _LINE, min((strip + 1) * _LINE, rows)
+        for start in range(0, columns, _LINE):
+            stop = min(start + _LINE, columns)
+            for j in range(start, stop):
+                for i in range(first, last):
+                    out[j, i] = a[i, j]
+    return out
+
+
 def tiled(factors: np.ndarray, lanes: int) -> np.ndarray:
     """Factors (n, m, d) in tiles of rows, (d, tiles, n, lanes), zero beyond the last row."""
     n, m, d = factors.shape

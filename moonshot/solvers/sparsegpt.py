@@ -13,6 +13,7 @@ from moonshot.linalg.backend import (
     is_numpy,
     namespace,
     smallest,
+    transposed,
     zeros_like_shape,
 )
 from moonshot.patterns import NM, Pattern, Unstructured
@@ -62,7 +63,7 @@ class SparseGPT:
 
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
-        weight = contiguous(problem.centre.T)
+        weight = transposed(problem.centre)
         kernels = _kernels(weight, hessian.rank)
         r = contiguous(as_dtype(hessian.inverse_factor, problem.dtype))
         d, m = weight.shape
@@ -86,7 +87,7 @@ class SparseGPT:
             _sweep_block(state, pattern, a, residual, keep, z, start, stop)
             if stop < d:
                 a[stop:] += state.r[start:stop, stop:].T @ z[start:stop]
-        return Answer(contiguous(a.T), contiguous(keep.T))
+        return Answer(transposed(a), transposed(keep))
 
 
 def _kernels(weight: Array, rank: int) -> ModuleType:
