@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.problem import Problem
@@ -223,3 +224,12 @@ def test_not_positive_definite_says_the_smallest_pivot(backend, a, pivot, method
 def test_an_ill_conditioned_matrix_is_not_mistaken_for_a_singular_one():
     a = with_condition(np.random.default_rng(0), 20, 1e12)
     assert np.isfinite(RowHessian(a).inverse_diagonal()).all()
+
+
+@given(st.sampled_from([2, 63, 64, 65, 130]), st.data())
+def test_any_entry_may_be_the_asymmetric_one(d, data):
+    i, j = data.draw(st.lists(st.integers(0, d - 1), min_size=2, max_size=2, unique=True))
+    A = np.eye(d)
+    A[i, j] = 0.5
+    with pytest.raises(ValueError, match=r"A is not symmetric \(max \|A - A'\| = 0.5\)"):
+        RowHessian(A)

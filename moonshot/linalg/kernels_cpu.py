@@ -208,6 +208,20 @@ def transposed(a):
     return out
 
 
+@kernel
+def asymmetry(a):
+    """The largest `|a_ij - a_ji|` of a square matrix."""
+    d = len(a)
+    largest = np.zeros((d + _LINE - 1) // _LINE, a.dtype)
+    for strip in prange(len(largest)):
+        first, last = strip * _LINE, min((strip + 1) * _LINE, d)
+        for start in range(0, last, _LINE):
+            for i in range(first, last):
+                for j in range(start, min(start + _LINE, i)):
+                    largest[strip] = max(largest[strip], abs(a[i, j] - a[j, i]))
+    return largest.max()
+
+
 def tiled(factors: np.ndarray, lanes: int) -> np.ndarray:
     """Factors (n, m, d) in tiles of rows, (d, tiles, n, lanes), zero beyond the last row."""
     n, m, d = factors.shape

@@ -22,9 +22,9 @@ def half_product(factors: Array, r: Array, lanes: int) -> Array:
         from moonshot.linalg import kernels_cpu
 
         out = kernels_cpu.tiled(factors, lanes)
-        if n:  # in place: the BLAS reads the transpose, and multiplies it by R' from the right
+        if n:  # in place: the BLAS reads transposes, and multiplies from the right
             columns = out.reshape(d, -1).T
-            _blas("trmm", factors)(1.0, np.asfortranarray(r), columns, side=1, trans_a=1, overwrite_b=1)
+            _blas("trmm", factors)(1.0, contiguous(r).T, columns, side=1, lower=1, overwrite_b=1)
         return out
     xp = namespace(factors)
     tiles = -(-m // lanes)
@@ -45,7 +45,9 @@ def half_product_by_factor(factors: Array, r: Array) -> Array:
     n, m, d = factors.shape
     if is_numpy(factors) and n:
         columns = factors.copy().reshape(n * m, d).T
-        return _blas("trmm", factors)(1.0, np.asfortranarray(r), columns, overwrite_b=1).T.reshape(n, m, d)
+        return _blas("trmm", factors)(
+            1.0, contiguous(r).T, columns, lower=1, trans_a=1, overwrite_b=1
+        ).T.reshape(n, m, d)
     product = half_product(factors, r, lanes=m)[:, 0]
     return contiguous(namespace(factors).permute_dims(product, (1, 2, 0)))
 
