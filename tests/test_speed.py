@@ -239,10 +239,19 @@ def test_the_command_compares_with_the_run_before(tmp_path, monkeypatch, capsys)
     assert len(Record.load(path).cases) == len(cases.CASES)
 
 
+def test_rows_and_columns_may_differ(tmp_path, capsys):
+    options = ["--size", "8", "16", "--factors", "2", "--runs", "1", "--output", str(tmp_path / "speed.json")]
+    command.main([*options, "--cases", "sweep"])
+    out = capsys.readouterr().out
+    assert "SparseGPT, 8 x 16, n = 2" in out and "joint / torch" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "6"], "multiple of 4"),
+        (["--size", "6"], "multiples of 4"),
+        (["--size", "8", "6"], "multiples of 4"),
+        (["--size", "8", "8", "8"], "one or two"),
         (["--factors", "0"], "1 or more"),
         (["--cases", "none"], "invalid choice"),
     ],

@@ -1,6 +1,6 @@
 """Time every solver beside its peers and beside the products that it cannot avoid.
 
-    python -m benchmarks.speed [--size 2048] [--factors 16] [--runs 5] [--cases sweep admm ...] [--large]
+    python -m benchmarks.speed [--size 2048 [2048]] [--factors 16] [--runs 5] [--cases sweep admm ...] [--large]
 
 Prints ratios of times and objectives: the median over the rounds, the least and the largest. A run of all cases is
 written to a JSON file. Where an earlier one of the same machine is there, what got slower or faster than both runs'
@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--size", type=int, default=2048, help="rows and columns of the layer, a multiple of 4")
+    parser.add_argument(
+        "--size", type=int, nargs="+", default=[2048], help="rows and columns of the layer, or both at once"
+    )
     parser.add_argument("--factors", type=int, default=16, help="factors of a row, 1 or more")
     parser.add_argument("--runs", type=int, default=5, help="rounds of each case")
     parser.add_argument("--seconds", type=float, default=60, help="no fourth round of a case after that long")
@@ -36,14 +38,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--large", action="store_true", help="layers of a Llama as well, two rounds: hours")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
-    if options.size < 4 or options.size % 4:
-        parser.error(f"--size must be a positive multiple of 4, got {options.size}")
+    if len(options.size) > 2 or any(size < 4 or size % 4 for size in options.size):
+        parser.error(f"--size must be one or two positive multiples of 4, got {options.size}")
     if options.factors < 1 or options.runs < 1:
         parser.error("--factors and --runs must be 1 or more")
     before = Record.load(options.output) if options.output.exists() else None
     console = Console()
     names, whole = tuple(options.cases), set(options.cases) == set(NAMES)
-    runs = _measured(cases(names, options.size, options.factors), options.runs, options.seconds)
+    runs = _measured(
+        cases(names, options.size[0], options.size[-1], options.factors), options.runs, options.seconds
+    )
     if options.large:
         runs = chain(runs, _measured(large_cases(names, options.factors), 2, options.seconds))
     results = {}

@@ -60,7 +60,7 @@ def sweep(m: int, d: int, n: int) -> Case:
             "joint": lambda: solved(layer.joint(), ms.SparseGPT()),
             "its product R U": lambda: half_of_r @ columns,
         },
-        (("single", "torch"), ("joint", "its product R U"), ("joint", "single")),
+        (("single", "torch"), ("joint", "torch"), ("joint", "its product R U"), ("joint", "single")),
         layer.single().value,
         (("single", "torch"),),
     )
@@ -255,9 +255,9 @@ LARGE_SHAPES = ((512, 2048), (8192, 2048), (2048, 8192))
 LARGE_CASES = (sweep, admm, statistics)
 
 
-def cases(names: tuple[str, ...], size: int, n: int) -> Iterator[Case]:
-    """The cases of a square layer, each built when it is asked for."""
-    return (case(size, size, n) for case in CASES if case.__name__ in names)
+def cases(names: tuple[str, ...], m: int, d: int, n: int) -> Iterator[Case]:
+    """The cases of one layer, each built when it is asked for."""
+    return (case(m, d, n) for case in CASES if case.__name__ in names)
 
 
 def large_cases(names: tuple[str, ...], n: int) -> Iterator[Case]:
