@@ -88,8 +88,9 @@ def _run(name: str, sizes: tuple[int, int, int], *arguments: Any) -> None:
 def launch(
     name: str, dtype: str, rank: int, width: int, blocks: int, threads: int, arguments: tuple[Any, ...]
 ) -> None:
-    """Run a kernel of sweep.cu on the device."""
-    _compiled(dtype, rank, width).get_function(name)((blocks,), (threads,), arguments)
+    """Run a kernel of sweep.cu on the device that its arrays are on."""
+    with arguments[0].device:
+        _compiled(dtype, rank, width).get_function(name)((blocks,), (threads,), arguments)
 
 
 @cache
