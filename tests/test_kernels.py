@@ -101,7 +101,10 @@ def batched(backend):
 def cuda(request, monkeypatch):
     """(kernels_cuda, what makes arrays for them), on the CPU with so many threads in a block, or on a device."""
     if request.param == "device":
-        return kernels_cuda, pytest.importorskip("cupy").asarray
+        cupy = pytest.importorskip("cupy")
+        if not cupy.cuda.is_available():
+            pytest.skip("CuPy is installed but there is no CUDA device")
+        return kernels_cuda, cupy.asarray
     if shutil.which(cuda_on_host.COMPILER) is None:
         pytest.skip(f"{cuda_on_host.COMPILER} is not installed")
 
