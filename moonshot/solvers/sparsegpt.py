@@ -37,8 +37,8 @@ class _State:
 class SparseGPT:
     """Fix the columns from left to right, each pruned weight compensated by those to its right.
 
-    block: columns a mask is chosen for at once in unstructured patterns, and that are swept before the rest
-    of the layer is updated by one matrix product; rounded up to whole N:M groups.
+    block: columns a mask is chosen for at once in unstructured patterns, and that are swept one by one, those before
+    and after them in matrix products; rounded up to whole N:M groups.
 
     Unstructured budgets are met exactly, spread evenly over the blocks. With factors in the Hessian the sweep is
     that of SparseGPT on each row's explicit Hessian, for n d / 2 + 2 n^2
@@ -82,11 +82,18 @@ class SparseGPT:
         residual = zeros_like_shape(a, (tiles, n, lanes))
         group = pattern.m if isinstance(pattern, NM) else 1
         width = -(-self.block // group) * group
-        for start in range(0, d, width):
-            stop = min(start + width, d)
-            _sweep_block(state, pattern, a, residual, keep, z, start, stop)
-            if stop < d:
-                a[stop:] += state.r[start:stop, stop:].T @ z[start:stop]
+
+        def sweep(start: int, stop: int) -> None:
+            """Fix these columns, of which those before them have been compensated by."""
+            if stop - start <= width:
+                _sweep_block(state, pattern, a, residual, keep, z, start, stop)
+                return
+            middle = start + -(-(stop - start) // (2 * width)) * width
+            sweep(start, middle)
+            a[middle:stop] += state.r[start:middle, middle:stop].T @ z[start:middle]
+            sweep(middle, stop)
+
+        sweep(0, d)
         return Answer(transposed(a), transposed(keep))
 
 
