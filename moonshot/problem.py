@@ -54,6 +54,11 @@ class Deviation:
     def __init__(self, difference: Array):
         self._x = as_dtype(difference, "float64")
 
+    @property
+    def squared_norm(self) -> float:
+        """`||X||^2`"""
+        return float(namespace(self._x).tensordot(self._x, self._x, axes=2))
+
     @cached_property
     def _gram(self) -> Array:
         return self._x.T @ self._x
@@ -145,13 +150,15 @@ class Problem:
         centres = {id(term.centre): term.centre for term in self.terms}
         deviations = {key: Deviation(v - centre) for key, centre in centres.items()}
         losses = [term.loss_of(deviations[id(term.centre)]) for term in self.terms]
-        return (self.value(v) if self.ridge is None else self._sum_of_terms(v, losses)), losses
+        if self.ridge is None:
+            return self.value(v), losses
+        return self._sum_of_terms(losses, Deviation(v - native(self.weight, "weight"))), losses
 
-    def _sum_of_terms(self, v: Array, losses: list[float]) -> float:
+    def _sum_of_terms(self, losses: list[float], moved: Deviation) -> float:
+        """F of a V with these losses, moved from the weight by so much."""
         assert self.ridge is not None
-        moved = as_dtype(v, "float64") - native(self.weight, "weight")
-        damping = self.ridge * float(namespace(moved).sum(moved**2))
-        return sum(term.weight * loss for term, loss in zip(self.terms, losses, strict=True)) + damping
+        terms = sum(term.weight * loss for term, loss in zip(self.terms, losses, strict=True))
+        return terms + self.ridge * moved.squared_norm
 
     def zero_value(self) -> float:
         """F(0), the unit of `Result.relative`."""
@@ -159,10 +166,10 @@ class Problem:
 
     @cached_property
     def _zero_value(self) -> float:
-        zero = namespace(self.centre).zeros_like(self.centre)
         if self.ridge is None:
-            return self.value(zero)
-        return self._sum_of_terms(zero, [1.0 if term.at_zero > 0 else 0.0 for term in self.terms])
+            return self.value(namespace(self.centre).zeros_like(self.centre))
+        losses = [1.0 if term.at_zero > 0 else 0.0 for term in self.terms]
+        return self._sum_of_terms(losses, Deviation(-native(self.weight, "weight")))
 
 
 def check_weight(array: Array, name: str = "weight") -> Array:

@@ -82,18 +82,7 @@ class SparseGPT:
         residual = zeros_like_shape(a, (tiles, n, lanes))
         group = pattern.m if isinstance(pattern, NM) else 1
         width = -(-self.block // group) * group
-
-        def sweep(start: int, stop: int) -> None:
-            """Fix these columns, of which those before them have been compensated by."""
-            if stop - start <= width:
-                _sweep_block(state, pattern, a, residual, keep, z, start, stop)
-                return
-            middle = start + -(-(stop - start) // (2 * width)) * width
-            sweep(start, middle)
-            a[middle:stop] += state.r[start:middle, middle:stop].T @ z[start:middle]
-            sweep(middle, stop)
-
-        sweep(0, d)
+        _sweep(state, pattern, a, residual, keep, z, 0, d, width)
         return Answer(transposed(a), transposed(keep))
 
 
@@ -106,6 +95,27 @@ def _kernels(weight: Array, rank: int) -> ModuleType:
     from moonshot.linalg import kernels_batched, kernels_cuda
 
     return kernels_cuda if is_cupy(weight) and kernels_cuda.fits(rank, dtype_name(weight)) else kernels_batched
+
+
+def _sweep(
+    state: _State,
+    pattern: Any,
+    a: Array,
+    residual: Array,
+    keep: Array,
+    z: Array,
+    start: int,
+    stop: int,
+    width: int,
+) -> None:
+    """Fix columns start..stop, which those before them have been compensated by, in blocks of `width`."""
+    if stop - start <= width:
+        _sweep_block(state, pattern, a, residual, keep, z, start, stop)
+        return
+    middle = start + -(-(stop - start) // (2 * width)) * width
+    _sweep(state, pattern, a, residual, keep, z, start, middle, width)
+    a[middle:stop] += state.r[start:middle, middle:stop].T @ z[start:middle]
+    _sweep(state, pattern, a, residual, keep, z, middle, stop, width)
 
 
 def _sweep_block(
