@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
@@ -33,12 +33,13 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, work: Mapping[str, Any]):
         self.folder = Path(folder)
+        text = json.dumps(dict(work), indent=2)
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            entries = list(self.folder.iterdir())
-            if not entries:
-                _write(self.folder / _WORK, json.dumps(dict(work), indent=2).encode())
-        self._check(work)
+            empty = not any(self.folder.iterdir())
+        if empty:
+            self._write(_WORK, text.encode())
+        self._check(json.loads(text))
         self.done = frozenset(
             unquote(file.stem) for file in self.folder.iterdir() if file.suffix == ".safetensors"
         )
@@ -50,8 +51,7 @@ class Checkpoint:
             raise ValueError(
                 f"{self.folder} is no checkpoint: choose an empty folder, or one that is not there yet"
             ) from error
-        now = json.loads(json.dumps(dict(work)))
-        if other := [key for key in {**earlier, **now} if earlier.get(key) != now.get(key)]:
+        if other := [key for key in {**earlier, **work} if earlier.get(key) != work.get(key)]:
             raise ValueError(
                 f"{self.folder} has the answers of other work, {', '.join(other)} differ: choose another folder, or "
                 "remove it to begin again"
@@ -60,24 +60,19 @@ class Checkpoint:
     def keep(self, name: str, dense: Tensor, weight: Tensor, report: LayerReport) -> None:
         """Write a layer's answer: the pruned weight and its report, and that it is for `dense`."""
         about = {"report": json.dumps(asdict(report)), "dense": _digest([dense])}
-        file = self._file(name)
-        partial = file.with_suffix(".partial")
-        with self._writing():
-            save_file({"weight": weight.detach().cpu().contiguous()}, partial, about)
-            os.replace(partial, file)
+        self._write(_file_name(name), save({"weight": weight.detach().cpu().contiguous()}, about))
 
     def answer(self, name: str, dense: Tensor) -> tuple[Tensor, LayerReport]:
         """The pruned weight and the report of a layer that is done.
 
         Raises ValueError where `dense` is not what the answer was found for, or the file cannot be read.
         """
+        path = self.folder / _file_name(name)
         try:
-            with safe_open(self._file(name), "pt") as file:
+            with safe_open(path, "pt") as file:
                 about, weight = file.metadata(), file.get_tensor("weight")
         except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"cannot read {self._file(name)}: {error}; remove it to do the layer again"
-            ) from error
+            raise ValueError(f"cannot read {path}: {error}; remove it to do the layer again") from error
         if about["dense"] != _digest([dense]):
             raise ValueError(
                 f"{self.folder} has the answers of another model, whose {name} has other weights: choose another "
@@ -88,9 +83,8 @@ class Checkpoint:
 
     def keep_trials(self, best: str, trials: list[Trial]) -> None:
         """Write the name of the best objective, and what all of them gave."""
-        with self._writing():
-            found = {"best": best, "trials": [asdict(trial) for trial in trials]}
-            _write(self.folder / _TRIALS, json.dumps(found, indent=2).encode())
+        found = {"best": best, "trials": [asdict(trial) for trial in trials]}
+        self._write(_TRIALS, json.dumps(found, indent=2).encode())
 
     def trials(self) -> tuple[str, list[Trial]] | None:
         """What `keep_trials` was given, None if it was not."""
@@ -99,8 +93,13 @@ class Checkpoint:
         found = json.loads((self.folder / _TRIALS).read_text(encoding="utf-8"))
         return found["best"], [Trial(**trial) for trial in found["trials"]]
 
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{quote(name, safe='')}.safetensors"
+    def _write(self, name: str, content: bytes) -> None:
+        """Write a file that is there whole or not at all."""
+        file = self.folder / name
+        partial = file.with_suffix(".partial")
+        with self._writing():
+            partial.write_bytes(content)
+            os.replace(partial, file)
 
     @contextmanager
     def _writing(self):
@@ -110,6 +109,10 @@ class Checkpoint:
             raise OSError(
                 f"cannot keep answers in {self.folder}: {error}; free some space or choose another folder"
             ) from error
+
+
+def _file_name(layer: str) -> str:
+    return f"{quote(layer, safe='')}.safetensors"
 
 
 def data_digest(batches: Iterable[Any]) -> str:
@@ -128,9 +131,3 @@ def _digest(parts: Iterable[Any]) -> str:
         else:
             found.update(repr(part).encode())
     return found.hexdigest()
-
-
-def _write(file: Path, content: bytes) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)

@@ -4,6 +4,7 @@ What `__syncthreads` orders is in order, and what it should order and does not g
 """
 
 import ctypes
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 COMPILER = "g++"
-KERNELS = ("gains", "scores", "sweep", "sweep_groups")
 
 _BEFORE = """
 #include <barrier>
@@ -64,7 +64,7 @@ def compiled(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
     entries = "".join(
         f'extern "C" void on_host_{name}(int blocks, int threads, void **arguments)'
         f"{{ launch({name}, blocks, threads, arguments); }}\n"
-        for name in KERNELS
+        for name in re.findall(r"__global__ void (\w+)", source)
     )
     with TemporaryDirectory() as folder:
         code, library = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")

@@ -249,8 +249,8 @@ def test_rows_and_columns_may_differ(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "6"], "multiples of 4"),
-        (["--size", "8", "6"], "multiples of 4"),
+        (["--size", "6"], "multiple of 4"),
+        (["--size", "8", "6"], "multiple of 4"),
         (["--size", "8", "8", "8"], "one or two"),
         (["--factors", "0"], "1 or more"),
         (["--cases", "none"], "invalid choice"),

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
     if len(options.size) > 2 or any(size < 4 or size % 4 for size in options.size):
-        parser.error(f"--size must be one or two positive multiples of 4, got {options.size}")
+        parser.error(f"--size must be one or two numbers, each a positive multiple of 4, got {options.size}")
     if options.factors < 1 or options.runs < 1:
         parser.error("--factors and --runs must be 1 or more")
     before = Record.load(options.output) if options.output.exists() else None

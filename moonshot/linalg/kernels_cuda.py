@@ -30,22 +30,22 @@ def fits(rank: int, dtype: str) -> bool:
 
 def gains(p: Array, share: float) -> tuple[Array, Array]:
     xp = namespace(p)
-    d, m, n, _ = p.shape
+    d, m = p.shape[:2]
     t, phi = xp.empty_like(p), xp.empty((d, m, 1), dtype=p.dtype)
-    _run("gains", (m, n, 1), p, p.dtype.type(share), t, phi, d, m)
+    _run("gains", p, 1, p, p.dtype.type(share), t, phi)
     return t, phi
 
 
 def scores(a: Array, r: Array, p: Array, t: Array, phi: Array, residual: Array, start: int, stop: int) -> Array:
     out = namespace(a).empty_like(a[start:stop])
-    _run("scores", _sizes(p, start, stop), a, r, p, t, phi, residual, out, start, stop, *a.shape)
+    _run("scores", p, stop - start, a, r, p, t, phi, residual, out, start, stop)
     return out
 
 
 def sweep(
     a: Array, r: Array, p: Array, t: Array, residual: Array, keep: Array, z: Array, start: int, stop: int
 ) -> None:
-    _run("sweep", _sizes(p, start, stop), a, r, p, t, residual, keep, z, start, stop, *a.shape)
+    _run("sweep", p, stop - start, a, r, p, t, residual, keep, z, start, stop)
 
 
 def sweep_groups(
@@ -62,27 +62,21 @@ def sweep_groups(
     kept: int,
     group: int,
 ) -> None:
-    numbers = (start, stop, kept, group, *a.shape)
-    _run("sweep_groups", _sizes(p, start, stop), a, r, p, t, phi, residual, keep, z, *numbers)
+    _run("sweep_groups", p, stop - start, a, r, p, t, phi, residual, keep, z, start, stop, kept, group)
 
 
-def _sizes(p: Array, start: int, stop: int) -> tuple[int, int, int]:
-    """Rows, factors, and columns to be held in shared memory."""
-    return p.shape[1], p.shape[2], stop - start
-
-
-def _run(name: str, sizes: tuple[int, int, int], *arguments: Any) -> None:
-    rows, rank, columns = sizes
-    first = arguments[0]
+def _run(name: str, p: Array, columns: int, *arguments: Any) -> None:
+    """Launch a kernel with these arguments, d and m, so many columns of each row in shared memory."""
+    d, m, rank, _ = p.shape
     width = max(32, 1 << (columns - 1).bit_length())
-    if 3 * first.dtype.itemsize * width > _SHARED:  # two of them, and a row's factors
+    if 3 * p.dtype.itemsize * width > _SHARED:  # two of them, and a row's factors
         raise ValueError(
             f"{columns} columns at once do not fit into shared memory: use SparseGPT() with a smaller block"
         )
     if not all(item.flags.c_contiguous for item in arguments if hasattr(item, "flags")):
         raise ValueError(f"{name} reads arrays in C order only")
-    numbers = [np.int32(item) if isinstance(item, int) else item for item in arguments]
-    launch(name, dtype_name(first), rank, width, rows, _THREADS[name], tuple(numbers))
+    passed = tuple(np.int32(item) if isinstance(item, int) else item for item in (*arguments, d, m))
+    launch(name, dtype_name(p), rank, width, m, _THREADS[name], passed)
 
 
 def launch(

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import scipy  # whose linalg is imported where it is first used
-from array_api_compat import device
 
 from moonshot.linalg.backend import Array, contiguous, is_numpy, namespace, zeros_like_shape
 
@@ -33,7 +32,7 @@ def half_product(factors: Array, r: Array, lanes: int) -> Array:
         factors = xp.concat((factors, missing), axis=1)
     by_tile = xp.permute_dims(factors.reshape(n, tiles, lanes, d), (1, 0, 2, 3))
     columns = by_tile.reshape(tiles * n * lanes, d).T
-    out = xp.empty(columns.shape, dtype=columns.dtype, device=device(columns))
+    out = zeros_like_shape(columns, columns.shape)
     for start in range(0, d, _STRIP):
         stop = min(start + _STRIP, d)
         xp.matmul(r[start:stop, start:], columns[start:], out=out[start:stop])
