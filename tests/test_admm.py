@@ -1,6 +1,6 @@
 """ADMM's parameters and its end."""
 
-from math import nan
+from math import isfinite, nan
 
 import pytest
 
@@ -40,3 +40,9 @@ def test_a_larger_tolerance_ends_sooner():
 def test_the_limit_is_said():
     result = solve(problem(), "2:4", ADMM(iterations=3))
     assert (result.status, result.iterations) == (Status.ITERATION_LIMIT, 3)
+
+
+def test_a_penalty_beyond_what_numbers_hold_does_no_harm():
+    result = solve(problem(), "2:4", ADMM(growth=1e30, tolerance=0.0))
+    assert result.status == Status.CONVERGED
+    assert isfinite(result.value)

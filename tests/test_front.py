@@ -147,9 +147,11 @@ def test_a_weighted_hessian_is_that_of_its_parts(layer, a, b):
     for i in range(len(layer.weight)):
         np.testing.assert_allclose(weighted.row(i), direct.row(i), rtol=1e-12, atol=1e-12 * a)
     np.testing.assert_allclose(weighted.inverse_factor, direct.inverse_factor, rtol=1e-6, atol=1e-9 / a**0.5)
-    values, vectors, rotated = weighted.unit_eigenbasis("float64")
-    scale = np.sqrt(np.diag(weighted.A))
-    np.testing.assert_allclose((vectors * values) @ vectors.T, weighted.A / np.outer(scale, scale), atol=1e-12)
+    values, vectors, rotated = weighted.scaled_eigenbasis("float64")
+    scale = weighted.saliency_scale
+    np.testing.assert_allclose(scale, direct.saliency_scale, rtol=1e-6)
+    scaled = weighted.A / np.outer(scale, scale)
+    np.testing.assert_allclose((vectors * values) @ vectors.T, scaled, rtol=1e-6, atol=1e-9 * abs(scaled).max())
     assert (rotated is None) == (direct.factors is None) == (weighted.factors is None)
     if rotated is not None:
         expected = (direct.factors / scale) @ vectors
@@ -280,7 +282,7 @@ def test_a_hessian_of_its_own_keeps_nothing_but_its_inverse_factor():
     weight, seen = observed()
     problem = (R + F).problem(weight, **seen)
     before = set(vars(problem.hessian))
-    kept = [problem.hessian.half_product("float64", 2)[0], *problem.hessian.unit_eigenbasis("float64")]
+    kept = [problem.hessian.half_product("float64", 2)[0], *problem.hessian.scaled_eigenbasis("float64")]
     references = [weakref.ref(array) for array in kept]
     del kept
     gc.collect()

@@ -111,7 +111,7 @@ def test_a_step_minimises_its_model_over_every_support():
     for seed in range(20):
         layer = random_layer(seed, 1, 8, 2)
         layer = Layer(layer.weight, layer.A, layer.U * np.geomspace(0.01, 10, 8)[:, None])
-        quadratic = ScaledQuadratic.of(layer.hessian, layer.weight)
+        quadratic = ScaledQuadratic.of(layer.hessian, layer.weight, np.sqrt(np.diag(layer.A)))
         keep = supports[seed : seed + 1]
         point = _at(quadratic, np.where(keep, rng.normal(size=(1, 8)), 0), keep, np.array([[0.5]]))
         y, mask = _thresholded(quadratic, Unstructured(5 / 8), point)
@@ -223,7 +223,7 @@ def test_counts_are_positive_integers(field, value):
 
 def test_the_scaled_quadratic_is_the_quadratic():
     layer = random_layer(0, 4, 8, 3)
-    quadratic = ScaledQuadratic.of(layer.hessian, layer.weight)
+    quadratic = ScaledQuadratic.of(layer.hessian, layer.weight, np.sqrt(np.diag(layer.A)))
     weight = np.random.default_rng(1).normal(size=(4, 8))
     roots = np.sqrt(np.diag(layer.A))
     unit = roots[0] / quadratic.scale[0]

@@ -59,6 +59,22 @@ def test_inverse_diagonal(layer):
     assert_inverse_diagonal(layer, 1e-8)
 
 
+@given(layers(max_condition=1e6))
+def test_the_saliency_scale_makes_the_diagonal_of_the_inverse_one(layer):
+    hessian = RowHessian(layer.A, layer.U)
+    scale = hessian.saliency_scale
+    inverse = np.linalg.inv(layer.A)
+    np.testing.assert_allclose(np.diag(inverse) * scale**2, 1, rtol=1e-8)
+    values, vectors, rotated = hessian.scaled_eigenbasis("float64")
+    assert np.mean(1 / values) == pytest.approx(1, rel=1e-6)
+    scaled = layer.A / np.outer(scale, scale)
+    np.testing.assert_allclose((vectors * values) @ vectors.T, scaled, atol=1e-12 * abs(scaled).max())
+    assert (rotated is None) == (hessian.rank == 0)
+    if rotated is not None:
+        expected = (hessian.factors / scale) @ vectors
+        np.testing.assert_allclose(rotated, expected, rtol=1e-9, atol=1e-9 * np.max(abs(expected)))
+
+
 @pytest.mark.parametrize("scale", [1e-8, 1, 1e3])
 @pytest.mark.parametrize("n", [1, 6, 15])
 def test_solve_is_backward_stable_for_light_and_heavy_factors(n, scale):

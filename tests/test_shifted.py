@@ -28,41 +28,71 @@ def exact(a, u, rho, b):
     return np.stack([np.linalg.solve(h, right) for h, right in zip(full, b, strict=True)])
 
 
+def rest(inverse, b, rho, calls=60):
+    """The solution that repeated calls come to."""
+    for _ in range(calls):
+        x = inverse.solve(b.copy(), rho)
+    return x
+
+
 @given(st.integers(0, 99), st.sampled_from([16, 33]), st.sampled_from([0, 1, 2, 5, 40]), st.floats(0.01, 10))
 def test_the_first_solution_and_those_of_a_resting_right_side_are_exact(seed, d, n, rho):
     a, u, b = layer(seed, d, n)
     inverse = shifted(a, u)
-    for shift in (rho, 1.5 * rho):
-        inverse.shift(shift)
-        solutions = [inverse.solve(b.copy()) for _ in range(3)]
-        expected = exact(a, u, shift, b)
-        close = dict(rtol=1e-6, atol=1e-7 * abs(expected).max())
-        np.testing.assert_allclose(solutions[-1], expected, **close)
-        if shift == rho:
-            np.testing.assert_allclose(solutions[0], expected, **close)
+    expected = exact(a, u, rho, b)
+    np.testing.assert_allclose(
+        inverse.solve(b.copy(), rho), expected, rtol=1e-6, atol=1e-7 * abs(expected).max()
+    )
+    for larger in (1.2 * rho, 1.5 * rho, 1.9 * rho, 40 * rho):
+        expected = exact(a, u, larger, b)
+        found = rest(inverse, b, larger)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7 * abs(expected).max())
+
+
+@given(st.integers(0, 99), st.sampled_from([0, 9]), st.lists(st.floats(1, 10), min_size=1, max_size=8))
+def test_a_call_for_a_larger_rho_brings_x_nearer_by_the_share_it_says(seed, n, factors):
+    a, u, b = layer(seed, 24, n)
+    inverse, rho, x = shifted(a, u), 0.3, None
+    x = inverse.solve(b.copy(), rho)
+    for factor in factors:
+        rho *= factor
+        expected = exact(a, u, rho, b)
+        far, x = np.linalg.norm(x - expected, axis=1), inverse.solve(b.copy(), rho)
+        assert (np.linalg.norm(x - expected, axis=1) <= (2**0.5 - 1) * far + 1e-9).all()
+
+
+def test_one_inverse_serves_every_rho_near_it(monkeypatch):
+    a, u, b = layer(0, 24, 2)
+    inverse, made = shifted(a, u), []
+    invert = ShiftedInverse._invert
+    monkeypatch.setattr(
+        ShiftedInverse, "_invert", lambda self, sigma: (made.append(sigma), invert(self, sigma))
+    )
+    for rho in (1, 1.1, 1.4, 1.42, 2, 2.8, 2.9, 0.1):
+        inverse.solve(b.copy(), rho)
+    np.testing.assert_allclose(made, [1, 1.42 * 2**0.5, 2.9 * 2**0.5, 0.1 * 2**0.5])
 
 
 @given(st.integers(0, 99), st.sampled_from([1, 2]), st.floats(0.1, 10))
 def test_few_factors_lag_one_call_behind(seed, n, scale):
     a, u, b = layer(seed, 24, n, scale=scale)
     inverse = shifted(a, u)
-    inverse.shift(0.5)
-    inverse.solve(b.copy())
+    inverse.solve(b.copy(), 0.5)
     other = b + 0.1 * np.random.default_rng(seed).normal(size=b.shape)
     dense = np.linalg.inv(a + 0.5 * np.eye(24))
     pull = np.einsum("kij,kil,il->ij", u, u, exact(a, u, 0.5, b))
-    np.testing.assert_allclose(inverse.solve(other.copy()), (other - pull) @ dense, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(inverse.solve(other.copy(), 0.5), (other - pull) @ dense, rtol=1e-6, atol=1e-8)
     lagging = abs((other - pull) @ dense - exact(a, u, 0.5, other)).max()
     assume(lagging > 1e-5)
-    assert abs(inverse.solve(other.copy()) - exact(a, u, 0.5, other)).max() < 1e-3 * lagging
+    assert abs(inverse.solve(other.copy(), 0.5) - exact(a, u, 0.5, other)).max() < 1e-3 * lagging
 
 
 def test_many_factors_do_not_lag():
     a, u, b = layer(0, 24, 4)
     inverse = shifted(a, u)
-    for rho, right in ((0.5, b), (0.5, -b), (2.0, b**2)):
-        inverse.shift(rho)
-        np.testing.assert_allclose(inverse.solve(right.copy()), exact(a, u, rho, right), rtol=1e-8, atol=1e-9)
+    for right in (b, -b, b**2):
+        found = inverse.solve(right.copy(), 0.5)
+        np.testing.assert_allclose(found, exact(a, u, 0.5, right), rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("n", [0, 2, 9])
@@ -70,7 +100,7 @@ def test_on_every_backend(backend, n):
     a, u, b = layer(1, 24, n)
     put = backend.array if backend.name == "torch-cpu" else lambda array: native(backend.array(array))
     inverse = shifted(a, u, put)
-    for rho, right in ((0.5, b), (0.7, b), (0.7, b)):
-        inverse.shift(rho)
-        found = backend.numpy(inverse.solve(put(right.copy())))
-    np.testing.assert_allclose(found, exact(a, u, 0.7, b), rtol=1e-6, atol=1e-8)
+    inverse.solve(put(b.copy()), 0.5)
+    for _ in range(40):
+        found = backend.numpy(inverse.solve(put(b.copy()), 0.6))
+    np.testing.assert_allclose(found, exact(a, u, 0.6, b), rtol=1e-6, atol=1e-8)

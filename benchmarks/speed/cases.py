@@ -75,7 +75,7 @@ def admm(m: int, d: int, n: int) -> Case:
         {
             "single": lambda: solved(layer.single(), ms.ADMM()),
             "joint": lambda: solved(layer.joint(), ms.ADMM()),
-            "hasty": lambda: solved(layer.single(), ms.ADMM(growth=3)),
+            "hasty": lambda: solved(layer.single(), ms.ADMM(growth=1.12)),
             "torch ALPS": lambda: torch_alps(weight, hessian, 4, 2).numpy(),
             "torch SparseGPT": lambda: torch_sparsegpt(weight, hessian).numpy(),
         },

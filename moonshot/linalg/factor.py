@@ -109,11 +109,9 @@ def smallest_pivot(a: Array) -> float:
     return float(host[k, k] - row @ row)
 
 
-def unit_diagonal(a: Array) -> tuple[Array, Array]:
-    """`s = sqrt(diag A)`, (d,), and `A / (s s')`, (d, d), in the dtype of A."""
-    xp = namespace(a)
-    scale = xp.sqrt(xp.linalg.diagonal(a))
-    return scale, a / (scale[:, None] * scale[None, :])
+def rescaled(a: Array, scale: Array) -> Array:
+    """`S^-1 A S^-1`, (d, d), S = diag(scale); scale: (d,)."""
+    return a / (scale[:, None] * scale[None, :])
 
 
 def eigenbasis(a: Array) -> tuple[Array, Array]:

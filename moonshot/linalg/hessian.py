@@ -21,7 +21,7 @@ from moonshot.linalg.factor import (
     cholesky,
     eigenbasis,
     inverse_factor,
-    unit_diagonal,
+    rescaled,
 )
 from moonshot.linalg.lowrank import apply, project
 from moonshot.linalg.products import half_product, half_product_by_factor
@@ -102,6 +102,15 @@ class RowHessian:
         """R (d, d), upper triangular, `A^-1 = R'R`, float64."""
         return inverse_factor(self.A)
 
+    @property
+    def saliency_scale(self) -> Array:
+        """`s_j = (A^-1)_jj^-1/2`, (d,), float64: pruning v_j alone, the rest compensating, costs `(s_j v_j)^2` by A.
+
+        Source: Hassibi and Stork, Second order derivatives for network pruning (1992).
+        """
+        xp = namespace(self.A)
+        return 1 / xp.sqrt(xp.sum(self.inverse_factor**2, axis=0))
+
     def half_product(self, dtype: str, lanes: int) -> tuple[Array, float]:
         """P and a share s with `R U_i = sqrt(s) P_i`, in tiles of `lanes` rows: (d, tiles, n, lanes). Needs factors.
 
@@ -110,18 +119,19 @@ class RowHessian:
         factors, r = as_dtype(self.factors, dtype), as_dtype(self.inverse_factor, dtype)
         return half_product(factors, r, lanes), 1.0
 
-    def unit_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
-        """Eigenvalues (d,) and eigenvectors Q (d, d) of `D^-1/2 A D^-1/2`, D the diagonal of A, and `Q' D^-1/2 U_i`.
+    def scaled_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
+        """Eigenvalues (d,) and eigenvectors Q (d, d) of `S^-1 A S^-1`, S = diag(saliency_scale), and `Q' S^-1 U_i`.
 
-        The eigenvalues ascend; the last, the factors in the eigenbasis, is (n, m, d), None without factors.
+        The eigenvalues ascend, and their harmonic mean is 1; the last, the factors in the eigenbasis, is (n, m, d),
+        None without factors.
         """
-        scale, unit = unit_diagonal(self.A)
-        values, vectors = (as_dtype(x, dtype) for x in eigenbasis(unit))
+        scale = self.saliency_scale
+        values, vectors = (as_dtype(x, dtype) for x in eigenbasis(rescaled(self.A, scale)))
         if self.factors is None:
             return values, vectors, None
         n, m, d = self.factors.shape
-        scaled = vectors / as_dtype(scale, dtype)[:, None]  # in place of the factors, which are many more
-        return values, vectors, (as_dtype(self.factors, dtype).reshape(n * m, d) @ scaled).reshape(n, m, d)
+        basis = vectors / as_dtype(scale, dtype)[:, None]  # in place of the factors, which are many more
+        return values, vectors, (as_dtype(self.factors, dtype).reshape(n * m, d) @ basis).reshape(n, m, d)
 
     def matvec(self, V: Array) -> Array:
         """`H_i v_i` for every row of V (m, d)."""

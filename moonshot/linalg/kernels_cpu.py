@@ -157,22 +157,30 @@ def smallest_of_few(scores, k):
 
 
 @kernel
-def reflected(point, mask, pull, rho):
+def reflected(point, mask, target, inside, outside):
     m, d = point.shape
     out = np.empty_like(point)
     for i in prange(m):
         for j in range(d):
-            out[i, j] = pull[i, j] + rho * (point[i, j] if mask[i, j] else -point[i, j])
+            out[i, j] = (inside if mask[i, j] else -outside) * point[i, j] - inside * target[i, j]
     return out
 
 
 @kernel
-def add_outside(x, point, mask):
-    m, d = x.shape
-    zero = x.dtype.type(0)
+def move(point, mask, target, step, outside):
+    m, d = point.shape
+    zero = point.dtype.type(0)
     for i in prange(m):
         for j in range(d):
-            x[i, j] += zero if mask[i, j] else point[i, j]
+            point[i, j] = target[i, j] + step[i, j] + (zero if mask[i, j] else outside * point[i, j])
+
+
+@kernel
+def add_multiple(y, x, factor):
+    m, d = x.shape
+    for i in prange(m):
+        for j in range(d):
+            y[i, j] += factor * x[i, j]
 
 
 @kernel

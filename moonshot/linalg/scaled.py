@@ -1,34 +1,35 @@
-"""A layer's quadratic in the coordinates in which the shared matrix has a unit diagonal."""
+"""A layer's quadratic in scaled coordinates."""
 
 import math
 from dataclasses import dataclass
 
 from moonshot.linalg.backend import Array, as_dtype, contiguous, dtype_name, namespace
-from moonshot.linalg.factor import unit_diagonal
+from moonshot.linalg.factor import rescaled
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import apply
 
-_HARDLY = 256  # eps; the steps after it are several times as many, for some 1e-4 of the loss in float32
+_HARDLY = 3e-5  # of the loss; the steps after it are several times as many, for some 1e-4 of the loss
 
 
 @dataclass(frozen=True)
 class ScaledQuadratic:
-    """`sum_i (x_i - t_i)' H_i (x_i - t_i)` with `x_j = v_j sqrt(A_jj) / s` and `H_i = A + U_i U_i'` scaled likewise.
+    """`sum_i (x_i - t_i)' H_i (x_i - t_i)` with `x_j = v_j r_j / s` and `H_i = A + U_i U_i'` scaled likewise.
 
-    s is the power of two that brings the largest t_ij between a half and one: squares stay in the range of float32
-    whatever the units of the weights and of the objective, and no digit changes.
+    r is what the coordinates are chosen by. s is the power of two that brings the largest t_ij between a half and one:
+    squares stay in the range of float32 whatever the units of the weights and of the objective, and no digit changes.
     """
 
-    scale: Array  # (d,), sqrt(A_jj) / s
+    scale: Array  # (d,), r / s
     target: Array  # (m, d), the minimiser t
     pull: Array  # (m, d), H t
     shared: Array  # (d, d)
     factors: Array | None  # (n, m, d)
 
     @classmethod
-    def of(cls, hessian: RowHessian, centre: Array) -> "ScaledQuadratic":
-        """The quadratic of a Hessian about a centre (m, d), computed on in the dtype of the centre."""
-        roots, shared = (as_dtype(x, dtype_name(centre)) for x in unit_diagonal(hessian.A))
+    def of(cls, hessian: RowHessian, centre: Array, roots: Array) -> "ScaledQuadratic":
+        """The quadratic of a Hessian about a centre (m, d), computed on in the dtype of the centre; roots r: (d,)."""
+        shared = as_dtype(rescaled(hessian.A, roots), dtype_name(centre))
+        roots = as_dtype(roots, dtype_name(centre))
         largest = float(namespace(centre).max(abs(centre) * roots))
         scale = roots / 2.0 ** math.frexp(largest)[1]
         target = centre * scale
@@ -53,8 +54,8 @@ class ScaledQuadratic:
 
     def diagonal(self) -> Array:
         """Diagonals of the H_i: (m, d), or (1, d) where all rows share them."""
-        ones = namespace(self.scale).ones_like(self.scale)[None, :]
-        return ones if self.factors is None else sum((u * u for u in self.factors), start=ones)
+        shared = namespace(self.shared).linalg.diagonal(self.shared)[None, :]
+        return shared if self.factors is None else sum((u * u for u in self.factors), start=shared)
 
     def loss(self, x: Array) -> float:
         """The quadratic at x (m, d)."""
@@ -64,8 +65,8 @@ class ScaledQuadratic:
     def refit(self, x: Array, mask: Array, steps: int) -> Array:
         """Minimise over the support of each row, by conjugate gradients from x, which is zero outside the mask.
 
-        A row ends when a step gains hardly more of its loss than its floating-point numbers can tell, or when its
-        residual is small against its first, or is rounding.
+        A row ends when its residual is small against its first, or is rounding; in float32 also when a step gains
+        hardly more of its loss than the numbers can tell.
         """
         xp = namespace(x)
         keep = xp.astype(mask, x.dtype)
@@ -74,6 +75,7 @@ class ScaledQuadratic:
         direction = residual * precondition
         rho = xp.sum(residual * direction, axis=1)
         eps = xp.finfo(x.dtype).eps
+        hardly = _HARDLY if dtype_name(x) == "float32" else 0.0
         tiny = eps**1.5 * rho + eps**2 * xp.sum(self.pull**2 * precondition, axis=1)
         loss = xp.sum((self.target - x) * self.pull - x * residual, axis=1)
         for _ in range(steps):
@@ -91,5 +93,5 @@ class ScaledQuadratic:
             direction = conditioned + ratio[:, None] * direction
             gain = step * rho
             loss = loss - gain
-            rho = xp.where(active & (gain > _HARDLY * eps * loss), following, 0 * rho)
+            rho = xp.where(active & (gain > hardly * loss), following, 0 * rho)
         return x

@@ -3,20 +3,32 @@
 from moonshot.linalg.backend import Array, is_numpy, namespace
 
 
-def reflected(point: Array, mask: Array, pull: Array, rho: float) -> Array:
-    """`pull + rho (2 P y - y)`; point y, mask and pull: (m, d)."""
+def reflected(point: Array, mask: Array, target: Array, inside: float, outside: float) -> Array:
+    """`inside (P y - t) - outside (y - P y)`; point y, mask and target t: (m, d)."""
     if is_numpy(point):
         from moonshot.linalg import kernels_cpu
 
-        return kernels_cpu.reflected(point, mask, pull, point.dtype.type(rho))
-    return pull + rho * namespace(point).where(mask, point, -point)
+        number = point.dtype.type
+        return kernels_cpu.reflected(point, mask, target, number(inside), number(outside))
+    return namespace(point).where(mask, inside * point, -outside * point) - inside * target
 
 
-def add_outside(x: Array, point: Array, mask: Array) -> None:
-    """Add `y - P y` to x, in place; all (m, d)."""
-    if is_numpy(x):
+def move(point: Array, mask: Array, target: Array, step: Array, outside: float) -> None:
+    """`t + step + outside (y - P y)` in the place of y; point y, mask, target t and step: (m, d)."""
+    if is_numpy(point):
         from moonshot.linalg import kernels_cpu
 
-        kernels_cpu.add_outside(x, point, mask)
+        kernels_cpu.move(point, mask, target, step, point.dtype.type(outside))
     else:
-        x += point * ~mask
+        x = target + step
+        point[...] = namespace(point).where(mask, x, x + outside * point)
+
+
+def add_multiple(y: Array, x: Array, factor: float) -> None:
+    """`y + factor x` in the place of y; both (m, d)."""
+    if is_numpy(y):
+        from moonshot.linalg import kernels_cpu
+
+        kernels_cpu.add_multiple(y, x, y.dtype.type(factor))
+    else:
+        y += factor * x

@@ -12,11 +12,11 @@ from moonshot.linalg.hessian import RowHessian
 class WeightedHessians:
     """`a A + b U_i U_i'` for any a > 0 and b >= 0, of the A and U of one Hessian.
 
-    With `A^-1 = R'R`, Q the eigenvectors of A at a unit diagonal and D that diagonal, they have
+    With `A^-1 = R'R`, S = diag(saliency_scale) and Q the eigenvectors of `S^-1 A S^-1`, they have
 
-        R / sqrt(a)      sqrt(b / a) R U_i      Q      sqrt(b / a) Q' D^-1/2 U_i
+        R / sqrt(a)      sqrt(b / a) R U_i      Q      sqrt(b / a) Q' S^-1 U_i
 
-    in place of R, R U_i, Q and Q' D^-1/2 U_i, which are found when the first of them needs them and kept as long as
+    in place of R, R U_i, Q and Q' S^-1 U_i, which are found when the first of them needs them and kept as long as
     this object or any of them lives. Memory: what a solver derives from the factors, once more.
     """
 
@@ -35,8 +35,8 @@ class WeightedHessians:
     def half_product(self, dtype: str, lanes: int) -> tuple[Array, float]:
         return self._once(("half product", dtype, lanes), lambda: self.hessian.half_product(dtype, lanes))
 
-    def unit_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
-        return self._once(("unit eigenbasis", dtype), lambda: self.hessian.unit_eigenbasis(dtype))
+    def scaled_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
+        return self._once(("eigenbasis", dtype), lambda: self.hessian.scaled_eigenbasis(dtype))
 
     def _once(self, key: tuple, compute: Callable[[], Any]) -> Any:
         if key not in self._kept:
@@ -74,8 +74,8 @@ class _Weighted(RowHessian):
         product, share = self._common.half_product(dtype, lanes)
         return product, share * self._ratio**2
 
-    def unit_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
-        values, vectors, rotated = self._common.unit_eigenbasis(dtype)
+    def scaled_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
+        values, vectors, rotated = self._common.scaled_eigenbasis(dtype)
         if rotated is None or not self._root:
             return values, vectors, None
         return values, vectors, rotated * self._ratio

@@ -1,22 +1,24 @@
 """ADMM: alternate between the quadratic and the pattern until they agree, then refit on the support."""
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 from moonshot.linalg.backend import Array, namespace
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.linalg.shifted import ShiftedInverse
-from moonshot.linalg.splitting import add_outside, reflected
+from moonshot.linalg.splitting import move, reflected
 from moonshot.patterns import Pattern
 from moonshot.problem import Problem, Status
 from moonshot.solvers.base import Answer
 
-_ROUND = 5  # iterations with one rho
+_WINDOW = 5  # iterations over which the weights must rest: the first may move none
+_LARGEST = 1e12  # rho, at which nothing moves any more
 
 
 @dataclass(frozen=True)
 class _State:
-    """The problem in the coordinates in which A has a unit diagonal, and the eigenbasis of A there."""
+    """The problem in the coordinates in which A^-1 has a unit diagonal, and the eigenbasis of A there."""
 
     quadratic: ScaledQuadratic
     eigenvalues: Array  # (d,), ascending
@@ -26,18 +28,19 @@ class _State:
 
 @dataclass(frozen=True)
 class ADMM:
-    """Alternating direction method of multipliers on each row's own Hessian.
+    """Alternating direction method of multipliers on each row's own Hessian, weights in units of their saliency.
 
-        x <- (H_i + rho I)^-1 (H_i c_i - dual + rho z)      z <- the best pattern of x + dual / rho
+        x <- c_i + (H_i + rho I)^-1 (rho (z - c_i) - dual)      z <- the best pattern of x + dual / rho
         dual <- dual + rho (x - z)
 
-    rho is multiplied by `growth` every five iterations, and the method stops when no more than `tolerance` of the
-    weights have come or gone since. The weights are then refitted on the support by conjugate gradients. One
-    eigendecomposition of A serves every rho and every pattern; a row's factors add an n x n capacitance matrix for
-    each rho.
+    in the coordinates in which A^-1 has a unit diagonal: there x_j^2 is what pruning weight j alone costs by A.
 
-    rho: the first penalty, relative to the median eigenvalue of A scaled to a unit diagonal. Much above it, weights
-    are chosen before they could compensate one another; much below, iterations are wasted.
+    rho is multiplied by `growth` in every iteration, and the method stops when no more than `tolerance` of the
+    weights have come or gone in the last five. The weights are then refitted on the support by conjugate gradients.
+    One eigendecomposition of A serves every rho and every pattern; see `linalg.shifted` for how little a new rho takes.
+
+    rho: the first penalty, relative to the harmonic mean of the eigenvalues of A. Much above 1, weights are chosen
+    before they could compensate one another; much below, iterations are wasted.
     growth: above 1; nearer to 1 is slower and better, see docs/solvers/admm.md.
     iterations: the limit. tolerance: a share of the weights, 0 or more. refits: conjugate-gradient steps at the end,
     at most.
@@ -45,10 +48,10 @@ class ADMM:
     Source: Meng et al., ALPS (arXiv 2406.07831), for the shared Hessian.
     """
 
-    rho: float = 0.5
-    growth: float = 1.2
+    rho: float = 0.75
+    growth: float = 1.04
     iterations: int = 300
-    tolerance: float = 3e-4
+    tolerance: float = 1e-3
     refits: int = 100
 
     name = "ADMM"
@@ -68,37 +71,30 @@ class ADMM:
         return None
 
     def init(self, problem: Problem) -> _State:
-        values, basis, rotated = problem.hessian.unit_eigenbasis(problem.dtype)
-        if problem.dtype == "float32":  # which cannot tell smaller eigenvalues from zero
-            xp = namespace(values)
-            values = xp.maximum(values, xp.zeros_like(values) + 1e-7)
-        return _State(ScaledQuadratic.of(problem.hessian, problem.centre), values, basis, rotated)
+        hessian = problem.hessian
+        quadratic = ScaledQuadratic.of(hessian, problem.centre, hessian.saliency_scale)
+        return _State(quadratic, *hessian.scaled_eigenbasis(problem.dtype))
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         quadratic = state.quadratic
         target = quadratic.target
         xp = namespace(target)
-        started = mask = checked = pattern.keep(abs(target))
-        point = start = xp.where(mask, target, xp.zeros_like(target))
-        rho = self.rho * float(state.eigenvalues[len(state.eigenvalues) // 2])
+        started = mask = pattern.keep(abs(target))
+        start = xp.where(mask, target, xp.zeros_like(target))
+        point, moved = xp.asarray(start, copy=True), deque[int](maxlen=_WINDOW)
         inverse = ShiftedInverse(state.eigenvalues, state.basis, state.rotated, quadratic.factors)
-        inverse.shift(rho)
-        status, done = Status.ITERATION_LIMIT, 0
+        status, done, rho, shrink = Status.ITERATION_LIMIT, 0, self.rho, 1.0
         for done in range(1, self.iterations + 1):
-            # point is x + dual / rho: the mask keeps z of it, and leaves the next dual / rho
-            x = inverse.solve(reflected(point, mask, quadratic.pull, rho))
-            add_outside(x, point, mask)
-            point, mask = x, pattern.keep(abs(x))
-            if done % _ROUND:
-                continue
-            moved = int(xp.count_nonzero(mask != checked))
-            if moved <= 2 * self.tolerance * math.prod(mask.shape):
+            # point is x + dual / rho with the rho before: z of it is what the mask keeps, the dual what it leaves
+            step = inverse.solve(reflected(point, mask, target, rho, shrink * rho), rho)
+            move(point, mask, target, step, shrink)
+            before, mask = mask, pattern.keep(abs(point))
+            moved.append(int(xp.count_nonzero(mask != before)))
+            if done >= _WINDOW and sum(moved) <= 2 * self.tolerance * math.prod(mask.shape):
                 status = Status.CONVERGED
                 break
-            checked = mask
-            rho *= self.growth
-            inverse.shift(rho)
-            point = xp.where(mask, point, point / self.growth)
+            larger = min(rho * self.growth, _LARGEST)
+            rho, shrink = larger, rho / larger
         weight = quadratic.refit(point * mask, mask, self.refits)
         if quadratic.loss(start) < quadratic.loss(weight):  # never worse than where it started
             weight, mask = quadratic.refit(start, started, self.refits), started

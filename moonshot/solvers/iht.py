@@ -77,7 +77,11 @@ class IHT:
         return None
 
     def init(self, problem: Problem) -> _State:
-        return _State(problem, ScaledQuadratic.of(problem.hessian, problem.centre))
+        hessian = problem.hessian
+        xp = namespace(hessian.A)
+        return _State(
+            problem, ScaledQuadratic.of(hessian, problem.centre, xp.sqrt(xp.linalg.diagonal(hessian.A)))
+        )
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         problem, quadratic = state.problem, state.quadratic
