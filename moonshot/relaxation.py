@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from moonshot.linalg.backend import Array, as_dtype, contiguous, namespace, native, smallest
-from moonshot.linalg.factor import capacitance_inverse
+from moonshot.linalg.factor import capacitance, inverses
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import apply, correct
 from moonshot.linalg.minorant import first_minorant, proven_minorant, raised_minorant
@@ -97,10 +97,10 @@ def _solver(hessian: RowHessian, dtype: str) -> Callable[[Array], Array]:
     if hessian.factors is None:
         inverse = as_dtype(r.T @ r, dtype)
         return lambda b: b @ inverse
-    xp, r = namespace(r), as_dtype(r, dtype)
+    r = as_dtype(r, dtype)
     factors = half_product_by_factor(as_dtype(hessian.factors, dtype), r)
-    inverses, ones = capacitance_inverse(factors), xp.ones_like(r[0])
-    return lambda b: correct(b @ r.T, factors, ones, inverses) @ r
+    smaller = inverses(capacitance(factors))
+    return lambda b: correct(b @ r.T, factors, smaller) @ r
 
 
 def _value(c: Array, d: Array, p: Array, a: Array, size: int, zeros: int) -> float:

@@ -7,13 +7,15 @@ from hypothesis import given
 from moonshot.linalg.factor import (
     NotPositiveDefiniteError,
     capacitance,
-    capacitance_inverse,
     capacitance_solve,
     cholesky,
     eigenbasis,
+    gram,
     inverse,
     inverse_factor,
+    inverses,
     is_positive_definite,
+    rescaled,
     smallest_pivot,
 )
 from strategies import layers, random_layer, with_condition
@@ -33,25 +35,21 @@ def test_inverse_factor_on_every_backend(backend):
     np.testing.assert_allclose(backend.numpy(inverse_factor(backend.array(a))), inverse_factor(a), atol=1e-10)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_capacitance(backend, weighted):
-    rng = np.random.default_rng(0)
-    p, weights = rng.normal(size=(3, 4, 6)), rng.uniform(size=6)
-    expected = np.stack([np.eye(3) + (p[:, i] * (weights if weighted else 1)) @ p[:, i].T for i in range(4)])
-    computed = capacitance(backend.array(p), backend.array(weights) if weighted else None)
-    np.testing.assert_allclose(backend.numpy(computed), expected, rtol=1e-13)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 9])
-def test_capacitance_inverse(backend, n, weighted):
-    rng = np.random.default_rng(n)
-    p, weights = 30 * rng.normal(size=(n, 4, 6)), rng.uniform(size=6)  # n > d too
-    arrays = backend.array(p), backend.array(weights) if weighted else None
-    computed = backend.numpy(capacitance_inverse(*arrays))
+def test_grams_and_capacitance_matrices(backend, n):
+    p = np.random.default_rng(0).normal(size=(n, 4, 6))
+    expected = np.stack([p[:, i] @ p[:, i].T for i in range(4)])
+    np.testing.assert_allclose(backend.numpy(gram(backend.array(p))), expected, rtol=1e-13, atol=1e-14)
     np.testing.assert_allclose(
-        computed @ capacitance(p, weights if weighted else None), [np.eye(n)] * 4, atol=1e-10
+        backend.numpy(capacitance(backend.array(p))), expected + np.eye(n), rtol=1e-13, atol=1e-14
     )
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_inverses_of_capacitance_matrices(backend, n):
+    matrices = capacitance(30 * np.random.default_rng(n).normal(size=(n, 4, 6)))  # n > d too
+    computed = backend.numpy(inverses(backend.array(matrices.copy())))
+    np.testing.assert_allclose(computed @ matrices, [np.eye(n)] * 4, atol=1e-10)
 
 
 def test_capacitance_solve(backend):
@@ -60,6 +58,17 @@ def test_capacitance_solve(backend):
     computed = capacitance_solve(backend.array(np.linalg.cholesky(matrices)), backend.array(b))
     expected = np.stack([np.linalg.solve(matrices[i], b[:, i]) for i in range(4)], axis=1)
     np.testing.assert_allclose(backend.numpy(computed), expected, rtol=1e-12)
+
+
+def test_rescaled(backend):
+    rng = np.random.default_rng(0)
+    a, scale = with_condition(rng, 7, 1e2), rng.uniform(1, 2, size=7)
+    given_a = backend.array(a)
+    for matrix in (given_a, given_a.T):
+        found = backend.numpy(rescaled(matrix, backend.array(scale)))
+        np.testing.assert_allclose(found, a / np.outer(scale, scale), rtol=1e-14)
+        assert found.flags.c_contiguous
+    np.testing.assert_array_equal(backend.numpy(given_a), a)
 
 
 def test_eigenbasis(backend):

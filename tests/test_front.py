@@ -147,15 +147,13 @@ def test_a_weighted_hessian_is_that_of_its_parts(layer, a, b):
     for i in range(len(layer.weight)):
         np.testing.assert_allclose(weighted.row(i), direct.row(i), rtol=1e-12, atol=1e-12 * a)
     np.testing.assert_allclose(weighted.inverse_factor, direct.inverse_factor, rtol=1e-6, atol=1e-9 / a**0.5)
-    values, vectors, rotated = weighted.scaled_eigenbasis("float64")
-    scale = weighted.saliency_scale
-    np.testing.assert_allclose(scale, direct.saliency_scale, rtol=1e-6)
-    scaled = weighted.A / np.outer(scale, scale)
-    np.testing.assert_allclose((vectors * values) @ vectors.T, scaled, rtol=1e-6, atol=1e-9 * abs(scaled).max())
-    assert (rotated is None) == (direct.factors is None) == (weighted.factors is None)
-    if rotated is not None:
-        expected = (direct.factors / scale) @ vectors
-        np.testing.assert_allclose(rotated, expected, rtol=1e-9, atol=1e-9 * np.max(abs(expected)))
+    np.testing.assert_allclose(weighted.saliency_scale, direct.saliency_scale, rtol=1e-6)
+    inverse, other = (hessian.shifted_inverse(0.7, "float64") for hessian in (weighted, direct))
+    np.testing.assert_allclose(inverse, other, rtol=1e-6, atol=1e-9)
+    assert (direct.factors is None) == (weighted.factors is None)
+    if weighted.factors is not None:
+        grams, expected = (hessian.shifted_grams(0.7, "float64") for hessian in (weighted, direct))
+        np.testing.assert_allclose(grams, expected, rtol=1e-6, atol=1e-9 * np.max(abs(expected)))
         tiles, share = weighted.half_product("float64", 2)
         for i, u in enumerate(np.sqrt(b) * layer.U):
             expected = direct.inverse_factor @ u
@@ -242,8 +240,8 @@ def test_answers_are_those_of_problems_built_alone(solver, layer, pattern):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each factorisation was computed."""
-    counts = dict.fromkeys(("inverse_factor", "half_product", "eigenbasis"), 0)
+    """How often each factorisation was computed, and each product with the factors."""
+    counts = dict.fromkeys(("inverse_factor", "half_product", "half_product_by_factor"), 0)
 
     def watch(name):
         compute = getattr(hessian_module, name)
@@ -259,34 +257,56 @@ def calls(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize(
-    ("solver", "expected"),
-    [
-        (ms.SparseGPT(), {"half_product": 1, "eigenbasis": 0}),
-        (ms.ADMM(), {"half_product": 0, "eigenbasis": 1}),
-    ],
-    ids=["SparseGPT", "ADMM"],
-)
-def test_factorisations_are_computed_once(calls, solver, expected):
+@pytest.mark.parametrize("solver", [ms.SparseGPT(), ms.ADMM()], ids=["SparseGPT", "ADMM"])
+def test_factorisations_are_computed_once(calls, monkeypatch, solver):
     weight, seen = observed()
     objectives = [(1 - b) * (0.3 * R + 0.1 * T) + b * F for b in np.linspace(0, 0.9, 10)]
+    shifts = {"shifted_inverse": [], "shifted_grams": []}
+    for name, asked in shifts.items():
+        compute = getattr(ms.RowHessian, name)
+
+        def recorded(hessian, shift, dtype, compute=compute, asked=asked):
+            asked.append(shift)
+            return compute(hessian, shift, dtype)
+
+        monkeypatch.setattr(ms.RowHessian, name, recorded)
     for problem in ms.front(objectives, weight, **seen):
         for pattern in ("2:4", 0.5):
             ms.solve(problem, pattern, solver, state=solver.init(problem))
-    inverses = calls.pop("inverse_factor")
-    assert calls == expected
-    assert inverses == 1
+    inverses, grams = shifts.values()
+    assert sorted(set(inverses)) == sorted(inverses)
+    assert sorted(set(grams)) == sorted(grams)
+    assert bool(inverses) == bool(grams) == isinstance(solver, ms.ADMM)
+    assert calls == {
+        "inverse_factor": 1 + len(inverses) + len(grams),
+        "half_product": int(isinstance(solver, ms.SparseGPT)),
+        "half_product_by_factor": len(grams),
+    }
+
+
+def test_patterns_of_one_state_share_its_inverses(calls):
+    problem, solver = random_layer(0, M, D, 2).problem, ms.ADMM()
+    state = solver.init(problem)
+    found = ms.solve(problem, "2:4", solver, state=state)
+    before = calls["inverse_factor"]
+    again = ms.solve(problem, "2:4", solver, state=state)
+    assert calls["inverse_factor"] == before
+    np.testing.assert_array_equal(again.weight, found.weight)
 
 
 def test_a_hessian_of_its_own_keeps_nothing_but_its_inverse_factor():
     weight, seen = observed()
     problem = (R + F).problem(weight, **seen)
     before = set(vars(problem.hessian))
-    kept = [problem.hessian.half_product("float64", 2)[0], *problem.hessian.scaled_eigenbasis("float64")]
+    kept = [
+        problem.hessian.half_product("float64", 2)[0],
+        problem.hessian.shifted_inverse(0.7, "float64"),
+        problem.hessian.shifted_grams(0.7, "float64"),
+    ]
     references = [weakref.ref(array) for array in kept]
     del kept
     gc.collect()
-    assert [reference() for reference in references] == [None] * 4
+    assert [reference() for reference in references] == [None] * 3
     assert set(vars(problem.hessian)) == before
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
+from moonshot.linalg.backend import like
 from moonshot.problem import Problem
 from strategies import DEGENERATE, Layer, layers, random_layer, with_condition
 
@@ -65,14 +66,29 @@ def test_the_saliency_scale_makes_the_diagonal_of_the_inverse_one(layer):
     scale = hessian.saliency_scale
     inverse = np.linalg.inv(layer.A)
     np.testing.assert_allclose(np.diag(inverse) * scale**2, 1, rtol=1e-8)
-    values, vectors, rotated = hessian.scaled_eigenbasis("float64")
-    assert np.mean(1 / values) == pytest.approx(1, rel=1e-6)
     scaled = layer.A / np.outer(scale, scale)
-    np.testing.assert_allclose((vectors * values) @ vectors.T, scaled, atol=1e-12 * abs(scaled).max())
-    assert (rotated is None) == (hessian.rank == 0)
-    if rotated is not None:
-        expected = (hessian.factors / scale) @ vectors
-        np.testing.assert_allclose(rotated, expected, rtol=1e-9, atol=1e-9 * np.max(abs(expected)))
+    assert np.trace(np.linalg.inv(scaled)) == pytest.approx(
+        len(scaled), rel=1e-6
+    )  # eigenvalues' harmonic mean is 1
+
+
+@pytest.mark.parametrize("m", [1, 5, 300])  # 300 rows are more than are multiplied at once
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-9)])
+def test_shifted_inverse_and_grams_on_every_backend(backend, m, dtype, tolerance):
+    layer = random_layer(m, m, 12, 3, condition=1e4)
+    hessian = RowHessian(backend.array(layer.A), backend.array(layer.U))
+    scale = layer.hessian.saliency_scale
+    np.testing.assert_allclose(backend.numpy(like(hessian.saliency_scale, backend.array(scale))), scale)
+    expected = np.linalg.inv(layer.A / np.outer(scale, scale) + 0.3 * np.eye(12))
+    inverse, grams = (
+        backend.numpy(like(find(0.3, dtype), backend.array(scale)))
+        for find in (hessian.shifted_inverse, hessian.shifted_grams)
+    )
+    assert inverse.dtype == grams.dtype == dtype
+    np.testing.assert_allclose(inverse, expected, rtol=tolerance, atol=tolerance)
+    u = layer.U / scale[:, None]
+    expected = np.einsum("ijk,jl,ilq->ikq", u, expected, u)
+    np.testing.assert_allclose(grams, expected, rtol=tolerance, atol=tolerance * abs(expected).max())
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1, 1e3])

@@ -12,6 +12,7 @@ import scipy  # whose linalg is imported where it is first used
 from moonshot.linalg.backend import (
     Array,
     as_dtype,
+    contiguous,
     eye_like,
     is_numpy,
     namespace,
@@ -110,8 +111,10 @@ def smallest_pivot(a: Array) -> float:
 
 
 def rescaled(a: Array, scale: Array) -> Array:
-    """`S^-1 A S^-1`, (d, d), S = diag(scale); scale: (d,)."""
-    return a / (scale[:, None] * scale[None, :])
+    """`S^-1 A S^-1`, (d, d), in C order, S = diag(scale); scale: (d,)."""
+    a = contiguous(a) / scale[:, None]
+    a /= scale
+    return a
 
 
 def eigenbasis(a: Array) -> tuple[Array, Array]:
@@ -123,28 +126,29 @@ def eigenbasis(a: Array) -> tuple[Array, Array]:
     return values, vectors
 
 
-def capacitance(p: Array, weights: Array | None = None) -> Array:
-    """`I + P_i' diag(weights) P_i` for every row, (m, n, n); p: (n, m, d), weights: (d,)."""
-    xp = namespace(p)
+def gram(p: Array) -> Array:
+    """`P_i' P_i` for every row, (m, n, n); p: (n, m, d), the P_i' stacked by factor."""
     if is_numpy(p):
         from moonshot.linalg import kernels_cpu
 
-        weights = np.ones(p.shape[2], p.dtype) if weights is None else weights
-        return kernels_cpu.capacitance(p, weights)
-    by_row = xp.permute_dims(p, (1, 0, 2))
-    scaled = by_row if weights is None else by_row * weights
-    return scaled @ xp.permute_dims(p, (1, 2, 0)) + eye_like(p, p.shape[0])
+        return kernels_cpu.gram(p)
+    xp = namespace(p)
+    return xp.permute_dims(p, (1, 0, 2)) @ xp.permute_dims(p, (1, 2, 0))
 
 
-def capacitance_inverse(p: Array, weights: Array | None = None) -> Array:
-    """The inverses of the capacitance matrices, (m, n, n); p: (n, m, d), weights: (d,)."""
-    matrices = capacitance(p, weights)
-    if is_numpy(p):
+def capacitance(p: Array) -> Array:
+    """`I + P_i' P_i` for every row, (m, n, n); p: (n, m, d)."""
+    return gram(p) + eye_like(p, p.shape[0])
+
+
+def inverses(matrices: Array) -> Array:
+    """The inverses of positive definite matrices (m, n, n), which may be overwritten."""
+    if is_numpy(matrices):
         from moonshot.linalg import kernels_cpu
 
         kernels_cpu.invert(matrices)
         return matrices
-    return namespace(p).linalg.inv(matrices)
+    return namespace(matrices).linalg.inv(matrices)
 
 
 def capacitance_solve(lower: Array, b: Array) -> Array:

@@ -1,6 +1,7 @@
 """RowHessian: one symmetric positive definite matrix per row of a layer, shared plus low rank."""
 
 from functools import cached_property
+from typing import Any
 
 from moonshot.linalg.backend import (
     Array,
@@ -19,7 +20,7 @@ from moonshot.linalg.factor import (
     capacitance,
     capacitance_solve,
     cholesky,
-    eigenbasis,
+    gram,
     inverse_factor,
     rescaled,
 )
@@ -28,6 +29,7 @@ from moonshot.linalg.products import half_product, half_product_by_factor
 
 _SYMMETRY = {"float32": 1e-4, "float64": 1e-9}  # largest |A - A'| accepted, relative to max |A|
 _REFINEMENTS = 10
+_ROWS = 256  # whose factors are multiplied at once, and then no longer needed
 _LOST = 1e-12  # the backward error at which a row is solved densely
 
 
@@ -119,19 +121,26 @@ class RowHessian:
         factors, r = as_dtype(self.factors, dtype), as_dtype(self.inverse_factor, dtype)
         return half_product(factors, r, lanes), 1.0
 
-    def scaled_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
-        """Eigenvalues (d,) and eigenvectors Q (d, d) of `S^-1 A S^-1`, S = diag(saliency_scale), and `Q' S^-1 U_i`.
+    def shifted_inverse(self, shift: float, dtype: str) -> Array:
+        """`(S^-1 A S^-1 + shift I)^-1`, (d, d), S = diag(saliency_scale).
 
-        The eigenvalues ascend, and their harmonic mean is 1; the last, the factors in the eigenbasis, is (n, m, d),
-        None without factors.
+        The harmonic mean of the eigenvalues of `S^-1 A S^-1` is 1.
         """
-        scale = self.saliency_scale
-        values, vectors = (as_dtype(x, dtype) for x in eigenbasis(rescaled(self.A, scale)))
-        if self.factors is None:
-            return values, vectors, None
-        n, m, d = self.factors.shape
-        basis = vectors / as_dtype(scale, dtype)[:, None]  # in place of the factors, which are many more
-        return values, vectors, (as_dtype(self.factors, dtype).reshape(n * m, d) @ basis).reshape(n, m, d)
+        r = as_dtype(self._shifted_factor(shift), dtype)
+        return r.T @ r
+
+    def shifted_grams(self, shift: float, dtype: str) -> Array:
+        """`U_i' S^-1 B S^-1 U_i`, (m, n, n), B the shifted inverse. Needs factors."""
+        r = as_dtype(self._shifted_factor(shift) / self.saliency_scale, dtype)
+        factors: Any = self.factors
+        starts = range(0, factors.shape[1], _ROWS)
+        parts = (as_dtype(factors[:, start : start + _ROWS], dtype) for start in starts)
+        return namespace(r).concat([gram(half_product_by_factor(part, r)) for part in parts], axis=0)
+
+    def _shifted_factor(self, shift: float) -> Array:
+        a = rescaled(self.A, self.saliency_scale)
+        a.reshape(-1)[:: self.columns + 1] += shift
+        return inverse_factor(a)
 
     def matvec(self, V: Array) -> Array:
         """`H_i v_i` for every row of V (m, d)."""

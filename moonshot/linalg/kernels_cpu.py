@@ -82,26 +82,24 @@ def refresh(factors, x, inverses, coefficients):
 
 
 @kernel
-def capacitance(p, weights):
+def gram(p):
     n, m, d = p.shape
     out = np.empty((m, n, n), p.dtype)
     for i in prange(m):
-        weighted = np.empty(d, p.dtype)
         for k in range(n):
-            weighted[:] = p[k, i] * weights
-            for q in range(0, k - 2, 4):  # four dot products for one reading of the weighted row
+            row = p[k, i]
+            for q in range(0, k - 2, 4):  # four dot products for one reading of the row
                 a, b, c, e = p[q, i], p[q + 1, i], p[q + 2, i], p[q + 3, i]
                 ka = kb = kc = ke = p.dtype.type(0)
                 for j in range(d):
-                    ka += weighted[j] * a[j]
-                    kb += weighted[j] * b[j]
-                    kc += weighted[j] * c[j]
-                    ke += weighted[j] * e[j]
+                    ka += row[j] * a[j]
+                    kb += row[j] * b[j]
+                    kc += row[j] * c[j]
+                    ke += row[j] * e[j]
                 out[i, k, q], out[i, k, q + 1], out[i, k, q + 2], out[i, k, q + 3] = ka, kb, kc, ke
             for q in range((k + 1) // 4 * 4, k + 1):
-                out[i, k, q] = _dot(p[q, i], weighted)
+                out[i, k, q] = _dot(p[q, i], row)
             out[i, :k, k] = out[i, k, :k]
-            out[i, k, k] += 1
     return out
 
 
@@ -184,7 +182,7 @@ def add_multiple(y, x, factor):
 
 
 @kernel
-def correct(y, factors, weights, inverses):
+def correct(y, factors, inverses):
     n, m, d = factors.shape
     for i in prange(m):
         projected = np.empty(n, y.dtype)
@@ -198,7 +196,7 @@ def correct(y, factors, weights, inverses):
             for q in range(n):
                 coefficient += inverses[i, k, q] * projected[q]
             for j in range(d):
-                y[i, j] -= factors[k, i, j] * weights[j] * coefficient
+                y[i, j] -= factors[k, i, j] * coefficient
 
 
 @kernel

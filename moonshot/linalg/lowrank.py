@@ -37,20 +37,19 @@ def refresh(factors: Array, x: Array, inverses: Array, coefficients: Array) -> A
     return _combine(factors, xp.permute_dims(coefficients, (1, 0)))
 
 
-def correct(y: Array, factors: Array, weights: Array, inverses: Array) -> Array:
-    """`y_i - D U_i C_i^-1 U_i' y_i` with D = diag(weights): the Woodbury correction. y may be overwritten.
+def correct(y: Array, factors: Array, inverses: Array) -> Array:
+    """`y_i - U_i C_i^-1 U_i' y_i`: the Woodbury correction. y may be overwritten.
 
-    y: (m, d); factors: (n, m, d); weights: (d,); inverses: (m, n, n), of the capacitance matrices.
+    y: (m, d); factors: (n, m, d); inverses: (m, n, n), of the capacitance matrices.
     """
     if is_numpy(factors):
         from moonshot.linalg import kernels_cpu
 
-        kernels_cpu.correct(y, factors, weights, inverses)
+        kernels_cpu.correct(y, factors, inverses)
         return y
     xp = namespace(y)
     projected = xp.permute_dims(project(factors, y), (1, 0))[:, :, None]
-    coefficients = xp.permute_dims((inverses @ projected)[:, :, 0], (1, 0))
-    return y - _combine(factors, coefficients) * weights
+    return y - _combine(factors, xp.permute_dims((inverses @ projected)[:, :, 0], (1, 0)))
 
 
 def _combine(factors: Array, coefficients: Array) -> Array:

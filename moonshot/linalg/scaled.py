@@ -32,7 +32,7 @@ class ScaledQuadratic:
         roots = as_dtype(roots, dtype_name(centre))
         largest = float(namespace(centre).max(abs(centre) * roots))
         scale = roots / 2.0 ** math.frexp(largest)[1]
-        target = centre * scale
+        target = contiguous(centre * scale)
         pull = target @ shared
         factors = None
         if hessian.factors is not None:

@@ -12,12 +12,12 @@ from moonshot.linalg.hessian import RowHessian
 class WeightedHessians:
     """`a A + b U_i U_i'` for any a > 0 and b >= 0, of the A and U of one Hessian.
 
-    With `A^-1 = R'R`, S = diag(saliency_scale) and Q the eigenvectors of `S^-1 A S^-1`, they have
+    With `A^-1 = R'R`, S = diag(saliency_scale) and `B = (S^-1 A S^-1 + sigma I)^-1`, they have
 
-        R / sqrt(a)      sqrt(b / a) R U_i      Q      sqrt(b / a) Q' S^-1 U_i
+        R / sqrt(a)      sqrt(b / a) R U_i      B      (b / a) U_i' S^-1 B S^-1 U_i
 
-    in place of R, R U_i, Q and Q' S^-1 U_i, which are found when the first of them needs them and kept as long as
-    this object or any of them lives. Memory: what a solver derives from the factors, once more.
+    in place of those of A and U_i, which are found when the first of them needs them and kept as long as this object or
+    any of them lives. Memory: what a solver derives from the factors, once more.
     """
 
     def __init__(self, hessian: RowHessian):
@@ -35,8 +35,11 @@ class WeightedHessians:
     def half_product(self, dtype: str, lanes: int) -> tuple[Array, float]:
         return self._once(("half product", dtype, lanes), lambda: self.hessian.half_product(dtype, lanes))
 
-    def scaled_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
-        return self._once(("eigenbasis", dtype), lambda: self.hessian.scaled_eigenbasis(dtype))
+    def shifted_inverse(self, shift: float, dtype: str) -> Array:
+        return self._once(("inverse", shift, dtype), lambda: self.hessian.shifted_inverse(shift, dtype))
+
+    def shifted_grams(self, shift: float, dtype: str) -> Array:
+        return self._once(("grams", shift, dtype), lambda: self.hessian.shifted_grams(shift, dtype))
 
     def _once(self, key: tuple, compute: Callable[[], Any]) -> Any:
         if key not in self._kept:
@@ -74,8 +77,8 @@ class _Weighted(RowHessian):
         product, share = self._common.half_product(dtype, lanes)
         return product, share * self._ratio**2
 
-    def scaled_eigenbasis(self, dtype: str) -> tuple[Array, Array, Array | None]:
-        values, vectors, rotated = self._common.scaled_eigenbasis(dtype)
-        if rotated is None or not self._root:
-            return values, vectors, None
-        return values, vectors, rotated * self._ratio
+    def shifted_inverse(self, shift: float, dtype: str) -> Array:
+        return self._common.shifted_inverse(shift, dtype)
+
+    def shifted_grams(self, shift: float, dtype: str) -> Array:
+        return self._common.shifted_grams(shift, dtype) * self._ratio**2

@@ -2,7 +2,9 @@
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 from moonshot.linalg.backend import Array, namespace
 from moonshot.linalg.scaled import ScaledQuadratic
@@ -18,12 +20,11 @@ _LARGEST = 1e12  # rho, at which nothing moves any more
 
 @dataclass(frozen=True)
 class _State:
-    """The problem in the coordinates in which A^-1 has a unit diagonal, and the eigenbasis of A there."""
+    """The problem in the coordinates in which A^-1 has a unit diagonal."""
 
     quadratic: ScaledQuadratic
-    eigenvalues: Array  # (d,), ascending
-    basis: Array  # (d, d), eigenvectors of the shared matrix in columns
-    rotated: Array | None  # (n, m, d), the factors in the eigenbasis
+    inverse: Callable[[float], Array]  # of the shifted matrix, and the factors' grams in it, each found once
+    grams: Callable[[float], Array]
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class ADMM:
     """
 
     rho: float = 0.75
-    growth: float = 1.04
-    iterations: int = 300
+    growth: float = 1.03
+    iterations: int = 500
     tolerance: float = 1e-3
     refits: int = 100
 
@@ -73,7 +74,11 @@ class ADMM:
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
         quadratic = ScaledQuadratic.of(hessian, problem.centre, hessian.saliency_scale)
-        return _State(quadratic, *hessian.scaled_eigenbasis(problem.dtype))
+        inverse, grams = (
+            cache(partial(find, dtype=problem.dtype))
+            for find in (hessian.shifted_inverse, hessian.shifted_grams)
+        )
+        return _State(quadratic, inverse, grams)
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         quadratic = state.quadratic
@@ -82,7 +87,7 @@ class ADMM:
         started = mask = pattern.keep(abs(target))
         start = xp.where(mask, target, xp.zeros_like(target))
         point, moved = xp.asarray(start, copy=True), deque[int](maxlen=_WINDOW)
-        inverse = ShiftedInverse(state.eigenvalues, state.basis, state.rotated, quadratic.factors)
+        inverse = ShiftedInverse(state.inverse, state.grams, quadratic.factors)
         status, done, rho, shrink = Status.ITERATION_LIMIT, 0, self.rho, 1.0
         for done in range(1, self.iterations + 1):
             # point is x + dual / rho with the rho before: z of it is what the mask keeps, the dual what it leaves
