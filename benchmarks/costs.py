@@ -19,7 +19,7 @@ SHAPES = {  # hidden, MLP, blocks, heads, key-value heads, tied embeddings
     "8B (3.1)": (4096, 14336, 32, 32, 8, False),
     "70B (3.1)": (8192, 28672, 80, 64, 8, False),
 }
-ITERATIONS = 60  # of ADMM
+ITERATIONS, INVERSES, GRAMS = 50, 3, 2  # of ADMM: products with B, the B for them, and the factors' grams
 
 
 def sweep(layer: Layer, n: int) -> tuple[float, float]:
@@ -29,9 +29,10 @@ def sweep(layer: Layer, n: int) -> tuple[float, float]:
 
 
 def admm(layer: Layer, n: int) -> tuple[float, float]:
-    """The same of ADMM: a product an iteration, an inverse every fifth, rotated factors, the eigendecomposition."""
+    """The same of ADMM: a product an iteration, R'R for each inverse, R U for each gram; a factorisation for each."""
     m, d, _ = layer
-    return m * d * d * (ITERATIONS + n) + d**3 / 2 * ITERATIONS / 5, 4.5 * d**3
+    single = m * d * d * (ITERATIONS + n / 2 * GRAMS) + d**3 / 2 * INVERSES
+    return single, 2 * d**3 / 3 * (1 + INVERSES + (GRAMS if n else 0))
 
 
 def main() -> None:

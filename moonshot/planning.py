@@ -27,7 +27,7 @@ from moonshot.patterns import Unstructured
 from moonshot.problem import Problem
 from moonshot.solvers.base import Solver
 
-_FACTORS, _SHARED, _WEIGHTS = 4, 6, 14  # arrays of each kind that a problem and its solver (ADMM has most) are
+_FACTORS, _SHARED, _WEIGHTS = 4, 6, 14  # arrays of each kind that a problem and its solver are, at most
 _LOGITS = 4  # arrays of the size of a batch's logits in the loss and its gradient
 _PROBES = 256, 512  # sizes of the problems solved to time a solver
 _CGROUP = Path("/sys/fs/cgroup")

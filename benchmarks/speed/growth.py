@@ -89,10 +89,10 @@ def sweep_count(s: Size) -> float:
 
 
 def admm_count(s: Size) -> float:
-    """The eigenbasis, the factors in it, 30 iterations, every fifth with a new inverse and capacitance matrices."""
+    """30 iterations with two inverses of the shared matrix, and one set of the factors' grams and two of capacitances."""
     iteration = s.m * (s.d**2 + 2 * s.n * s.d)
-    shift = s.d**3 / 2 + s.m * s.n**2 * (s.d / 2 + s.n)
-    return 9 * s.d**3 + s.n * s.m * s.d**2 + 30 * iteration + 6 * shift
+    grams = s.m * s.n * (s.d**2 / 2 + s.n * s.d / 2 + 2 * s.n**2)
+    return 4 * 2 / 3 * s.d**3 + 2 * s.d**3 / 2 + grams + 30 * iteration
 
 
 def obs_count(s: Size) -> float:
