@@ -1,6 +1,6 @@
 """ADMM's parameters and its end."""
 
-from math import isfinite, nan
+from math import inf, isfinite, nan
 
 import pytest
 
@@ -12,8 +12,9 @@ from strategies import random_layer
 @pytest.mark.parametrize(
     ("parameter", "value", "words"),
     [
-        ("rho", 0, "rho must be positive"),
-        ("rho", nan, "rho must be positive"),
+        ("rho", 0, "rho must be positive and finite"),
+        ("rho", nan, "rho must be positive and finite"),
+        ("rho", inf, "rho must be positive and finite"),
         ("growth", 1, "growth must be above 1"),
         ("growth", nan, "growth must be above 1"),
         ("tolerance", -1e-3, "tolerance must be a share of the weights, 0 or more"),

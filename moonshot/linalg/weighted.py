@@ -1,12 +1,11 @@
 """Hessians that differ in the weights of their two parts only, on one set of factorisations."""
 
-from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from math import inf, sqrt
-from typing import Any
 
 from moonshot.linalg.backend import Array
 from moonshot.linalg.hessian import RowHessian
+from moonshot.linalg.kept import FirstFew
 
 
 class WeightedHessians:
@@ -22,7 +21,9 @@ class WeightedHessians:
 
     def __init__(self, hessian: RowHessian):
         self.hessian = hessian
-        self._kept: dict[tuple, Any] = {}
+        self.half_product = cache(hessian.half_product)
+        self.shifted_inverse = FirstFew(hessian.shifted_inverse)
+        self.shifted_grams = FirstFew(hessian.shifted_grams)
 
     def weighted(self, shared: float, factors: float) -> RowHessian:
         """`shared A + factors U_i U_i'`. ValueError for weights that are not finite, or give no definite Hessian."""
@@ -31,20 +32,6 @@ class WeightedHessians:
         if not 0 <= factors < inf:
             raise ValueError(f"the weight of the factors must be 0 or more, got {factors!r}")
         return _Weighted(self, shared, factors)
-
-    def half_product(self, dtype: str, lanes: int) -> tuple[Array, float]:
-        return self._once(("half product", dtype, lanes), lambda: self.hessian.half_product(dtype, lanes))
-
-    def shifted_inverse(self, shift: float, dtype: str) -> Array:
-        return self._once(("inverse", shift, dtype), lambda: self.hessian.shifted_inverse(shift, dtype))
-
-    def shifted_grams(self, shift: float, dtype: str) -> Array:
-        return self._once(("grams", shift, dtype), lambda: self.hessian.shifted_grams(shift, dtype))
-
-    def _once(self, key: tuple, compute: Callable[[], Any]) -> Any:
-        if key not in self._kept:
-            self._kept[key] = compute()
-        return self._kept[key]
 
 
 class _Weighted(RowHessian):

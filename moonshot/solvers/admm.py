@@ -4,9 +4,10 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 from moonshot.linalg.backend import Array, namespace
+from moonshot.linalg.kept import FirstFew
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.linalg.shifted import ShiftedInverse
 from moonshot.linalg.splitting import move, reflected
@@ -23,7 +24,7 @@ class _State:
     """The problem in the coordinates in which A^-1 has a unit diagonal."""
 
     quadratic: ScaledQuadratic
-    inverse: Callable[[float], Array]  # of the shifted matrix, and the factors' grams in it, each found once
+    inverse: Callable[[float], Array]  # of the shifted matrix, and the factors' grams in it
     grams: Callable[[float], Array]
 
 
@@ -38,7 +39,7 @@ class ADMM:
 
     rho is multiplied by `growth` in every iteration, and the method stops when no more than `tolerance` of the
     weights have come or gone in the last five. The weights are then refitted on the support by conjugate gradients.
-    One eigendecomposition of A serves every rho and every pattern; see `linalg.shifted` for how little a new rho takes.
+    A few inverses of A, shifted, serve every rho and every pattern; see `linalg.shifted`.
 
     rho: the first penalty, relative to the harmonic mean of the eigenvalues of A. Much above 1, weights are chosen
     before they could compensate one another; much below, iterations are wasted.
@@ -58,8 +59,8 @@ class ADMM:
     name = "ADMM"
 
     def __post_init__(self) -> None:
-        if not self.rho > 0:
-            raise ValueError(f"rho must be positive, got {self.rho!r}")
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"rho must be positive and finite, got {self.rho!r}")
         if not self.growth > 1:
             raise ValueError(f"growth must be above 1, or the method would not settle, got {self.growth!r}")
         if not self.tolerance >= 0:
@@ -75,7 +76,7 @@ class ADMM:
         hessian = problem.hessian
         quadratic = ScaledQuadratic.of(hessian, problem.centre, hessian.saliency_scale)
         inverse, grams = (
-            cache(partial(find, dtype=problem.dtype))
+            FirstFew(partial(find, dtype=problem.dtype))
             for find in (hessian.shifted_inverse, hessian.shifted_grams)
         )
         return _State(quadratic, inverse, grams)
