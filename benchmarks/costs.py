@@ -29,10 +29,10 @@ def sweep(layer: Layer, n: int) -> tuple[float, float]:
 
 
 def admm(layer: Layer, n: int) -> tuple[float, float]:
-    """The same of ADMM: a product an iteration, R'R for each inverse, R U for each gram; a factorisation for each."""
+    """The same of ADMM: a product an iteration, R'R for each inverse, R U for some; a factorisation for each."""
     m, d, _ = layer
     single = m * d * d * (ITERATIONS + n / 2 * GRAMS) + d**3 / 2 * INVERSES
-    return single, 2 * d**3 / 3 * (1 + INVERSES + (GRAMS if n else 0))
+    return single, 2 * d**3 / 3 * (1 + INVERSES)
 
 
 def main() -> None:

@@ -148,11 +148,11 @@ def test_a_weighted_hessian_is_that_of_its_parts(layer, a, b):
         np.testing.assert_allclose(weighted.row(i), direct.row(i), rtol=1e-12, atol=1e-12 * a)
     np.testing.assert_allclose(weighted.inverse_factor, direct.inverse_factor, rtol=1e-6, atol=1e-9 / a**0.5)
     np.testing.assert_allclose(weighted.saliency_scale, direct.saliency_scale, rtol=1e-6)
-    inverse, other = (hessian.shifted_inverse(0.7, "float64") for hessian in (weighted, direct))
-    np.testing.assert_allclose(inverse, other, rtol=1e-6, atol=1e-9)
     assert (direct.factors is None) == (weighted.factors is None)
-    if weighted.factors is not None:
-        grams, expected = (hessian.shifted_grams(0.7, "float64") for hessian in (weighted, direct))
+    joint = weighted.factors is not None
+    (inverse, grams), (other, expected) = (h.shifted_inverse(0.7, "float64", joint) for h in (weighted, direct))
+    np.testing.assert_allclose(inverse, other, rtol=1e-6, atol=1e-9)
+    if joint:
         np.testing.assert_allclose(grams, expected, rtol=1e-6, atol=1e-9 * np.max(abs(expected)))
         tiles, share = weighted.half_product("float64", 2)
         for i, u in enumerate(np.sqrt(b) * layer.U):
@@ -259,39 +259,41 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def shifts(monkeypatch):
-    """What the shifted inverses and grams were asked for of a Hessian with factorisations of its own, in turn."""
-    found = {"shifted_inverse": [], "shifted_grams": []}
-    for name, asked in found.items():
-        compute = getattr(ms.RowHessian, name)
+    """What the shifted inverse was asked for of a Hessian with factorisations of its own, in turn."""
+    asked, compute = [], ms.RowHessian.shifted_inverse
 
-        def recorded(hessian, shift, dtype, compute=compute, asked=asked):
-            asked.append(shift)
-            return compute(hessian, shift, dtype)
+    def recorded(hessian, *arguments):
+        asked.append(arguments)
+        return compute(hessian, *arguments)
 
-        monkeypatch.setattr(ms.RowHessian, name, recorded)
-    return found
+    monkeypatch.setattr(ms.RowHessian, "shifted_inverse", recorded)
+    return asked
 
 
 def assert_the_first_are_asked_once(asked):
-    assert asked and all(asked.count(shift) == 1 for shift in list(dict.fromkeys(asked))[:4])
+    assert asked and all(asked.count(arguments) == 1 for arguments in list(dict.fromkeys(asked))[:4])
 
 
-@pytest.mark.parametrize("solver", [ms.SparseGPT(), ms.ADMM()], ids=["SparseGPT", "ADMM"])
-def test_factorisations_are_computed_once(calls, shifts, solver):
+def test_a_product_of_all_factors_is_computed_once(calls):
     weight, seen = observed()
     objectives = [(1 - b) * (0.3 * R + 0.1 * T) + b * F for b in np.linspace(0, 0.9, 10)]
+    solver = ms.SparseGPT()
     for problem in ms.front(objectives, weight, **seen):
         for pattern in ("2:4", 0.5):
             ms.solve(problem, pattern, solver, state=solver.init(problem))
-    inverses, grams = shifts.values()
-    if isinstance(solver, ms.ADMM):
-        assert_the_first_are_asked_once(inverses)
-        assert_the_first_are_asked_once(grams)
-    assert calls == {
-        "inverse_factor": 1 + len(inverses) + len(grams),
-        "half_product": int(isinstance(solver, ms.SparseGPT)),
-        "half_product_by_factor": len(grams),
-    }
+    assert calls == {"inverse_factor": 1, "half_product": 1, "half_product_by_factor": 0}
+
+
+def test_the_first_shifted_inverses_are_computed_once(calls, shifts):
+    weight, seen = observed()
+    objectives = [(1 - b) * (0.3 * R + 0.1 * T) + b * F for b in np.linspace(0.1, 0.9, 9)]
+    solver = ms.ADMM()
+    for problem in ms.front(objectives, weight, **seen):
+        for pattern in ("2:4", 0.5):
+            ms.solve(problem, pattern, solver, state=solver.init(problem))
+    assert_the_first_are_asked_once(shifts)
+    with_grams = sum(grams for _, _, grams in shifts)
+    assert calls == {"inverse_factor": 1 + len(shifts), "half_product": 0, "half_product_by_factor": with_grams}
 
 
 def test_patterns_of_one_state_share_its_inverses(shifts):
@@ -299,8 +301,7 @@ def test_patterns_of_one_state_share_its_inverses(shifts):
     state = solver.init(problem)
     found = ms.solve(problem, "2:4", solver, state=state)
     again = ms.solve(problem, "2:4", solver, state=state)
-    for asked in shifts.values():
-        assert_the_first_are_asked_once(asked)
+    assert_the_first_are_asked_once(shifts)
     np.testing.assert_array_equal(again.weight, found.weight)
 
 
@@ -310,8 +311,7 @@ def test_a_hessian_of_its_own_keeps_nothing_but_its_inverse_factor():
     before = set(vars(problem.hessian))
     kept = [
         problem.hessian.half_product("float64", 2)[0],
-        problem.hessian.shifted_inverse(0.7, "float64"),
-        problem.hessian.shifted_grams(0.7, "float64"),
+        *problem.hessian.shifted_inverse(0.7, "float64", True),
     ]
     references = [weakref.ref(array) for array in kept]
     del kept

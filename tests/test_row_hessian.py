@@ -80,10 +80,9 @@ def test_shifted_inverse_and_grams_on_every_backend(backend, m, dtype, tolerance
     scale = layer.hessian.saliency_scale
     np.testing.assert_allclose(backend.numpy(like(hessian.saliency_scale, backend.array(scale))), scale)
     expected = np.linalg.inv(layer.A / np.outer(scale, scale) + 0.3 * np.eye(12))
-    inverse, grams = (
-        backend.numpy(like(find(0.3, dtype), backend.array(scale)))
-        for find in (hessian.shifted_inverse, hessian.shifted_grams)
-    )
+    found = hessian.shifted_inverse(0.3, dtype, grams=True)
+    inverse, grams = (backend.numpy(like(array, backend.array(scale))) for array in found)
+    assert hessian.shifted_inverse(0.3, dtype, grams=False)[1] is None
     assert inverse.dtype == grams.dtype == dtype
     np.testing.assert_allclose(inverse, expected, rtol=tolerance, atol=tolerance)
     u = layer.U / scale[:, None]

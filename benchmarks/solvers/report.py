@@ -74,14 +74,14 @@ between solvers are real.
 
 ADVICE = """\
 - **ADMM** for layers: on those here only Swaps ended lower, by about 3 % at most.
-- **Swaps(ADMM)** for the last per cents: best on every layer, for 8 to 16 times ADMM's time. On small
-  ill-conditioned rows it gains much more: it solves nine in ten, ADMM alone about three.
+- **Swaps(ADMM)** for the last per cents: best on every layer, for 4 to 18 times ADMM's time. On small
+  ill-conditioned rows it gains much more: it solves nine in ten, ADMM alone about four.
 - **Exact** for rows of this small size: proven, and faster than ADMM or Swaps(ADMM). Its time grows exponentially
   with the columns, see its page.
 - **OBS** where many sparsities of one layer are asked for, since one trace serves all unstructured patterns. For one
   pattern ADMM is better, in times of the same order. Swaps(OBS) is near Swaps(ADMM) and quicker on small rows.
 - **IHT** is behind ADMM on every layer and takes longer.
-- **SparseGPT** where a tenth of a second a layer matters: its loss is 1.3 to 5.6 times that of ADMM.
+- **SparseGPT** where a tenth of a second a layer matters: its loss is 1.3 to 5.7 times that of ADMM.
 - **Magnitude** and **Wanda** do not compensate. They are baselines.
 - Where rows have factors, use them: the best solver that sees A alone loses a fifth more than ADMM on the Llama's
   layers, and several times as much on the synthetic one. Without factors the torch ALPS is close to ADMM on

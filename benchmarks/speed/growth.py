@@ -92,7 +92,7 @@ def admm_count(s: Size) -> float:
     """30 iterations, with two inverses of the shared matrix and one set of the factors' grams."""
     iteration = s.m * (s.d**2 + 2 * s.n * s.d)
     grams = s.m * s.n * (s.d**2 / 2 + s.n * s.d / 2 + 2 * s.n**2)
-    return 4 * 2 / 3 * s.d**3 + 2 * s.d**3 / 2 + grams + 30 * iteration
+    return 3 * 2 / 3 * s.d**3 + 2 * s.d**3 / 2 + grams + 30 * iteration
 
 
 def obs_count(s: Size) -> float:

@@ -121,26 +121,25 @@ class RowHessian:
         factors, r = as_dtype(self.factors, dtype), as_dtype(self.inverse_factor, dtype)
         return half_product(factors, r, lanes), 1.0
 
-    def shifted_inverse(self, shift: float, dtype: str) -> Array:
-        """`(S^-1 A S^-1 + shift I)^-1`, (d, d), S = diag(saliency_scale).
+    def shifted_inverse(self, shift: float, dtype: str, grams: bool) -> tuple[Array, Array | None]:
+        """`B = (S^-1 A S^-1 + shift I)^-1`, (d, d), S = diag(saliency_scale), and `U_i' S^-1 B S^-1 U_i`, (m, n, n).
 
-        The harmonic mean of the eigenvalues of `S^-1 A S^-1` is 1.
+        The latter is None unless grams are asked for, which needs factors. The harmonic mean of the eigenvalues of
+        `S^-1 A S^-1` is 1.
         """
-        r = as_dtype(self._shifted_factor(shift), dtype)
-        return r.T @ r
+        scale = self.saliency_scale
+        a = rescaled(self.A, scale)
+        a.reshape(-1)[:: self.columns + 1] += shift
+        r = inverse_factor(a)
+        single = as_dtype(r, dtype)
+        return single.T @ single, self._grams(as_dtype(r / scale, dtype)) if grams else None
 
-    def shifted_grams(self, shift: float, dtype: str) -> Array:
-        """`U_i' S^-1 B S^-1 U_i`, (m, n, n), B the shifted inverse. Needs factors."""
-        r = as_dtype(self._shifted_factor(shift) / self.saliency_scale, dtype)
+    def _grams(self, r: Array) -> Array:
+        """`|R U_i|^2` for every row, (m, n, n); r: (d, d)."""
         factors: Any = self.factors
         starts = range(0, factors.shape[1], _ROWS)
-        parts = (as_dtype(factors[:, start : start + _ROWS], dtype) for start in starts)
+        parts = (as_dtype(factors[:, start : start + _ROWS], dtype_name(r)) for start in starts)
         return namespace(r).concat([gram(half_product_by_factor(part, r)) for part in parts], axis=0)
-
-    def _shifted_factor(self, shift: float) -> Array:
-        a = rescaled(self.A, self.saliency_scale)
-        a.reshape(-1)[:: self.columns + 1] += shift
-        return inverse_factor(a)
 
     def matvec(self, V: Array) -> Array:
         """`H_i v_i` for every row of V (m, d)."""

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from moonshot.linalg.backend import Array
-
 _FEW = 4
 
 
@@ -15,11 +13,11 @@ class FirstFew:
     however many there are.
     """
 
-    def __init__(self, find: Callable[..., Array]):
+    def __init__(self, find: Callable):
         self._find = find
-        self._kept: dict[tuple, Array] = {}
+        self._kept: dict[tuple, Any] = {}
 
-    def __call__(self, *arguments: Any) -> Array:
+    def __call__(self, *arguments: Any) -> Any:
         if arguments in self._kept:
             return self._kept[arguments]
         value = self._find(*arguments)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from moonshot.linalg.backend import Array, eye_like, zeros_like_shape
+from moonshot.linalg.backend import Array, dtype_name, eye_like, zeros_like_shape
 from moonshot.linalg.factor import inverses
 from moonshot.linalg.lowrank import refresh
 from moonshot.linalg.splitting import add_multiple
@@ -33,10 +33,10 @@ class ShiftedInverse:
     """
 
     def __init__(
-        self, inverse: Callable[[float], Array], grams: Callable[[float], Array], factors: Array | None
+        self, inverse: Callable[[float, str, bool], tuple[Array, Array | None]], factors: Array | None
     ):
-        """inverse: B (d, d) of a sigma; grams: the G_i (m, n, n) of one; factors U_i': (n, m, d), by factor."""
-        self._inverse, self._grams, self._factors = inverse, grams, factors
+        """inverse: as RowHessian.shifted_inverse; factors U_i': (n, m, d), stacked by factor."""
+        self._inverse, self._factors = inverse, factors
         self._sigma = self._earlier = 0.0
         self._x: Array | None = None  # (m, d), of the call before
         self._pull: Array | None = None  # U_i c_i, (m, d)
@@ -48,21 +48,22 @@ class ShiftedInverse:
     def solve(self, b: Array, rho: float) -> Array:
         """x (m, d) for b (m, d), which may be overwritten; x may not be while another call is to come."""
         if not abs(self._sigma - rho) <= _LAG * self._sigma:
-            self._renew(rho / (1 - _LAG))  # as far above as may be: rho grows
+            self._renew(rho / (1 - _LAG), dtype_name(b))  # as far above as may be: rho grows
         if self._x is not None:
             add_multiple(b, self._x, self._sigma - rho)
             self._x = None  # its memory serves the next
         self._x = self._solve(b)
         return self._x
 
-    def _renew(self, sigma: float) -> None:
-        self._sigma, self._b = sigma, self._inverse(sigma)
-        if self._factors is None:
-            return
+    def _renew(self, sigma: float, dtype: str) -> None:
         k = self._earlier / sigma
-        if self._many or not 0 <= (1 - k) / (1 + k) <= _FACTORS_LAG:
-            k, self._earlier, self._gram = 1.0, sigma, self._grams(sigma)
-        self._capacitances = inverses((1 + k) / 2 * self._gram + eye_like(self._gram, self._gram.shape[1]))
+        lost = self._factors is not None and (self._many or not 0 <= (1 - k) / (1 + k) <= _FACTORS_LAG)
+        self._sigma, (self._b, grams) = sigma, self._inverse(sigma, dtype, lost)
+        if grams is not None:
+            k, self._earlier, self._grams = 1.0, sigma, grams
+        if self._factors is not None:
+            capacitances = (1 + k) / 2 * self._grams + eye_like(self._grams, self._grams.shape[1])
+            self._capacitances = inverses(capacitances)
 
     def _solve(self, b: Array) -> Array:
         if self._factors is None:

@@ -23,7 +23,6 @@ class WeightedHessians:
         self.hessian = hessian
         self.half_product = cache(hessian.half_product)
         self.shifted_inverse = FirstFew(hessian.shifted_inverse)
-        self.shifted_grams = FirstFew(hessian.shifted_grams)
 
     def weighted(self, shared: float, factors: float) -> RowHessian:
         """`shared A + factors U_i U_i'`. ValueError for weights that are not finite, or give no definite Hessian."""
@@ -64,8 +63,6 @@ class _Weighted(RowHessian):
         product, share = self._common.half_product(dtype, lanes)
         return product, share * self._ratio**2
 
-    def shifted_inverse(self, shift: float, dtype: str) -> Array:
-        return self._common.shifted_inverse(shift, dtype)
-
-    def shifted_grams(self, shift: float, dtype: str) -> Array:
-        return self._common.shifted_grams(shift, dtype) * self._ratio**2
+    def shifted_inverse(self, shift: float, dtype: str, grams: bool) -> tuple[Array, Array | None]:
+        inverse, found = self._common.shifted_inverse(shift, dtype, grams)
+        return inverse, None if found is None else found * self._ratio**2

@@ -2,11 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-from moonshot.linalg.backend import Array, namespace
+from moonshot.linalg.backend import namespace
 from moonshot.linalg.kept import FirstFew
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.linalg.shifted import ShiftedInverse
@@ -24,8 +22,7 @@ class _State:
     """The problem in the coordinates in which A^-1 has a unit diagonal."""
 
     quadratic: ScaledQuadratic
-    inverse: Callable[[float], Array]  # of the shifted matrix, and the factors' grams in it
-    grams: Callable[[float], Array]
+    inverse: FirstFew  # of the shifted matrix, and the factors' grams in it
 
 
 @dataclass(frozen=True)
@@ -75,11 +72,7 @@ class ADMM:
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
         quadratic = ScaledQuadratic.of(hessian, problem.centre, hessian.saliency_scale)
-        inverse, grams = (
-            FirstFew(partial(find, dtype=problem.dtype))
-            for find in (hessian.shifted_inverse, hessian.shifted_grams)
-        )
-        return _State(quadratic, inverse, grams)
+        return _State(quadratic, FirstFew(hessian.shifted_inverse))
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         quadratic = state.quadratic
@@ -88,7 +81,7 @@ class ADMM:
         started = mask = pattern.keep(abs(target))
         start = xp.where(mask, target, xp.zeros_like(target))
         point, moved = xp.asarray(start, copy=True), deque[int](maxlen=_WINDOW)
-        inverse = ShiftedInverse(state.inverse, state.grams, quadratic.factors)
+        inverse = ShiftedInverse(state.inverse, quadratic.factors)
         status, done, rho, shrink = Status.ITERATION_LIMIT, 0, self.rho, 1.0
         for done in range(1, self.iterations + 1):
             # point is x + dual / rho with the rho before: z of it is what the mask keeps, the dual what it leaves
