@@ -274,23 +274,22 @@ def assert_the_first_are_asked_once(asked):
     assert asked and all(asked.count(arguments) == 1 for arguments in list(dict.fromkeys(asked))[:4])
 
 
-def test_a_product_of_all_factors_is_computed_once(calls):
+def solve_along_a_front(solver, shares):
+    """Every weighting with these shares of Fisher, for two patterns, each with a state of its own."""
     weight, seen = observed()
-    objectives = [(1 - b) * (0.3 * R + 0.1 * T) + b * F for b in np.linspace(0, 0.9, 10)]
-    solver = ms.SparseGPT()
+    objectives = [(1 - b) * (0.3 * R + 0.1 * T) + b * F for b in shares]
     for problem in ms.front(objectives, weight, **seen):
         for pattern in ("2:4", 0.5):
             ms.solve(problem, pattern, solver, state=solver.init(problem))
+
+
+def test_a_product_of_all_factors_is_computed_once(calls):
+    solve_along_a_front(ms.SparseGPT(), np.linspace(0, 0.9, 10))
     assert calls == {"inverse_factor": 1, "half_product": 1, "half_product_by_factor": 0}
 
 
 def test_the_first_shifted_inverses_are_computed_once(calls, shifts):
-    weight, seen = observed()
-    objectives = [(1 - b) * (0.3 * R + 0.1 * T) + b * F for b in np.linspace(0.1, 0.9, 9)]
-    solver = ms.ADMM()
-    for problem in ms.front(objectives, weight, **seen):
-        for pattern in ("2:4", 0.5):
-            ms.solve(problem, pattern, solver, state=solver.init(problem))
+    solve_along_a_front(ms.ADMM(), np.linspace(0.1, 0.9, 9))
     assert_the_first_are_asked_once(shifts)
     with_grams = sum(grams for _, _, grams in shifts)
     assert calls == {"inverse_factor": 1 + len(shifts), "half_product": 0, "half_product_by_factor": with_grams}
