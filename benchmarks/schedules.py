@@ -1,6 +1,6 @@
 """What ADMM's growing penalty costs and gains: iterations and values on the problems of the shipped Llama.
 
-    python benchmarks/schedules.py [--growths 1.1 1.2 1.3 1.5 2] [--patterns 2:4 70%]
+    python benchmarks/schedules.py [--growths 1.02 1.03 1.04 1.05 1.08 1.12 1.2] [--patterns 2:4 70%]
 
 The problems are those that a sweep of the model at 2:4 meets, each with its factors and without. Values are relative to
 those of the first growth: the geometric mean over problems and patterns, and the worst.
@@ -37,7 +37,7 @@ def problems(samples: int) -> list[ms.Problem]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--growths", type=float, nargs="+", default=[1.1, 1.2, 1.3, 1.5, 2.0])
+    parser.add_argument("--growths", type=float, nargs="+", default=[1.02, 1.03, 1.04, 1.05, 1.08, 1.12, 1.2])
     parser.add_argument("--patterns", nargs="+", default=["2:4", "70%"])
     parser.add_argument("--samples", type=int, default=32)
     arguments = parser.parse_args()

@@ -99,8 +99,8 @@ def _solver(hessian: RowHessian, dtype: str) -> Callable[[Array], Array]:
         return lambda b: b @ inverse
     r = as_dtype(r, dtype)
     factors = half_product_by_factor(as_dtype(hessian.factors, dtype), r)
-    smaller = inverses(capacitance(factors))
-    return lambda b: correct(b @ r.T, factors, smaller) @ r
+    capacitance_inverses = inverses(capacitance(factors))
+    return lambda b: correct(b @ r.T, factors, capacitance_inverses) @ r
 
 
 def _value(c: Array, d: Array, p: Array, a: Array, size: int, zeros: int) -> float:

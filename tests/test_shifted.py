@@ -94,7 +94,7 @@ def test_grams_of_an_earlier_rho_leave_the_share_of_the_coefficients_it_says(see
     inverse._renew(sigma, "float64")
     assert inverse._earlier == pytest.approx(1)
     dense = np.linalg.inv(a + sigma * np.eye(24))
-    for i, inverted in enumerate(inverse._capacitances):
+    for i, inverted in enumerate(inverse._capacitance_inverses):
         capacitance = np.eye(2) + u[:, i] @ dense @ u[:, i].T
         root = np.linalg.cholesky(capacitance)
         left = np.eye(2) - root.T @ inverted @ root  # similar to I less the inverse that is used times C_i

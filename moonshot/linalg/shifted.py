@@ -63,7 +63,7 @@ class ShiftedInverse:
             k, self._earlier, self._grams = 1.0, sigma, grams
         if self._factors is not None:
             capacitances = (1 + k) / 2 * self._grams + eye_like(self._grams, self._grams.shape[1])
-            self._capacitances = inverses(capacitances)
+            self._capacitance_inverses = inverses(capacitances)
 
     def _solve(self, b: Array) -> Array:
         if self._factors is None:
@@ -79,4 +79,4 @@ class ShiftedInverse:
         return x
 
     def _refreshed(self, x: Array) -> Array:
-        return refresh(self._factors, x, self._capacitances, self._coefficients)
+        return refresh(self._factors, x, self._capacitance_inverses, self._coefficients)
