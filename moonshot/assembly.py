@@ -134,7 +134,7 @@ def damped_problem(
 ) -> Problem:
     """The problem of terms whose Hessians, with a ridge about w, add up to `hessian`. w: the weight, checked."""
     if all(term.centre is w for term in terms):
-        return Problem(weight, hessian, terms=tuple(terms), damping=damping, ridge=ridge)
+        return Problem(weight, hessian, centre=w, terms=tuple(terms), damping=damping, ridge=ridge)
     centre, constant = _common_centre(terms, hessian, w, ridge)
     return Problem(
         weight,

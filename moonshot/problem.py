@@ -152,7 +152,8 @@ class Problem:
         losses = [term.loss_of(deviations[id(term.centre)]) for term in self.terms]
         if self.ridge is None:
             return self.value(v), losses
-        return self._sum_of_terms(losses, Deviation(v - native(self.weight, "weight"))), losses
+        moved = deviations.get(id(self.centre))  # that of terms which are all about the weight
+        return self._sum_of_terms(losses, moved or Deviation(v - native(self.weight, "weight"))), losses
 
     def _sum_of_terms(self, losses: list[float], moved: Deviation) -> float:
         """F of a V with these losses, moved from the weight by so much."""

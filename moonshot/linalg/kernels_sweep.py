@@ -11,7 +11,7 @@ from numba import njit, prange
 
 from moonshot.linalg.kernels_cpu import FAST, kernel
 
-_LANES = 64
+_LANES = 96
 
 
 def lanes(rows: int) -> int:

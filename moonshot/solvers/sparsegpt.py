@@ -126,15 +126,15 @@ def _sweep_block(
         kernels.sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, pattern.n, pattern.m)
         return
     cost = kernels.scores(a, r, p, t, phi, residual, start, stop)
-    keep[start:stop] = _block_mask(pattern, a.shape, start, stop, cost.T).T
+    keep[start:stop] = _block_mask(pattern, len(a), start, stop, cost)
     kernels.sweep(a, r, p, t, residual, keep, z, start, stop)
 
 
-def _block_mask(pattern: Unstructured, shape: tuple[int, int], start: int, stop: int, cost: Array) -> Array:
-    """The mask (m, stop - start) of one block: its share of the budget, so that the shares add up exactly."""
-    d, m = shape
+def _block_mask(pattern: Unstructured, d: int, start: int, stop: int, cost: Array) -> Array:
+    """The mask of columns start..stop of d, as `cost`: their share of the budget, so that the shares add up exactly."""
     if pattern.scope == "row":
         zeros = pattern.zeros_through(stop, d) - pattern.zeros_through(start, d)
-        return ~smallest(cost, zeros)
+        return ~smallest(cost.T, zeros).T
+    m = cost.shape[1]
     zeros = pattern.zeros_through(m * stop, m * d) - pattern.zeros_through(m * start, m * d)
-    return ~smallest(cost.reshape(1, -1), zeros).reshape(m, stop - start)
+    return ~smallest(cost.reshape(1, -1), zeros).reshape(cost.shape)
