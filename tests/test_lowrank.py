@@ -8,7 +8,7 @@ from moonshot.linalg.backend import like, native
 
 rng = np.random.default_rng(0)
 FACTORS, X, COEFFICIENTS = rng.normal(size=(3, 4, 7)), rng.normal(size=(4, 7)), rng.normal(size=(3, 4))
-INVERSES = rng.normal(size=(4, 3, 3))
+INVERSES, SCALE = rng.normal(size=(4, 3, 3)), np.geomspace(0.5, 2, 7)
 INVERSES = INVERSES + INVERSES.transpose(0, 2, 1)
 
 
@@ -21,11 +21,13 @@ def computed(backend, function, *arguments, dtype="float64"):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_products(backend, dtype, tolerance):
-    expected = {
-        lowrank.project: ((FACTORS, X), np.einsum("kij,ij->ki", FACTORS, X)),
-        lowrank.apply: ((FACTORS, X), np.einsum("kij,kil,il->ij", FACTORS, FACTORS, X)),
-    }
-    for function, (arguments, value) in expected.items():
+    scaled = FACTORS * SCALE
+    expected = [
+        (lowrank.project, (FACTORS, X), np.einsum("kij,ij->ki", FACTORS, X)),
+        (lowrank.apply, (FACTORS, X), np.einsum("kij,kil,il->ij", FACTORS, FACTORS, X)),
+        (lowrank.apply, (FACTORS, X, SCALE), np.einsum("kij,kil,il->ij", scaled, scaled, X)),
+    ]
+    for function, arguments, value in expected:
         result = computed(backend, function, *arguments, dtype=dtype)
         assert result.dtype == dtype
         np.testing.assert_allclose(result, value, rtol=tolerance, atol=tolerance)
@@ -38,11 +40,12 @@ def test_the_woodbury_correction(backend):
 
 
 def test_coefficients_are_refreshed_in_place(backend):
-    projected = np.einsum("kij,ij->ki", FACTORS, X)
+    scaled = FACTORS * SCALE
+    projected = np.einsum("kij,ij->ki", scaled, X)
     expected = COEFFICIENTS.T + np.einsum("ikl,li->ik", INVERSES, projected - COEFFICIENTS)
-    arrays = [backend.array(array) for array in (FACTORS, X, INVERSES, COEFFICIENTS.T.copy())]
+    arrays = [backend.array(array) for array in (FACTORS, SCALE, X, INVERSES, COEFFICIENTS.T.copy())]
     if backend.name != "torch-cpu":
         arrays = [native(array) for array in arrays]
     pull = lowrank.refresh(*arrays)
-    np.testing.assert_allclose(backend.numpy(arrays[3]), expected, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(backend.numpy(pull), np.einsum("kij,ik->ij", FACTORS, expected), atol=1e-11)
+    np.testing.assert_allclose(backend.numpy(arrays[4]), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(backend.numpy(pull), np.einsum("kij,ik->ij", scaled, expected), atol=1e-11)

@@ -22,7 +22,8 @@ def shifted(a, u, put=lambda array: array):
         b = np.linalg.inv(a + sigma * np.eye(len(a)))
         return put(b), put(np.einsum("kij,jl,qil->ikq", u, b, u)) if grams else None
 
-    return ShiftedInverse(inverse, None if u is None else put(u))
+    units = np.geomspace(1e-3, 1e3, len(a))
+    return ShiftedInverse(inverse, None if u is None else put(u / units), put(units))
 
 
 def exact(a, u, rho, b):

@@ -54,30 +54,43 @@ def project(factors, x):
     return out
 
 
-@kernel
-def apply(factors, x):
-    n, m, d = factors.shape
-    out = np.zeros((m, d), x.dtype)
-    for i in prange(m):
-        for k in range(n):
-            coefficient = _dot(factors[k, i], x[i])
-            for j in range(d):
-                out[i, j] += factors[k, i, j] * coefficient
+@njit(fastmath=FAST, inline="always")
+def _times(a, b):
+    out = np.empty_like(a)
+    for j in range(len(a)):
+        out[j] = a[j] * b[j]
     return out
 
 
 @kernel
-def refresh(factors, x, inverses, coefficients):
+def apply(factors, x, scale):
     n, m, d = factors.shape
     out = np.zeros((m, d), x.dtype)
     for i in prange(m):
-        change = np.empty(n, x.dtype)
+        scaled = _times(x[i], scale)
         for k in range(n):
-            change[k] = _dot(factors[k, i], x[i]) - coefficients[i, k]
+            coefficient = _dot(factors[k, i], scaled)
+            for j in range(d):
+                out[i, j] += factors[k, i, j] * coefficient
+        for j in range(d):
+            out[i, j] *= scale[j]
+    return out
+
+
+@kernel
+def refresh(factors, scale, x, inverses, coefficients):
+    n, m, d = factors.shape
+    out = np.zeros((m, d), x.dtype)
+    for i in prange(m):
+        scaled, change = _times(x[i], scale), np.empty(n, x.dtype)
+        for k in range(n):
+            change[k] = _dot(factors[k, i], scaled) - coefficients[i, k]
         for k in range(n):
             coefficients[i, k] += _dot(inverses[i, k], change)
             for j in range(d):
                 out[i, j] += factors[k, i, j] * coefficients[i, k]
+        for j in range(d):
+            out[i, j] *= scale[j]
     return out
 
 

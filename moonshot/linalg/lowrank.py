@@ -13,28 +13,29 @@ def project(factors: Array, x: Array) -> Array:
     return xp.stack([xp.sum(u * x, axis=1) for u in factors])
 
 
-def apply(factors: Array, x: Array) -> Array:
-    """`U_i U_i' x_i` for every row, (m, d), in the dtype of x; x: (m, d)."""
+def apply(factors: Array, x: Array, scale: Array | None = None) -> Array:
+    """`S U_i U_i' S x_i` for every row, (m, d), in the dtype of x; x: (m, d); S = diag(scale), (d,), None for I."""
+    scale = namespace(x).ones_like(x[0]) if scale is None else scale
     if is_numpy(factors):
         from moonshot.linalg import kernels_cpu
 
-        return kernels_cpu.apply(factors, x)
-    return _combine(factors, project(factors, x))
+        return kernels_cpu.apply(factors, x, scale)
+    return _combine(factors, project(factors, x * scale)) * scale
 
 
-def refresh(factors: Array, x: Array, inverses: Array, coefficients: Array) -> Array:
-    """Add `C_i^-1 (U_i' x_i - c_i)` to the coefficients c_i, (m, n), in place; returns `U_i c_i`, (m, d).
+def refresh(factors: Array, scale: Array, x: Array, inverses: Array, coefficients: Array) -> Array:
+    """Add `C_i^-1 (U_i' S x_i - c_i)` to the coefficients c_i, (m, n), in place; returns `S U_i c_i`, (m, d).
 
-    x: (m, d); inverses: (m, n, n), of the capacitance matrices C_i.
+    x: (m, d); S = diag(scale), (d,); inverses: (m, n, n), of the capacitance matrices C_i.
     """
     if is_numpy(factors):
         from moonshot.linalg import kernels_cpu
 
-        return kernels_cpu.refresh(factors, x, inverses, coefficients)
+        return kernels_cpu.refresh(factors, scale, x, inverses, coefficients)
     xp = namespace(x)
-    change = xp.permute_dims(project(factors, x), (1, 0)) - coefficients
+    change = xp.permute_dims(project(factors, x * scale), (1, 0)) - coefficients
     coefficients += (inverses @ change[:, :, None])[:, :, 0]
-    return _combine(factors, xp.permute_dims(coefficients, (1, 0)))
+    return _combine(factors, xp.permute_dims(coefficients, (1, 0))) * scale
 
 
 def correct(y: Array, factors: Array, inverses: Array) -> Array:

@@ -23,7 +23,8 @@ class ScaledQuadratic:
     target: Array  # (m, d), the minimiser t
     pull: Array  # (m, d), H t
     shared: Array  # (d, d)
-    factors: Array | None  # (n, m, d)
+    factors: Array | None  # (n, m, d), as the Hessian has them
+    units: Array  # (d,), 1 / r, which scales them
 
     @classmethod
     def of(cls, hessian: RowHessian, centre: Array, roots: Array) -> "ScaledQuadratic":
@@ -36,26 +37,26 @@ class ScaledQuadratic:
         pull = target @ shared
         factors = None
         if hessian.factors is not None:
-            factors = as_dtype(hessian.factors, dtype_name(centre)) / roots
-            pull = pull + apply(factors, target)
-        return cls(scale, target, pull, shared, factors)
+            factors = as_dtype(hessian.factors, dtype_name(centre))
+            pull = pull + apply(factors, target, 1 / roots)
+        return cls(scale, target, pull, shared, factors, 1 / roots)
 
     def rows(self, rows: Array) -> "ScaledQuadratic":
         """The quadratic of some rows; rows: their indices."""
         factors = None if self.factors is None else contiguous(self.factors[:, rows])
-        return ScaledQuadratic(self.scale, self.target[rows], self.pull[rows], self.shared, factors)
+        return ScaledQuadratic(self.scale, self.target[rows], self.pull[rows], self.shared, factors, self.units)
 
     def matvec(self, x: Array) -> Array:
         """`H_i x_i` for every row, (m, d)."""
         product = x @ self.shared
         if self.factors is not None:
-            product = product + apply(self.factors, x)
+            product = product + apply(self.factors, x, self.units)
         return product
 
     def diagonal(self) -> Array:
         """Diagonals of the H_i: (m, d), or (1, d) where all rows share them."""
         shared = namespace(self.shared).linalg.diagonal(self.shared)[None, :]
-        return shared if self.factors is None else sum((u * u for u in self.factors), start=shared)
+        return shared if self.factors is None else sum(((u * self.units) ** 2 for u in self.factors), start=shared)
 
     def loss(self, x: Array) -> float:
         """The quadratic at x (m, d)."""

@@ -33,10 +33,13 @@ class ShiftedInverse:
     """
 
     def __init__(
-        self, inverse: Callable[[float, str, bool], tuple[Array, Array | None]], factors: Array | None
+        self,
+        inverse: Callable[[float, str, bool], tuple[Array, Array | None]],
+        factors: Array | None,
+        units: Array,
     ):
-        """inverse: as RowHessian.shifted_inverse; factors U_i': (n, m, d), stacked by factor."""
-        self._inverse, self._factors = inverse, factors
+        """inverse: as RowHessian.shifted_inverse; the U_i are diag(units), (d,), times factors, (n, m, d)."""
+        self._inverse, self._factors, self._units = inverse, factors, units
         self._sigma = self._earlier = 0.0
         self._x: Array | None = None  # (m, d), of the call before
         self._pull: Array | None = None  # U_i c_i, (m, d)
@@ -79,4 +82,4 @@ class ShiftedInverse:
         return x
 
     def _refreshed(self, x: Array) -> Array:
-        return refresh(self._factors, x, self._capacitance_inverses, self._coefficients)
+        return refresh(self._factors, self._units, x, self._capacitance_inverses, self._coefficients)

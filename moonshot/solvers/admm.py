@@ -81,7 +81,7 @@ class ADMM:
         started = mask = pattern.keep(abs(target))
         start = xp.where(mask, target, xp.zeros_like(target))
         point, moved = xp.asarray(start, copy=True), deque[int](maxlen=_WINDOW)
-        inverse = ShiftedInverse(state.inverse, quadratic.factors)
+        inverse = ShiftedInverse(state.inverse, quadratic.factors, quadratic.units)
         status, done, rho, shrink = Status.ITERATION_LIMIT, 0, self.rho, 1.0
         for done in range(1, self.iterations + 1):
             # point is x + dual / rho with the rho before: z of it is what the mask keeps, the dual what it leaves
