@@ -56,7 +56,9 @@ class ScaledQuadratic:
     def diagonal(self) -> Array:
         """Diagonals of the H_i: (m, d), or (1, d) where all rows share them."""
         shared = namespace(self.shared).linalg.diagonal(self.shared)[None, :]
-        return shared if self.factors is None else sum(((u * self.units) ** 2 for u in self.factors), start=shared)
+        return (
+            shared if self.factors is None else sum(((u * self.units) ** 2 for u in self.factors), start=shared)
+        )
 
     def loss(self, x: Array) -> float:
         """The quadratic at x (m, d)."""
