@@ -7,6 +7,7 @@ import moonshot as ms
 import numpy as np
 import torch
 from moonshot.linalg.scaled import ScaledQuadratic
+from moonshot.linalg.shifted import ShiftedInverse
 from moonshot.models.layers import layer_view
 from moonshot.models.statistics import LayerStatistics
 from torch import nn
@@ -43,10 +44,10 @@ def diagonal(m: int, d: int, n: int) -> Case:
 
 
 def sweep(m: int, d: int, n: int) -> Case:
-    """SparseGPT, single and joint, against plain torch and against the joint sweep's product.
+    """SparseGPT, single and joint, against plain torch and against their products.
 
-    `P_i = R U_i` with R triangular takes m n d^2 / 2 multiply-adds. What is timed is a plain product of as many: that
-    with half the rows of R.
+    `P_i = R U_i` with R triangular takes m n d^2 / 2 multiply-adds, `R'z_i` m d^2 / 2. What is timed are plain products
+    of as many: those with half the rows of R.
     """
     layer = random_layer(m, d, n)
     weight, hessian = torch.from_numpy(layer.weight), torch.from_numpy(layer.shared.astype("f"))
@@ -58,29 +59,58 @@ def sweep(m: int, d: int, n: int) -> Case:
             "torch": lambda: torch_sparsegpt(weight, hessian).numpy(),
             "single": lambda: solved(layer.single(), ms.SparseGPT()),
             "joint": lambda: solved(layer.joint(), ms.SparseGPT()),
-            "its product R U": lambda: half_of_r @ columns,
+            "the product R'z": lambda: half_of_r @ layer.weight.T,
+            "the product R U": lambda: half_of_r @ columns,
         },
-        (("single", "torch"), ("joint", "torch"), ("joint", "its product R U"), ("joint", "single")),
+        (
+            ("single", "torch"),
+            ("single", "the product R'z"),
+            ("joint", "torch"),
+            ("joint", "the product R U"),
+            ("joint", "single"),
+        ),
         layer.single().value,
         (("single", "torch"),),
     )
 
 
 def admm(m: int, d: int, n: int) -> Case:
-    """ADMM against ALPS and SparseGPT in plain torch, and with factors against without."""
+    """ADMM against SparseGPT in plain torch and its products m x d x d as plain ones, with factors against without."""
     layer = random_layer(m, d, n)
     weight, hessian = torch.from_numpy(layer.weight), torch.from_numpy(layer.shared.astype("f"))
+    counts, shared = rows_multiplied(layer.single(), ms.ADMM()), layer.shared.astype("f")
+
+    def products() -> None:
+        for count in counts:
+            layer.weight[:count] @ shared
+
     return Case(
         f"ADMM, {m} x {d}, n = {n}",
         {
             "single": lambda: solved(layer.single(), ms.ADMM()),
             "joint": lambda: solved(layer.joint(), ms.ADMM()),
-            "torch ALPS": lambda: torch_alps(weight, hessian, 4, 2).numpy(),
+            "its products": products,
             "torch SparseGPT": lambda: torch_sparsegpt(weight, hessian).numpy(),
         },
-        (("single", "torch ALPS"), ("single", "torch SparseGPT"), ("joint", "single")),
+        (("single", "torch SparseGPT"), ("single", "its products"), ("joint", "single")),
         layer.single().value,
-        (("single", "torch ALPS"), ("single", "torch SparseGPT")),
+        (("single", "torch SparseGPT"),),
+    )
+
+
+def alps(m: int, d: int, n: int) -> Case:
+    """ADMM against ALPS in plain torch."""
+    layer = random_layer(m, d, n)
+    weight, hessian = torch.from_numpy(layer.weight), torch.from_numpy(layer.shared.astype("f"))
+    return Case(
+        f"ALPS, {m} x {d}",
+        {
+            "ADMM": lambda: solved(layer.single(), ms.ADMM()),
+            "torch ALPS": lambda: torch_alps(weight, hessian, 4, 2).numpy(),
+        },
+        (("ADMM", "torch ALPS"),),
+        layer.single().value,
+        (("ADMM", "torch ALPS"),),
     )
 
 
@@ -140,15 +170,22 @@ def iht(m: int, d: int, n: int) -> Case:
 
 
 def rows_multiplied(problem: ms.Problem, solver: ms.Solver) -> list[int]:
-    """How many rows each product with A has while the solver runs."""
+    """How many rows each product with A, or with the inverse of A and a shift, has while the solver runs."""
     counts: list[int] = []
-    matvec = ScaledQuadratic.matvec
+    matvec, solve = ScaledQuadratic.matvec, ShiftedInverse.solve
 
-    def counting(quadratic: ScaledQuadratic, x: np.ndarray) -> np.ndarray:
+    def multiplied(quadratic: ScaledQuadratic, x: np.ndarray) -> np.ndarray:
         counts.append(len(x))
         return matvec(quadratic, x)
 
-    with mock.patch.object(ScaledQuadratic, "matvec", counting):
+    def solved_for(inverse: ShiftedInverse, b: np.ndarray, rho: float) -> np.ndarray:
+        counts.append(len(b))
+        return solve(inverse, b, rho)
+
+    with (
+        mock.patch.object(ScaledQuadratic, "matvec", multiplied),
+        mock.patch.object(ShiftedInverse, "solve", solved_for),
+    ):
         solved(problem, solver)
     return counts
 
@@ -237,6 +274,7 @@ CASES: tuple[Callable[[int, int, int], Case], ...] = (
     diagonal,
     sweep,
     admm,
+    alps,
     obs,
     iht,
     swaps,
