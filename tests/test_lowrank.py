@@ -43,7 +43,7 @@ def test_coefficients_are_refreshed_in_place(backend):
     scaled = FACTORS * SCALE
     projected = np.einsum("kij,ij->ki", scaled, X)
     expected = COEFFICIENTS.T + np.einsum("ikl,li->ik", INVERSES, projected - COEFFICIENTS)
-    arrays = [backend.array(array) for array in (FACTORS, SCALE, X, INVERSES, COEFFICIENTS.T.copy())]
+    arrays = [backend.array(array) for array in (FACTORS, X, SCALE, INVERSES, COEFFICIENTS.T.copy())]
     if backend.name != "torch-cpu":
         arrays = [native(array) for array in arrays]
     pull = lowrank.refresh(*arrays)

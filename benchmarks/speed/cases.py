@@ -14,6 +14,7 @@ from torch import nn
 
 from ..solvers.benchmark_utils.grading import Layer, row_optima
 from ..solvers.benchmark_utils.references import torch_alps, torch_obc, torch_sparsegpt, torch_wanda
+from .layers import Layer as RandomLayer
 from .layers import random_layer
 from .timing import Case
 
@@ -29,7 +30,7 @@ def solved(problem: ms.Problem, solver: ms.Solver, pattern: ms.Pattern = PATTERN
 def diagonal(m: int, d: int, n: int) -> Case:
     """Wanda and Magnitude against Wanda in plain torch."""
     layer = random_layer(m, d, n)
-    weight, hessian = torch.from_numpy(layer.weight), torch.from_numpy(layer.shared.astype("f"))
+    weight, hessian = layer.tensors()
     return Case(
         f"Wanda, {m} x {d}",
         {
@@ -50,7 +51,7 @@ def sweep(m: int, d: int, n: int) -> Case:
     of as many: those with half the rows of R.
     """
     layer = random_layer(m, d, n)
-    weight, hessian = torch.from_numpy(layer.weight), torch.from_numpy(layer.shared.astype("f"))
+    weight, hessian = layer.tensors()
     half_of_r = layer.single().hessian.inverse_factor[: d // 2].astype("f")
     columns = layer.factors.reshape(n * m, d).T
     return Case(
@@ -77,19 +78,13 @@ def sweep(m: int, d: int, n: int) -> Case:
 def admm(m: int, d: int, n: int) -> Case:
     """ADMM against SparseGPT in plain torch and its products m x d x d as plain ones, with factors against without."""
     layer = random_layer(m, d, n)
-    weight, hessian = torch.from_numpy(layer.weight), torch.from_numpy(layer.shared.astype("f"))
-    counts, shared = rows_multiplied(layer.single(), ms.ADMM()), layer.shared.astype("f")
-
-    def products() -> None:
-        for count in counts:
-            layer.weight[:count] @ shared
-
+    weight, hessian = layer.tensors()
     return Case(
         f"ADMM, {m} x {d}, n = {n}",
         {
             "single": lambda: solved(layer.single(), ms.ADMM()),
             "joint": lambda: solved(layer.joint(), ms.ADMM()),
-            "its products": products,
+            "its products": plain_products(layer, layer.single(), ms.ADMM()),
             "torch SparseGPT": lambda: torch_sparsegpt(weight, hessian).numpy(),
         },
         (("single", "torch SparseGPT"), ("single", "its products"), ("joint", "single")),
@@ -101,7 +96,7 @@ def admm(m: int, d: int, n: int) -> Case:
 def alps(m: int, d: int, n: int) -> Case:
     """ADMM against ALPS in plain torch."""
     layer = random_layer(m, d, n)
-    weight, hessian = torch.from_numpy(layer.weight), torch.from_numpy(layer.shared.astype("f"))
+    weight, hessian = layer.tensors()
     return Case(
         f"ALPS, {m} x {d}",
         {
@@ -150,23 +145,28 @@ def iht(m: int, d: int, n: int) -> Case:
     """IHT against the products of its iterates with A, as plain ones: as many as a run makes, of as many rows each."""
     rows = max(m // 8, 1)
     layer = random_layer(rows, d, n)
-    counts, shared = rows_multiplied(layer.joint(), ms.IHT()), layer.shared.astype("f")
-
-    def products() -> None:
-        for count in counts:
-            layer.weight[:count] @ shared
-
     return Case(
         f"IHT, {rows} x {d}, n = {n}",
         {
             "IHT": lambda: solved(layer.joint(), ms.IHT()),
-            "its products with A": products,
+            "its products with A": plain_products(layer, layer.joint(), ms.IHT()),
             "SparseGPT": lambda: solved(layer.joint(), ms.SparseGPT()),
         },
         (("IHT", "its products with A"), ("IHT", "SparseGPT")),
         layer.joint().value,
         (("IHT", "SparseGPT"),),
     )
+
+
+def plain_products(layer: RandomLayer, problem: ms.Problem, solver: ms.Solver) -> Callable[[], None]:
+    """As many products with A as the solver makes on the layer's problem, of as many rows each."""
+    counts, shared = rows_multiplied(problem, solver), layer.shared.astype("f")
+
+    def products() -> None:
+        for count in counts:
+            layer.weight[:count] @ shared
+
+    return products
 
 
 def rows_multiplied(problem: ms.Problem, solver: ms.Solver) -> list[int]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import moonshot as ms
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,10 @@ class Layer:
     def joint(self) -> ms.Problem:
         """The problem with the factors, a new one each time."""
         return ms.Problem(self.weight, ms.RowHessian(self.shared, self.factors.transpose(1, 2, 0)))
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights and the shared matrix in float32, as the references in torch take them."""
+        return torch.from_numpy(self.weight), torch.from_numpy(self.shared.astype("f"))
 
 
 def random_layer(m: int, d: int, n: int, seed: int = 0) -> Layer:

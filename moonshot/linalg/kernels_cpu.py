@@ -78,7 +78,7 @@ def apply(factors, x, scale):
 
 
 @kernel
-def refresh(factors, scale, x, inverses, coefficients):
+def refresh(factors, x, scale, inverses, coefficients):
     n, m, d = factors.shape
     out = np.zeros((m, d), x.dtype)
     for i in prange(m):

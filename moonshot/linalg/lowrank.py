@@ -23,7 +23,7 @@ def apply(factors: Array, x: Array, scale: Array | None = None) -> Array:
     return _combine(factors, project(factors, x * scale)) * scale
 
 
-def refresh(factors: Array, scale: Array, x: Array, inverses: Array, coefficients: Array) -> Array:
+def refresh(factors: Array, x: Array, scale: Array, inverses: Array, coefficients: Array) -> Array:
     """Add `C_i^-1 (U_i' S x_i - c_i)` to the coefficients c_i, (m, n), in place; returns `S U_i c_i`, (m, d).
 
     x: (m, d); S = diag(scale), (d,); inverses: (m, n, n), of the capacitance matrices C_i.
@@ -31,7 +31,7 @@ def refresh(factors: Array, scale: Array, x: Array, inverses: Array, coefficient
     if is_numpy(factors):
         from moonshot.linalg import kernels_cpu
 
-        return kernels_cpu.refresh(factors, scale, x, inverses, coefficients)
+        return kernels_cpu.refresh(factors, x, scale, inverses, coefficients)
     xp = namespace(x)
     change = xp.permute_dims(project(factors, x * scale), (1, 0)) - coefficients
     coefficients += (inverses @ change[:, :, None])[:, :, 0]

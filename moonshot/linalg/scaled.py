@@ -34,12 +34,12 @@ class ScaledQuadratic:
         largest = float(namespace(centre).max(abs(centre) * roots))
         scale = roots / 2.0 ** math.frexp(largest)[1]
         target = contiguous(centre * scale)
-        pull = target @ shared
+        pull, units = target @ shared, 1 / roots
         factors = None
         if hessian.factors is not None:
             factors = as_dtype(hessian.factors, dtype_name(centre))
-            pull = pull + apply(factors, target, 1 / roots)
-        return cls(scale, target, pull, shared, factors, 1 / roots)
+            pull = pull + apply(factors, target, units)
+        return cls(scale, target, pull, shared, factors, units)
 
     def rows(self, rows: Array) -> "ScaledQuadratic":
         """The quadratic of some rows; rows: their indices."""

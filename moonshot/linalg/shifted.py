@@ -82,4 +82,4 @@ class ShiftedInverse:
         return x
 
     def _refreshed(self, x: Array) -> Array:
-        return refresh(self._factors, self._units, x, self._capacitance_inverses, self._coefficients)
+        return refresh(self._factors, x, self._units, self._capacitance_inverses, self._coefficients)
