@@ -10,7 +10,7 @@ from pathlib import Path
 
 import moonshot as ms
 import numpy as np
-from moonshot.relaxation import relaxation_bound
+from moonshot.bounds.relaxation import relaxation_bound
 from solvers.benchmark_utils.grading import Layer, row_optima
 
 SEEDS = 8
@@ -70,8 +70,8 @@ def large(size: int, n: int, patterns: list[str]) -> None:
 
 def llama(layer: str) -> None:
     import torch
+    from moonshot.files.load import load
     from moonshot.models.calibration import windows
-    from moonshot.storage import load
 
     demo = Path(ms.__file__).parent / "demo"
     model, tokenizer = load(str(demo / "model"))

@@ -1,4 +1,4 @@
-"""What models of the Llama family cost by the formulas of moonshot.planning: counts from shapes, nothing is run.
+"""What models of the Llama family cost by the formulas of moonshot.files.plan: counts from shapes, nothing is run.
 
     python benchmarks/costs.py [--samples 128] [--length 2048] [--factors 16] [--rate 50]
 
@@ -8,8 +8,8 @@ Minutes are those of the multiply-adds alone at `--rate` tera-flops, half as man
 import argparse
 
 import torch
-from moonshot.auto import DEFAULT_OBJECTIVE
-from moonshot.planning import Layer, count
+from moonshot.files.plan import Layer, count
+from moonshot.pruning.auto import DEFAULT_OBJECTIVE
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokens = f"{arguments.samples} samples of {arguments.length} tokens, {arguments.factors} factors"
     table = Table(title=f"{tokens}, {arguments.rate:g} TFLOPS")
-    columns = ("model, bf16", "model GiB", "memory GiB", "waiting GiB")
+    columns = ("model, bf16", "model GiB", "memory GiB", "offload GiB")
     for name in (*columns, "passes and statistics, min", "sweeps, min", "ADMM, min"):
         table.add_column(name, justify="right")
     per_minute = arguments.rate * 1e12 / 2 * 60
@@ -67,7 +67,7 @@ def main() -> None:
         figures = [
             size / 2**30,
             counts.memory / 2**30,
-            counts.waiting / 2**30,
+            counts.offloaded / 2**30,
             counts.multiplications / per_minute,
         ]
         for solver in (sweep, admm):

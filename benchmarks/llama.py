@@ -12,8 +12,8 @@ import statistics
 import time
 
 import moonshot as ms
-from moonshot.auto import DEFAULT_OBJECTIVE
-from moonshot.comparison import compare
+from moonshot.app.demo import compare
+from moonshot.pruning.auto import DEFAULT_OBJECTIVE
 
 R, F, T = ms.Reconstruction(), ms.Fisher(), ms.TokenFisher()
 METHODS = [

@@ -19,9 +19,10 @@ import moonshot as ms
 import torch
 import transformers
 from moonshot.models.batchnorm import reestimate
-from moonshot.models.calibration import as_batches, model_loss
-from moonshot.models.cut import cut_open
+from moonshot.models.calibration import as_batches
 from moonshot.models.layers import layers_of
+from moonshot.models.losses import model_loss
+from moonshot.models.partition import partition_model
 from torch import Tensor, nn
 
 VOCABULARY, CLASSES, TOKENS, PIXELS = 96, 10, 24, 32
@@ -215,7 +216,7 @@ def measured(tried: Tried, samples: int, seed: int) -> tuple[list[str], bool]:
     """Cells of a row, and whether ADMM's outputs move less at every pattern."""
     model, calibration, held_out = built(tried, samples, seed)
     dense = logits(model, held_out)
-    cells = ["chain" if cut_open(model, calibration, model_loss).chained else "graph"]
+    cells = ["chain" if partition_model(model, calibration, model_loss).chained else "graph"]
     names: list[str] | None = None
     better = True
     for pattern in ("50%", "2:4"):

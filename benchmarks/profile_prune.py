@@ -12,8 +12,8 @@ import pstats
 from pathlib import Path
 
 import moonshot as ms
+from moonshot.files.load import load
 from moonshot.models.calibration import windows
-from moonshot.storage import load
 
 DEMO = Path(ms.__file__).parent / "demo"
 PARTS = {  # by file and function, none of which calls another

@@ -13,8 +13,8 @@ from pathlib import Path
 from unittest import mock
 
 import moonshot as ms
+from moonshot.files.load import load
 from moonshot.models.calibration import windows
-from moonshot.storage import load
 
 DEMO = Path(ms.__file__).parent / "demo"
 

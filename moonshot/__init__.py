@@ -4,20 +4,22 @@ objective = 0.7 * ms.Reconstruction() + 0.3 * ms.Fisher()
 report = ms.prune(model, calibration, "2:4", objective=objective)
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moonshot import threads  # noqa: F401 - before what loads NumPy
-from moonshot.certificate import lower_bound
-from moonshot.front import front
+from moonshot.bounds.certificate import lower_bound
+from moonshot.layer.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
+from moonshot.layer.patterns import NM, Pattern, Unstructured, as_pattern
+from moonshot.layer.problem import Problem, Result, Status
+from moonshot.layer.weighting_sweep import weighting_sweep
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
-from moonshot.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
-from moonshot.patterns import NM, Pattern, Unstructured, as_pattern
-from moonshot.problem import Problem, Result, Status
 from moonshot.solvers import ADMM, IHT, OBS, Answer, Exact, Magnitude, Solver, SparseGPT, Swaps, Wanda, solve
 
 if TYPE_CHECKING:
-    from moonshot.allocation import Allocation, allocate
-    from moonshot.pruning import prune
+    from moonshot.pruning.allocate import allocate
+    from moonshot.pruning.allocation import Allocation
+    from moonshot.pruning.prune import prune
 
 __version__ = "0.1.0"
 
@@ -53,17 +55,16 @@ __all__ = [
     "lower_bound",
     "prune",
     "solve",
+    "weighting_sweep",
 ]
 
 
+front = weighting_sweep  # its old name
+_WITH_TORCH = {"prune": "pruning.prune", "allocate": "pruning.allocate", "Allocation": "pruning.allocation"}
+
+
 def __getattr__(name: str) -> Any:
-    """`prune` and `allocate` need torch, which is imported only for those who use it."""
-    if name == "prune":
-        from moonshot.pruning import prune
-
-        return prune
-    if name in ("Allocation", "allocate"):
-        from moonshot import allocation
-
-        return getattr(allocation, name)
+    """What needs torch, which is imported only for those who use it."""
+    if name in _WITH_TORCH:
+        return getattr(import_module(f"moonshot.{_WITH_TORCH[name]}"), name)
     raise AttributeError(f"module 'moonshot' has no attribute {name!r}")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import hypothesis.strategies as st
 import numpy as np
 
+from moonshot.layer.problem import Problem
 from moonshot.linalg import RowHessian
-from moonshot.problem import Problem
 
 
 @dataclass(frozen=True)

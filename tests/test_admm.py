@@ -4,7 +4,7 @@ from math import inf, isfinite, nan
 
 import pytest
 
-from moonshot.problem import Problem, Status
+from moonshot.layer.problem import Problem, Status
 from moonshot.solvers import ADMM, solve
 from strategies import random_layer
 

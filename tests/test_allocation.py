@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import moonshot as ms
-from moonshot.budgets import BudgetError
-from moonshot.evaluation import mean_loss, sample_losses
+from moonshot.layer.patterns import PatternError
 from moonshot.models.batchnorm import estimate_in_one_pass, reestimate
 from moonshot.models.calibration import CalibrationError, as_batches
+from moonshot.models.losses import mean_loss, sample_losses
 from moonshot.models.targets import TargetError
-from moonshot.patterns import PatternError
+from moonshot.pruning.budgets import BudgetError
 from tests.test_models import decoder, tokens
 
 JOINT = 0.8 * ms.Reconstruction() + 0.2 * ms.Fisher()

@@ -9,18 +9,20 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import moonshot as ms
-from moonshot import auto, walk
+from moonshot.layer.patterns import PatternError
 from moonshot.models.batchnorm import reestimate
-from moonshot.models.blocks import ModelError
-from moonshot.models.calibration import CalibrationError, as_batches, model_loss
+from moonshot.models.calibration import CalibrationError, as_batches
 from moonshot.models.chain import ChainReplay
-from moonshot.models.cut import Cut, cut_open
 from moonshot.models.graph import GraphReplay
 from moonshot.models.layers import layer_view, layers_of
-from moonshot.models.scratch import Scratch
+from moonshot.models.losses import model_loss
+from moonshot.models.modules import ModelError
+from moonshot.models.offload import Offload
+from moonshot.models.partition import Partition, partition_model
 from moonshot.models.statistics import LayerStatistics
 from moonshot.models.targets import TargetError
-from moonshot.patterns import PatternError
+from moonshot.pruning import auto
+from moonshot.pruning import run as pruning_run
 
 JOINT = 0.5 * ms.Reconstruction() + 0.3 * ms.Fisher() + 0.2 * ms.TokenFisher()
 TEXT = dict(
@@ -205,7 +207,7 @@ def built(name):
 def test_every_family_is_cut_and_pruned_to_its_budget(name):
     model, calibration, chained, count, head = built(name)
     before = copy.deepcopy(model.state_dict())
-    cut = cut_open(model, as_batches(calibration), model_loss)
+    cut = partition_model(model, as_batches(calibration), model_loss)
     assert cut.chained is chained
     report = ms.prune(model, calibration, 0.5, objective=JOINT, solver=ms.SparseGPT())
     assert len(report.layers) == count and report.sparsity == pytest.approx(0.5, abs=2e-3)
@@ -246,11 +248,11 @@ def test_a_chain_and_a_graph_see_the_same():
     torch.manual_seed(0)
     model = language(transformers.LlamaConfig, num_key_value_heads=2)().eval()
     batches, signs = as_batches(tokens()), torch.tensor([1.0, -1, 1, 1, -1, -1])
-    cut = cut_open(model, batches, model_loss)
+    cut = partition_model(model, batches, model_loss)
     assert cut.chained
     found = []
     for kind in (ChainReplay, GraphReplay):
-        replay, seen = kind(model, cut.segments, batches, model_loss, True, Scratch()), {}
+        replay, seen = kind(model, cut.parts, batches, model_loss, True, Offload()), {}
         for index in range(2):
             layers = {name: view for name, view in cut.layers().items() if f"layers.{index}." in name}
             statistics = LayerStatistics(layers, JOINT, 16, signs)
@@ -344,8 +346,8 @@ def test_a_plain_network_is_cut_into_segments_that_read_the_pruned_ones_before()
         return model(batch).square().mean()
 
     calibration = pairs()[0][0]
-    cut = cut_open(model, as_batches(calibration), loss)
-    assert [name for name, _ in cut.segments] == ["0", "2", "4", "6", "8", "10"] and not cut.chained
+    cut = partition_model(model, as_batches(calibration), loss)
+    assert [name for name, _ in cut.parts] == ["0", "2", "4", "6", "8", "10"] and not cut.chained
     report = ms.prune(model, calibration, 0.5, objective=ms.Reconstruction(), solver=ms.SparseGPT(), loss=loss)
     with torch.no_grad():
         x = model[:10](calibration)
@@ -482,7 +484,7 @@ def test_batch_norm_is_as_it_was_after_a_failure(monkeypatch):
         reestimate(*arguments)
         raise RuntimeError("enough")
 
-    monkeypatch.setattr(walk, "reestimate", fail)
+    monkeypatch.setattr(pruning_run, "reestimate", fail)
     with pytest.raises(RuntimeError, match="enough"):
         ms.prune(model, calibration, 0.5, objective=ms.Reconstruction(), solver=ms.Magnitude())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -545,7 +547,7 @@ def test_blocks_that_take_different_arguments(chained):
     torch.manual_seed(0)
     model = Different(chained)
     ((x, _),) = batches = pairs()
-    assert cut_open(model, batches, pair_loss).chained is chained
+    assert partition_model(model, batches, pair_loss).chained is chained
     reads, second = [], copy.deepcopy(model.blocks[1].outer)
     handle = model.blocks[1].outer.register_forward_hook(lambda _m, args, _out: reads.append(args[0].detach()))
     model(x)
@@ -567,7 +569,7 @@ def test_blocks_that_take_different_arguments(chained):
 
 def test_blocks_side_by_side_are_no_chain_whatever_the_loss():
     model = Different(chained=False)
-    assert not cut_open(model, pairs(), lambda model, batch: 1 + 0 * model(batch[0]).sum()).chained
+    assert not partition_model(model, pairs(), lambda model, batch: 1 + 0 * model(batch[0]).sum()).chained
 
 
 def test_a_layer_of_a_chain_that_never_runs_is_named():
@@ -575,7 +577,7 @@ def test_a_layer_of_a_chain_that_never_runs_is_named():
     for block in model.blocks:
         block.unused = nn.Linear(6, 6)
     unused = [f"blocks.{k}.unused" for k in range(3)]
-    assert set(cut_open(model, pairs(), pair_loss).unreached) == set(unused)
+    assert set(partition_model(model, pairs(), pair_loss).unreached) == set(unused)
     report = ms.prune(model, pairs(), 0.5, solver=ms.SparseGPT(), loss=pair_loss, unreached="skip")
     assert list(report.skipped) == unused and len(report.layers) == 6
 
@@ -636,6 +638,6 @@ def test_the_names_of_layers_outside_the_segments_are_not_targets():
 
 def test_a_cut_knows_its_layers():
     model = Twice()
-    cut = cut_open(model, as_batches(pairs()), pair_loss)
-    assert isinstance(cut, Cut) and set(cut.unreached) == {"unused"} and cut.heads == frozenset()
-    assert [name for name, _ in cut.segments] == [""]
+    cut = partition_model(model, as_batches(pairs()), pair_loss)
+    assert isinstance(cut, Partition) and set(cut.unreached) == {"unused"} and cut.heads == frozenset()
+    assert [name for name, _ in cut.parts] == [""]

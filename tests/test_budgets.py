@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonshot import budgets
+from moonshot.pruning import budgets
 
 finite = st.floats(0, 100, allow_nan=False)
 

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moonshot as ms
-from moonshot import certificate
+from moonshot.bounds import certificate
+from moonshot.bounds.relaxation import relaxation_bound
+from moonshot.layer.patterns import NM, PatternError, Unstructured, as_pattern
+from moonshot.layer.problem import Problem
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
-from moonshot.patterns import NM, PatternError, Unstructured, as_pattern
-from moonshot.problem import Problem
-from moonshot.relaxation import relaxation_bound
 from strategies import DEGENERATE, layers, random_layer
 from test_relaxation import optimum
 

@@ -1,6 +1,7 @@
 """Runs that are cut short and taken up again."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,15 +9,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import moonshot as ms
-from moonshot.checkpoint import Checkpoint, data_digest
-from moonshot.report import LayerReport, Trial
+from moonshot.pruning import run
+from moonshot.pruning.checkpoint import Checkpoint, data_digest
+from moonshot.pruning.report import LayerReport, Trial
 from tests.test_models import JOINT, decoder, tokens, weights
-from tests.test_scratch import network
+from tests.test_offload import network
 
 REPORT = LayerReport("a.b", (2, 4), "2:4", 0.5, 0.1, {"reconstruction": 0.1}, 0.0, "converged", 1.5, 0.2)
 
 
-class Cut(Exception):
+class Interrupted(Exception):
     pass
 
 
@@ -27,7 +29,7 @@ def cut_after(layers):
     def on_layer(report, total):
         seen.append(report.name)
         if len(seen) == layers:
-            raise Cut
+            raise Interrupted
 
     return on_layer
 
@@ -49,7 +51,7 @@ def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(tmp_path, dtype, la
     whole = decoded(dtype)
     expected = ms.prune(whole, tokens(), "2:4", **(work | {"checkpoint": None}))
     model = decoded(dtype)
-    with pytest.raises(Cut):
+    with pytest.raises(Interrupted):
         ms.prune(model, tokens(), "2:4", on_layer=cut_after(layers), **work)
     assert same(model, decoded(dtype))
     names = []
@@ -67,13 +69,11 @@ def test_a_run_that_was_cut_short_ends_as_if_it_had_not_been(tmp_path, dtype, la
 
 def test_what_is_done_is_not_solved_again(tmp_path, monkeypatch):
     model = decoder()
-    with pytest.raises(Cut):
+    with pytest.raises(Interrupted):
         ms.prune(model, tokens(), 0.5, checkpoint=tmp_path, on_layer=cut_after(10))
     solved = []
-    solve = ms.walk.solve
-    monkeypatch.setattr(
-        "moonshot.walk.solve", lambda *args, **kwargs: solved.append(1) or solve(*args, **kwargs)
-    )
+    solve = run.solve
+    monkeypatch.setattr(run, "solve", lambda *args, **kwargs: solved.append(1) or solve(*args, **kwargs))
     ms.prune(model, tokens(), 0.5, checkpoint=tmp_path)
     assert len(solved) == 4
 
@@ -88,7 +88,7 @@ def test_a_network_of_convolutions_and_batch_norm(tmp_path):
 
     whole, model = network(), network()
     ms.prune(whole, batches, 0.5, loss=loss)
-    with pytest.raises(Cut):
+    with pytest.raises(Interrupted):
         ms.prune(model, batches, 0.5, loss=loss, checkpoint=tmp_path, on_layer=cut_after(1))
     report = ms.prune(model, batches, 0.5, loss=loss, checkpoint=tmp_path)
     assert report.resumed == 1 and same(model, whole)
@@ -98,13 +98,13 @@ def test_trials_are_kept(tmp_path, monkeypatch):
     work = dict(objective="auto", solver=ms.SparseGPT(), targets="*.0.mlp.*", checkpoint=tmp_path)
     whole, model = decoder(), decoder()
     expected = ms.prune(whole, tokens(12), 0.5, **(work | {"checkpoint": None}))
-    with pytest.raises(Cut):
+    with pytest.raises(Interrupted):
         ms.prune(model, tokens(12), 0.5, on_layer=cut_after(6 * 3 + 1), **work)
 
     def never(*_):
         raise AssertionError("tried again")
 
-    monkeypatch.setattr("moonshot.pruning.best_objective", never)
+    monkeypatch.setattr(sys.modules["moonshot.pruning.prune"], "best_objective", never)
     report = ms.prune(model, tokens(12), 0.5, **work)
     assert report.resumed == 1 and same(model, whole)
     assert report.trials == expected.trials and report.recipe == expected.recipe
@@ -126,7 +126,7 @@ def test_trials_are_kept(tmp_path, monkeypatch):
 def test_answers_to_other_work_are_refused(tmp_path, change, what):
     model = decoder()
     work = dict(calibration=tokens(), pattern="2:4", solver=ms.SparseGPT(), checkpoint=tmp_path)
-    with pytest.raises(Cut):
+    with pytest.raises(Interrupted):
         ms.prune(model, on_layer=cut_after(2), **work)
     before = weights(model)
     with pytest.raises(ValueError, match=f"answers of other work, {what} differ: choose another"):
@@ -135,7 +135,7 @@ def test_answers_to_other_work_are_refused(tmp_path, change, what):
 
 
 def test_answers_for_another_model_are_refused(tmp_path):
-    with pytest.raises(Cut):
+    with pytest.raises(Interrupted):
         ms.prune(decoder(), tokens(), "2:4", checkpoint=tmp_path, on_layer=cut_after(2))
     other = decoder()
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot keep answers in .*file.answers.*choose another folder"):
+    with pytest.raises(OSError, match=r"cannot store answers in .*file.answers.*choose another folder"):
         Checkpoint(tmp_path / "file" / "answers", {})
 
 
@@ -163,8 +163,8 @@ def test_what_is_kept_is_found_again(tmp_path):
     dense, weight = torch.randn(1, 2, 4), torch.randn(2, 4).bfloat16()
     first = Checkpoint(tmp_path / "new" / "folder", {"seed": 1})
     assert first.done == frozenset() and first.trials() is None
-    first.keep("a/b.c", dense, weight, REPORT)
-    first.keep_trials("best", [Trial("best", 1.0, 0.5, 0.1)])
+    first.store("a/b.c", dense, weight, REPORT)
+    first.store_trials("best", [Trial("best", 1.0, 0.5, 0.1)])
     again = Checkpoint(tmp_path / "new" / "folder", {"seed": 1})
     assert again.done == {"a/b.c"} and again.trials() == ("best", [Trial("best", 1.0, 0.5, 0.1)])
     found, report = again.answer("a/b.c", dense)
@@ -177,7 +177,7 @@ def test_what_is_kept_is_found_again(tmp_path):
 
 def test_a_broken_answer_is_named(tmp_path):
     checkpoint = Checkpoint(tmp_path, {})
-    checkpoint.keep("layer", torch.ones(2), torch.ones(2), REPORT)
+    checkpoint.store("layer", torch.ones(2), torch.ones(2), REPORT)
     file = tmp_path / "layer.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"cannot read .*layer.safetensors: .*remove it to do the layer again"):

@@ -9,7 +9,7 @@ import pytest
 import moonshot as ms
 from moonshot.checks import CheckError, check_objective, check_pattern, check_solver
 from moonshot.checks.exhaustive import all_masks, optimum
-from moonshot.patterns import PatternError, PatternMismatchError
+from moonshot.layer.patterns import PatternError, PatternMismatchError
 from strategies import random_layer
 from tests.examples.diagonal_saliency import DiagonalSaliency
 from tests.examples.normalised_reconstruction import NormalisedReconstruction

@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
 
 import moonshot
-from moonshot import auto, cli, planning, walk
-from moonshot.models.scratch import Scratch
+from moonshot.app import cli
+from moonshot.files import plan as planning
+from moonshot.models.offload import Offload
+from moonshot.pruning import auto
+from moonshot.pruning import run as pruning_run
 
 DEMO = Path(moonshot.__file__).parent / "demo"
 
@@ -90,7 +93,8 @@ def test_prune_mixes_patterns(monkeypatch, tmp_path):
         (dict(pattern=None), "--sparsity 0.5"),
         (dict(pattern="2;4"), "cannot read the pattern"),
         (dict(pattern="3:7"), "divisible by 7"),
-        (dict(objective="0.5 hope"), "terms are"),
+        (dict(objective="0.5 fischer"), "did you mean fisher?"),
+        (dict(solver="spargegpt"), "did you mean sparsegpt?"),
         (dict(seqlen=10**7), "give more text"),
         (dict(targets="nothing"), "matches no layer"),
         (dict(ignore="nothing"), "matches no layer"),
@@ -288,7 +292,7 @@ def test_data_that_is_no_images(monkeypatch, tmp_path, capsys, data, words):
 
 
 def test_compare_counts_every_method(monkeypatch, tmp_path):
-    from moonshot.comparison import METHODS, compare
+    from moonshot.app.demo import METHODS, compare
 
     result = compare(("70%",), samples=8, context=64, held_out=8)
     values = {row.method: row.perplexities["70%"] for row in result.rows}
@@ -302,7 +306,7 @@ def test_prune_says_what_it_takes_and_keeps_on_disk_what_does_not_fit(monkeypatc
     plans, folders = [], []
 
     def just_too_little(device, most):
-        return plans[-1].memory + plans[-1].waiting - 1
+        return plans[-1].memory + plans[-1].offloaded - 1
 
     def remembered(*arguments, **more):
         plans.append(plan(*arguments, **more))
@@ -312,10 +316,10 @@ def test_prune_says_what_it_takes_and_keeps_on_disk_what_does_not_fit(monkeypatc
         folders.append(folder)
         made(self, folder)
 
-    plan, made = planning.plan, Scratch.__init__
+    plan, made = planning.plan, Offload.__init__
     monkeypatch.setattr(planning, "plan", remembered)
     monkeypatch.setattr(planning, "free_memory", just_too_little)
-    monkeypatch.setattr(Scratch, "__init__", recorded)
+    monkeypatch.setattr(Offload, "__init__", recorded)
     assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path)) == 0
     assert str(plans[0]) in capsys.readouterr().out
     assert folders and all(folder.name.startswith(".pruned-") for folder in folders)
@@ -352,7 +356,7 @@ def test_torchs_threads_sleep_unless_they_are_told_otherwise(monkeypatch, given,
 def test_a_run_that_was_cut_short_goes_on(monkeypatch, tmp_path, capsys):
     options = prune_arguments(tmp_path, targets="*.0.*", checkpoint=tmp_path / "answers")
     calls = []
-    solve = walk.solve
+    solve = pruning_run.solve
 
     def interrupted(*arguments, **options):
         calls.append(1)
@@ -361,7 +365,7 @@ def test_a_run_that_was_cut_short_goes_on(monkeypatch, tmp_path, capsys):
         return solve(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(walk, "solve", interrupted)
+        patch.setattr(pruning_run, "solve", interrupted)
         assert run(patch, "prune", DEMO / "model", *options) == 130
     assert "nothing was saved but what --checkpoint has" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["answers"]

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonshot import branching
+from moonshot.bounds import branching
+from moonshot.bounds.branching_kernels import _cheapest, _largest_eigenvalue, _relaxed
+from moonshot.layer.patterns import NM, Unstructured
+from moonshot.layer.problem import Problem, Result, Status
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
-from moonshot.linalg.kernels_exact import _cheapest, _largest_eigenvalue, _relaxed
-from moonshot.patterns import NM, Unstructured
-from moonshot.problem import Problem, Result, Status
 from moonshot.solvers import ADMM, Exact, Magnitude, NotSupportedError, SparseGPT, Wanda, solve
 from strategies import DEGENERATE, Layer, layers, random_layer, with_condition
 

@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear, silu
 
 import moonshot as ms
-from moonshot.models.blocks import ModelError
+from moonshot.files.folder import save
 from moonshot.models.calibration import one_by_one
-from moonshot.models.cut import cut_open
 from moonshot.models.layers import ExpertView, layers_of
-from moonshot.models.scratch import Scratch
+from moonshot.models.modules import ModelError
+from moonshot.models.offload import Offload
+from moonshot.models.partition import partition_model
 from moonshot.models.statistics import LayerStatistics
-from moonshot.storage import save
 from tests.test_models import JOINT, SIZES
 
 SIZES = SIZES | dict(bos_token_id=1, eos_token_id=2)
@@ -177,9 +177,9 @@ def test_statistics_are_those_of_a_loop_over_samples_tokens_and_experts(
     x, y = torch.randn(samples, length, 5), torch.arange(samples) % 3
     signs = torch.tensor([1.0, -1, -1, 1])[:samples]
     found, read = {}, {}
-    cut = cut_open(net, [(x, y)], net_loss)
-    replay = cut.replay(net, [(x, y)], net_loss, True, Scratch())
-    for index, part in enumerate(replay.segments):
+    cut = partition_model(net, [(x, y)], net_loss)
+    replay = cut.replay(net, [(x, y)], net_loss, True, Offload())
+    for index, part in enumerate(replay.parts):
         layers = {name: view for name, view in layers_of(*part) if name not in cut.unreached}
         statistics = LayerStatistics(layers, JOINT, 16, signs, cut.routed)
         replay.observe(index, statistics)
@@ -383,7 +383,7 @@ def test_ones_own_mixture():
     torch.manual_seed(0)
     model = Routed()
     batches = routed_batch([1.0, -1, 1]) + routed_batch([-1.0])
-    cut = cut_open(model, batches, net_loss)
+    cut = partition_model(model, batches, net_loss)
     assert cut.routed and cut.routers == {"gate"} and set(cut.unreached) == {"experts.2.0", "experts.2.2"}
     before = state(model)
     with pytest.raises(ModelError, match=r'reached experts.2.0, experts.2.2: .*unreached="skip"'):
@@ -401,9 +401,9 @@ def test_a_mixture_is_known_by_every_sample():
     """Twice two of six tokens in all, but not of each sample."""
     x = torch.ones(3, 4, 6)
     x[..., 0] = torch.tensor([[1, 1, -1, -1], [1, 1, 1, 1], [-1, -1, -1, -1]])
-    assert cut_open(Routed(), [(x, torch.arange(3))], net_loss).routed
+    assert partition_model(Routed(), [(x, torch.arange(3))], net_loss).routed
     x[1:, :, 0] = x[0, :, 0]
-    assert not cut_open(Routed(), [(x, torch.arange(3))], net_loss).routed
+    assert not partition_model(Routed(), [(x, torch.arange(3))], net_loss).routed
 
 
 # layers that few tokens or none reach

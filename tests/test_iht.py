@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moonshot.layer.patterns import NM, Unstructured
+from moonshot.layer.problem import Problem, Status
 from moonshot.linalg import RowHessian
 from moonshot.linalg.backend import native
 from moonshot.linalg.scaled import ScaledQuadratic
-from moonshot.patterns import NM, Unstructured
-from moonshot.problem import Problem, Status
 from moonshot.solvers import IHT, Exact, NotSupportedError, SparseGPT, solve
 from moonshot.solvers.iht import _at, _thresholded
 from strategies import Layer, layers, random_layer

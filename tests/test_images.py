@@ -11,10 +11,10 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 import moonshot
-from moonshot.evaluation import accuracy
+from moonshot.files.load import is_image_classifier, load_classifier
 from moonshot.models.calibration import CalibrationError
+from moonshot.models.evaluation import accuracy
 from moonshot.models.images import ImageBatches, find_pictures
-from moonshot.storage import is_image_classifier, load_classifier
 
 pytestmark = pytest.mark.usefixtures("dataset_cache")
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import cuda_on_host
 import moonshot as ms
-from moonshot.linalg import kernels_batched, kernels_cuda, kernels_sweep
 from moonshot.linalg.backend import native, on_host
+from moonshot.solvers import sparsegpt_batched, sparsegpt_cuda, sparsegpt_kernels
 from strategies import random_layer
 
 ROWS = [5, 99]  # part of a tile; a whole one and part of another
@@ -86,7 +86,7 @@ def run(kernels, function, arguments, convert, *numbers):
 
 @pytest.fixture
 def batched(backend):
-    """(kernels_batched, what makes an array of the kind they are tried on)."""
+    """(sparsegpt_batched, what makes an array of the kind they are tried on)."""
 
     def convert(array):
         made = backend.array(array, str(array.dtype))
@@ -94,32 +94,32 @@ def batched(backend):
 
     if backend.name == "torch-cuda" and type(convert(np.ones(1))).__module__.startswith("cupy"):
         pytest.skip("CUDA tensors are computed on by CuPy here: the cupy run covers them")
-    return kernels_batched, convert
+    return sparsegpt_batched, convert
 
 
 @pytest.fixture(params=[3, 40, pytest.param("device", marks=pytest.mark.gpu)])
 def cuda(request, monkeypatch):
-    """(kernels_cuda, what makes arrays for them), on the CPU with so many threads in a block, or on a device."""
+    """(sparsegpt_cuda, what makes arrays for them), on the CPU with so many threads in a block, or on a device."""
     if request.param == "device":
         cupy = pytest.importorskip("cupy")
         if not cupy.cuda.is_available():
             pytest.skip("CuPy is installed but there is no CUDA device")
-        return kernels_cuda, cupy.asarray
+        return sparsegpt_cuda, cupy.asarray
     if shutil.which(cuda_on_host.COMPILER) is None:
         pytest.skip(f"{cuda_on_host.COMPILER} is not installed")
 
     def launch(name, dtype, rank, width, blocks, threads, arguments):
-        options = kernels_cuda.options(dtype, rank, width)
-        cuda_on_host.launch(kernels_cuda.source(), options, name, blocks, request.param, arguments)
+        options = sparsegpt_cuda.options(dtype, rank, width)
+        cuda_on_host.launch(sparsegpt_cuda.source(), options, name, blocks, request.param, arguments)
 
-    monkeypatch.setattr(kernels_cuda, "launch", launch)
-    return kernels_cuda, np.ascontiguousarray
+    monkeypatch.setattr(sparsegpt_cuda, "launch", launch)
+    return sparsegpt_cuda, np.ascontiguousarray
 
 
 def assert_same(function, kernels, arguments, *numbers):
     """That `kernels`, (module, what makes arrays), do what those for the CPU do."""
     tolerance = TOLERANCE[str(arguments["a"].dtype)]
-    expected = run(kernels_sweep, function, arguments, np.ascontiguousarray, *numbers)
+    expected = run(sparsegpt_kernels, function, arguments, np.ascontiguousarray, *numbers)
     module, convert = kernels
     computed = run(module, function, arguments, convert, *numbers)
     assert expected.keys() == computed.keys()
@@ -135,7 +135,7 @@ def assert_same(function, kernels, arguments, *numbers):
 def test_gains_are_what_they_are_defined_as(seed, m, d, n, share):
     p = np.random.default_rng(seed).normal(size=(d, n, m)) / share**0.5
     t, phi = explicit_gains(p * share**0.5)
-    found = kernels_sweep.gains(np.ascontiguousarray(tiled(p, kernels_sweep.lanes(m), 1)), share)
+    found = sparsegpt_kernels.gains(np.ascontiguousarray(tiled(p, sparsegpt_kernels.lanes(m), 1)), share)
     for left, right in zip(found, (t * share**0.5, phi), strict=True):
         np.testing.assert_allclose(untiled(left, m, 1), right, rtol=1e-9, atol=1e-11)
 
@@ -192,7 +192,7 @@ def test_a_whole_sweep_by_cuda(cuda, monkeypatch, pattern, n):
         return ms.solve(ms.Problem(arrays[0], ms.RowHessian(*arrays[1:])), pattern, solver)
 
     expected = solution(np.asarray)
-    monkeypatch.setattr("moonshot.solvers.sparsegpt._kernels", lambda weight, rank: kernels_cuda)
+    monkeypatch.setattr("moonshot.solvers.sparsegpt._kernels", lambda weight, rank: sparsegpt_cuda)
     found = solution(convert)
     np.testing.assert_array_equal(on_host(found.mask), expected.mask)
     np.testing.assert_allclose(on_host(found.weight), expected.weight, rtol=1e-9, atol=1e-12)
@@ -211,7 +211,7 @@ def test_what_cuda_cannot_hold_is_said(cuda):
 
 
 @pytest.mark.parametrize("n", [0, 3])
-@pytest.mark.parametrize("kernels", [kernels_sweep, kernels_batched])
+@pytest.mark.parametrize("kernels", [sparsegpt_kernels, sparsegpt_batched])
 def test_a_sweep_leaves_the_columns_outside_alone(kernels, n):
     before = sweep_arguments(1, 3, 8, n, "float64")
     after = run(kernels, "sweep", before, np.ascontiguousarray, 2, 5)

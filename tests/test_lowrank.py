@@ -14,7 +14,7 @@ INVERSES = INVERSES + INVERSES.transpose(0, 2, 1)
 
 def computed(backend, function, *arguments, dtype="float64"):
     arrays = [backend.array(array, dtype) for array in arguments]
-    if backend.name != "torch-cpu":  # which kernels_batched runs on for the tests, and NumPy otherwise
+    if backend.name != "torch-cpu":  # which sparsegpt_batched runs on for the tests, and NumPy otherwise
         arrays = [native(array) for array in arrays]
     return backend.numpy(like(function(*arrays), backend.array(X)))
 

@@ -14,13 +14,15 @@ from transformers import (
 )
 
 import moonshot as ms
-from moonshot.models.blocks import Chain, ModelError, find_blocks
-from moonshot.models.calibration import CalibrationError, as_batches, model_loss
+from moonshot.files.folder import save
+from moonshot.models.blocks import Chain, find_blocks
+from moonshot.models.calibration import CalibrationError, as_batches
 from moonshot.models.chain import block_gradients
 from moonshot.models.layers import layers_of
-from moonshot.models.scratch import Scratch
+from moonshot.models.losses import model_loss
+from moonshot.models.modules import ModelError
+from moonshot.models.offload import Offload
 from moonshot.models.targets import TargetError
-from moonshot.storage import save
 from tests.examples.diagonal_saliency import DiagonalSaliency
 from tests.examples.normalised_reconstruction import NormalisedReconstruction
 
@@ -89,8 +91,8 @@ def test_block_gradients_are_those_of_one_backward_pass():
     chain = Chain(model, blocks, model_loss)
     batch = as_batches(tokens())[0]
     hidden, calls = chain.enter(batch)
-    scratch = Scratch()
-    (kept,) = zip(*block_gradients(chain, [batch], [scratch.keep(hidden)], [calls], scratch), strict=True)
+    offload = Offload()
+    (kept,) = zip(*block_gradients(chain, [batch], [offload.store(hidden)], [calls], offload), strict=True)
     found = [gradient.read() for gradient in kept]
     outputs = []
     handles = [b.register_forward_hook(lambda _m, _a, out: outputs.append(out)) for b in blocks]

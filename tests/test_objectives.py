@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from moonshot.layer.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
+from moonshot.layer.problem import Deviation
 from moonshot.linalg import NotPositiveDefiniteError
-from moonshot.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
-from moonshot.problem import Deviation
 
 R, F, T = Reconstruction(), Fisher(), TokenFisher()
 M, D, TOKENS, SAMPLES = 3, 6, 20, 4

@@ -8,13 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moonshot.linalg import kernels_obs, kernels_obs_batched
-from moonshot.patterns import NM, Unstructured
-from moonshot.solvers import OBS, NotSupportedError, solve
+from moonshot.layer.patterns import NM, Unstructured
+from moonshot.solvers import OBS, NotSupportedError, obs_batched, obs_kernels, solve
 from moonshot.solvers.obs import _refit, _share_out, _Trace
 from strategies import DEGENERATE, Layer, layers, random_layer
 
-KERNELS = [kernels_obs, kernels_obs_batched]
+KERNELS = [obs_kernels, obs_batched]
 
 
 def inverse(matrix):
@@ -129,11 +128,11 @@ class Counting:
 
     def __init__(self):
         self.traces = 0
-        self.solve_restricted = kernels_obs.solve_restricted
+        self.solve_restricted = obs_kernels.solve_restricted
 
     def trace(self, *arguments):
         self.traces += 1
-        return kernels_obs.trace(*arguments)
+        return obs_kernels.trace(*arguments)
 
 
 def test_one_trace_serves_every_budget():
@@ -176,7 +175,7 @@ increments = st.integers(0, 999).map(
 @given(increments)
 def test_budgets_are_shared_out_along_the_convex_hulls(added):
     m, d = added.shape
-    slopes = kernels_obs.hull_slopes(added)
+    slopes = obs_kernels.hull_slopes(added)
     np.testing.assert_allclose(slopes, [explicit_slopes(row) for row in added], rtol=1e-12, atol=1e-14)
     along = np.concatenate([[0], np.cumsum(np.sort(slopes, axis=None))])  # no allocation is below
     for zeros in range(m * d + 1):
@@ -189,7 +188,7 @@ def test_budgets_are_shared_out_along_the_convex_hulls(added):
 
 
 def one_row_makes_up(added, slopes, zeros):
-    """The least loss if one row takes more than whole segments or less; infinite where several segments tie."""
+    """The least loss if one row takes more than whole parts or less; infinite where several parts tie."""
     m, d = added.shape
     limit = np.sort(slopes, axis=None)[max(zeros - 1, 0)]
     below, above = np.sum(slopes < limit, axis=1), np.sum(slopes <= limit, axis=1)
@@ -228,15 +227,15 @@ def test_an_inverse_that_has_lost_its_digits_is_refreshed(kernels, monkeypatch):
     arguments = (state.inverse, state.columns, state.centre, np.zeros(12, int), np.array([12]))
     assert (kernels.trace(*arguments)[2] < 12).all()
     refreshed = largest_error(layer, kernels, first=6)
-    monkeypatch.setattr(kernels_obs_batched, "LOST", 0.0)
-    drifted = largest_error(layer, kernels_obs_batched, first=6)
+    monkeypatch.setattr(obs_batched, "LOST", 0.0)
+    drifted = largest_error(layer, obs_batched, first=6)
     assert refreshed < 1e-8 and drifted > 1e-6
 
 
 def test_an_ill_conditioned_trace_does_not_drift():
     """At condition 1e6 the last of 60 removals is as good as the first."""
     layer = random_layer(6, 2, 60, 3, 1e6)
-    error = largest_error(layer, kernels_obs)
+    error = largest_error(layer, obs_kernels)
     assert error < 1e-7
 
 
@@ -258,17 +257,17 @@ def test_a_refit_that_loses_digits_takes_the_other_side(kernels):
 
 def both_kernels(function, arrays, *numbers):
     """What the kernels for the CPU return, and those for devices on NumPy arrays and on torch tensors."""
-    expected = getattr(kernels_obs, function)(*arrays, *numbers)
+    expected = getattr(obs_kernels, function)(*arrays, *numbers)
     for convert in (np.asarray, torch.from_numpy):
         moved = [convert(x) if isinstance(x, np.ndarray) else x for x in arrays]
-        yield expected, getattr(kernels_obs_batched, function)(*moved, *numbers)
+        yield expected, getattr(obs_batched, function)(*moved, *numbers)
 
 
 @pytest.mark.parametrize("bytes_", [1, 2**30])
 @pytest.mark.parametrize("group", [0, 4])
 @pytest.mark.parametrize("n", [0, 3, 80])
 def test_batched_trace(n, group, bytes_, monkeypatch):
-    monkeypatch.setattr(kernels_obs_batched, "_BYTES", bytes_)
+    monkeypatch.setattr(obs_batched, "_BYTES", bytes_)
     state = OBS().init(random_layer(n, 3, 150 if not group else 160, n, 1e3).problem)
     d = state.centre.shape[1]
     groups, quotas = (np.arange(d) // 4, np.full(d // 4, 3)) if group else (np.zeros(d, int), np.array([d]))
@@ -299,7 +298,7 @@ def test_batched_restricted_solutions(n, sign):
 @pytest.mark.parametrize("n", [0, 3])
 def test_the_solver_on_the_kernels_for_devices(n, pattern):
     problem = random_layer(1, 4, 16, n, 1e4).problem
-    state = replace(OBS().init(problem), kernels=kernels_obs_batched)
+    state = replace(OBS().init(problem), kernels=obs_batched)
     batched, plain = solve(problem, pattern, OBS(), state=state), solve(problem, pattern, OBS())
     np.testing.assert_array_equal(batched.mask, plain.mask)
     np.testing.assert_allclose(batched.weight, plain.weight, rtol=1e-8, atol=1e-10)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonshot.patterns import NM, PatternError, PatternMismatchError, Unstructured, as_pattern
+from moonshot.layer.patterns import NM, PatternError, PatternMismatchError, Unstructured, as_pattern
 
 
 @pytest.mark.parametrize(

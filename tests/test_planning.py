@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import moonshot as ms
-from moonshot import planning
+from moonshot.files import plan as planning
+from moonshot.files.plan import Plan, ResourceError, check_disk, free_memory, plan
 from moonshot.models.calibration import as_batches, batch_samples
-from moonshot.models.scratch import Scratch
-from moonshot.planning import Plan, ResourceError, check_disk, free_memory, plan
+from moonshot.models.offload import Offload
 from tests.test_models import JOINT, block_layers, decoder, tokens
 
 CPU = torch.device("cpu")
@@ -29,15 +29,15 @@ def planned(model, calibration, objective=JOINT, solver=None, **more):
 def test_what_waits_is_what_the_scratch_file_takes(tmp_path, monkeypatch, dtype, objective, targets):
     kept = []
 
-    class Counting(Scratch):
-        def keep(self, tensor):
+    class Counting(Offload):
+        def store(self, tensor):
             kept.append(tensor.nbytes)
-            return super().keep(tensor)
+            return super().store(tensor)
 
-    monkeypatch.setattr("moonshot.walk.Scratch", Counting)
-    monkeypatch.setattr("moonshot.layerwise.Scratch", Counting)
+    monkeypatch.setattr("moonshot.pruning.run.Offload", Counting)
+    monkeypatch.setattr("moonshot.pruning.calibration_pass.Offload", Counting)
     model = decoder(dtype=dtype)
-    expected = planned(model, tokens(), objective, targets=targets).waiting
+    expected = planned(model, tokens(), objective, targets=targets).offloaded
     ms.prune(
         model, tokens(), "2:4", objective=objective, solver=ms.Magnitude(), targets=targets, scratch=tmp_path
     )
@@ -53,7 +53,7 @@ def test_more_of_anything_takes_more(monkeypatch):
     fewer, single = planned(model, tokens(), factors=2), planned(model, tokens(), ms.Reconstruction())
     assert single.memory < fewer.memory < one.memory <= twice.memory < longer.memory
     assert single.seconds < one.seconds < twice.seconds < longer.seconds
-    assert single.waiting < one.waiting < twice.waiting < longer.waiting
+    assert single.offloaded < one.offloaded < twice.offloaded < longer.offloaded
     assert planned(model, tokens(), targets="*.0.mlp.down_proj").seconds < one.seconds
 
 
@@ -63,7 +63,7 @@ def test_trials_take_more(monkeypatch):
     model = decoder()
     none, some = planned(model, tokens(12)), planned(model, tokens(12), trials=6)
     pruned = sum(module.weight.nbytes for module in block_layers(model).values())
-    assert some.waiting - none.waiting == 6 * pruned
+    assert some.offloaded - none.offloaded == 6 * pruned
     assert some.memory > none.memory and 2 * none.seconds < some.seconds < 7 * none.seconds
 
 
@@ -86,7 +86,7 @@ def test_a_plan_of_a_real_solver(solver):
 
 def test_the_time_is_said_in_words():
     assert str(Plan(1000, 3 << 30, 5 << 20)) == (
-        "about 17 minutes, at most 3.0 GiB of memory and 5 MiB for what waits"
+        "about 17 minutes, at most 3.0 GiB of memory, and 5 MiB that can be offloaded to disk"
     )
     assert "about 12 seconds" in str(Plan(12, 1, 1))
 
@@ -104,11 +104,11 @@ def test_targets_that_are_not_there_are_an_error():
 
 
 def test_memory_that_is_not_there():
-    found = Plan(1.0, memory=100, waiting=50)
-    assert not found.needs_scratch(150)
-    assert found.needs_scratch(149) and found.needs_scratch(100)
+    found = Plan(1.0, memory=100, offloaded=50)
+    assert not found.needs_offload(150)
+    assert found.needs_offload(149) and found.needs_offload(100)
     with pytest.raises(ResourceError, match="take fewer factors, shorter samples"):
-        found.needs_scratch(99)
+        found.needs_offload(99)
 
 
 def test_disk_that_is_not_there(tmp_path):

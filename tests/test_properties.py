@@ -11,9 +11,9 @@ import pytest
 from hypothesis import Phase, assume, given, settings
 
 from every_solver import SOLVERS, TABLES, each_solver, true_of
-from moonshot.certificate import lower_bound
-from moonshot.patterns import NM, Unstructured
-from moonshot.problem import Problem, Status
+from moonshot.bounds.certificate import lower_bound
+from moonshot.layer.patterns import NM, Unstructured
+from moonshot.layer.problem import Problem, Status
 from moonshot.solvers import ADMM, IHT, Exact, Swaps, solve
 from strategies import DEGENERATE, EXTREME, Layer, random_layer
 

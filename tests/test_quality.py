@@ -5,8 +5,8 @@ from statistics import mean
 import pytest
 
 import moonshot as ms
-from moonshot.auto import DEFAULT_OBJECTIVE
-from moonshot.comparison import compare
+from moonshot.app.demo import compare
+from moonshot.pruning.auto import DEFAULT_OBJECTIVE
 
 METHODS = [
     ("SparseGPT", ms.SparseGPT(), ms.Reconstruction()),

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from moonshot import relaxation
+from moonshot.bounds import relaxation
+from moonshot.bounds.minorant import first_minorant, proven_minorant, raised_minorant
+from moonshot.layer.patterns import NM, Unstructured, as_pattern
+from moonshot.layer.problem import Problem
 from moonshot.linalg import RowHessian
-from moonshot.linalg.minorant import first_minorant, proven_minorant, raised_minorant
-from moonshot.patterns import NM, Unstructured, as_pattern
-from moonshot.problem import Problem
 from strategies import DEGENERATE, Layer, layers, random_layer
 
 few = settings(max_examples=25)

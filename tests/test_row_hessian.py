@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moonshot.layer.problem import Problem
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.linalg.backend import like
-from moonshot.problem import Problem
 from strategies import DEGENERATE, Layer, layers, random_layer, with_condition
 
 

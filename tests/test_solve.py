@@ -9,12 +9,12 @@ import torch
 
 from conftest import Backend
 from every_solver import SOLVERS, each_solver
-from moonshot import certificate
-from moonshot.certificate import lower_bound
+from moonshot.bounds import certificate
+from moonshot.bounds.certificate import lower_bound
+from moonshot.layer.objectives import Fisher, Reconstruction
+from moonshot.layer.patterns import NM, PatternError, Unstructured
+from moonshot.layer.problem import Problem, Status
 from moonshot.linalg import RowHessian
-from moonshot.objectives import Fisher, Reconstruction
-from moonshot.patterns import NM, PatternError, Unstructured
-from moonshot.problem import Problem, Status
 from moonshot.solvers import (
     ADMM,
     Answer,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonshot.patterns import NM, Unstructured
+from moonshot.layer.patterns import NM, Unstructured
 from moonshot.solvers import SparseGPT, solve
 from strategies import DEGENERATE, Layer, random_layer
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonshot.linalg import NotPositiveDefiniteError, RowHessian, kernels_swaps
-from moonshot.patterns import NM, Unstructured
-from moonshot.problem import Problem, Status
-from moonshot.solvers import ADMM, Answer, Magnitude, SparseGPT, Swaps, solve, swaps
+from moonshot.layer.patterns import NM, Unstructured
+from moonshot.layer.problem import Problem, Status
+from moonshot.linalg import NotPositiveDefiniteError, RowHessian
+from moonshot.solvers import ADMM, Answer, Magnitude, SparseGPT, Swaps, solve, swaps, swaps_kernels
 from strategies import DEGENERATE, Layer, layers, random_layer
 
 INNERS = [Magnitude(), SparseGPT(), ADMM()]
@@ -179,13 +179,13 @@ def exchanged(layer, mask, *, limit, offers, groups=1):
     order = np.argsort(~mask, axis=1, kind="stable")
     factors = np.zeros((0, m, d)) if layer.U is None else np.ascontiguousarray(layer.U.transpose(2, 0, 1))
     rows = np.arange(m)
-    tableaus = kernels_swaps.gather(np.ascontiguousarray(layer.A), factors, rows, order)
+    tableaus = swaps_kernels.gather(np.ascontiguousarray(layer.A), factors, rows, order)
     for tableau, kept in zip(tableaus, mask.sum(axis=1), strict=True):
         swaps.sweep_leading(tableau, kept)
     here = rows[:, None], order
     inside, diagonals = mask[here], np.diagonal(layer.dense(), axis1=1, axis2=2)[here]
     group = (np.arange(d) * groups // d)[order]
-    outcome = kernels_swaps.exchange(
+    outcome = swaps_kernels.exchange(
         tableaus, inside, layer.weight[here], diagonals, group, np.full(m, 1e-9), np.full(m, limit), offers
     )
     u, moves, settled, columns, rises = outcome
@@ -300,13 +300,13 @@ def test_the_limit_holds_over_several_tableaus(monkeypatch):
 
 
 def test_what_rounding_spoils_is_not_returned(monkeypatch):
-    exchange, layer = kernels_swaps.exchange, random_layer(0, 3, 8, 2)
+    exchange, layer = swaps_kernels.exchange, random_layer(0, 3, 8, 2)
 
     def spoiled(*arguments):
         u, *rest = exchange(*arguments)
         return u + 10, *rest
 
-    monkeypatch.setattr(kernels_swaps, "exchange", spoiled)
+    monkeypatch.setattr(swaps_kernels, "exchange", spoiled)
     for pattern in (0.5, "2:4"):
         expected = solve(layer.problem, pattern, ADMM())
         np.testing.assert_array_equal(solve(layer.problem, pattern, Swaps(ADMM())).weight, expected.weight)
@@ -326,7 +326,7 @@ def test_the_number_of_threads_changes_nothing(monkeypatch, together):
     layer = random_layer(1, 7, 32, 3, 1e5)
     for pattern in (Unstructured(0.6), NM(2, 4)):
         expected = solve(layer.problem, pattern, Swaps(ADMM()))
-        monkeypatch.setattr(kernels_swaps, "rows_at_once", lambda d: together)
+        monkeypatch.setattr(swaps_kernels, "rows_at_once", lambda d: together)
         result = solve(layer.problem, pattern, Swaps(ADMM()))
         np.testing.assert_array_equal(result.weight, expected.weight)
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from moonshot.patterns import Pattern, PatternMismatchError
-from moonshot.problem import Problem
+from moonshot.layer.patterns import Pattern, PatternMismatchError
+from moonshot.layer.problem import Problem
 
 
 def all_masks(pattern: Pattern, shape: tuple[int, int]) -> np.ndarray:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from moonshot.checks.faults import Faults, Unchanged, is_instance
-from moonshot.objectives import OBSERVATIONS, Objective, Observation, Quadratic
-from moonshot.problem import Deviation
+from moonshot.layer.objectives import OBSERVATIONS, Objective, Observation, Quadratic
+from moonshot.layer.problem import Deviation
 
 _M, _D, _TOKENS, _SAMPLES = 3, 6, 40, 8
 _ROUNDING = 1e-6

@@ -7,7 +7,7 @@ import numpy as np
 
 from moonshot.checks.exhaustive import accepts, all_masks
 from moonshot.checks.faults import Faults, Unchanged, is_instance
-from moonshot.patterns import Pattern, PatternError, as_pattern
+from moonshot.layer.patterns import Pattern, PatternError, as_pattern
 
 _SHAPES = [(1, 1), (3, 4), (2, 6), (1, 8), (1, 12), (4, 16), (5, 7), (16, 64), (8, 840)]
 _FEW = 12  # weights of a layer of which every mask can be tried

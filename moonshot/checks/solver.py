@@ -9,9 +9,9 @@ import numpy as np
 
 from moonshot.checks.exhaustive import optimum
 from moonshot.checks.faults import Faults, Unchanged, is_instance
+from moonshot.layer.patterns import NM, Pattern, PatternError, Unstructured, as_pattern
+from moonshot.layer.problem import Problem, Result, Status
 from moonshot.linalg.hessian import RowHessian
-from moonshot.patterns import NM, Pattern, PatternError, Unstructured, as_pattern
-from moonshot.problem import Problem, Result, Status
 from moonshot.solvers.base import NotSupportedError, Solver, SolverError, solve
 
 PATTERNS: tuple[Pattern, ...] = (

@@ -134,10 +134,20 @@ def contiguous(array: Array) -> Array:
 def transposed(array: Array) -> Array:
     """The transpose of a matrix, in C order."""
     if is_numpy(array):
-        from moonshot.linalg import kernels_cpu
+        from moonshot.linalg import kernels
 
-        return kernels_cpu.transposed(array)
+        return kernels.transposed(array)
     return contiguous(array.T)
+
+
+def add_multiple(y: Array, x: Array, factor: float) -> None:
+    """`y + factor x` in the place of y; both (m, d)."""
+    if is_numpy(y):
+        from moonshot.linalg import kernels
+
+        kernels.add_multiple(y, x, y.dtype.type(factor))
+    else:
+        y += factor * x
 
 
 def eye_like(reference: Array, n: int) -> Array:
@@ -180,9 +190,9 @@ def smallest(scores: Array, k: int) -> Array:
 def _smallest_on_host(scores: np.ndarray, k: int) -> np.ndarray:
     """`smallest` by values: a partition without indices is several times as fast. The first of equals count."""
     if scores.shape[1] <= _FEW:
-        from moonshot.linalg import kernels_cpu
+        from moonshot.linalg import kernels
 
-        return kernels_cpu.smallest_of_few(scores, k)
+        return kernels.smallest_of_few(scores, k)
     threshold = np.partition(scores, k - 1, axis=1)[:, k - 1 : k]
     mask, equal = scores < threshold, scores == threshold
     missing = k - mask.sum(axis=1)

@@ -129,9 +129,9 @@ def eigenbasis(a: Array) -> tuple[Array, Array]:
 def gram(p: Array) -> Array:
     """`P_i' P_i` for every row, (m, n, n); p: (n, m, d), the P_i' stacked by factor."""
     if is_numpy(p):
-        from moonshot.linalg import kernels_cpu
+        from moonshot.linalg import kernels
 
-        return kernels_cpu.gram(p)
+        return kernels.gram(p)
     xp = namespace(p)
     return xp.permute_dims(p, (1, 0, 2)) @ xp.permute_dims(p, (1, 2, 0))
 
@@ -144,9 +144,9 @@ def capacitance(p: Array) -> Array:
 def inverses(matrices: Array) -> Array:
     """The inverses of positive definite matrices (m, n, n), which may be overwritten."""
     if is_numpy(matrices):
-        from moonshot.linalg import kernels_cpu
+        from moonshot.linalg import kernels
 
-        kernels_cpu.invert(matrices)
+        kernels.invert(matrices)
         return matrices
     return namespace(matrices).linalg.inv(matrices)
 

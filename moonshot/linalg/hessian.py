@@ -278,8 +278,8 @@ class RowHessian:
 def _asymmetry(a: Array) -> float:
     """The largest `|a_ij - a_ji|`."""
     if is_numpy(a):
-        from moonshot.linalg import kernels_cpu
+        from moonshot.linalg import kernels
 
-        return float(kernels_cpu.asymmetry(a))
+        return float(kernels.asymmetry(a))
     xp = namespace(a)
     return float(xp.max(xp.abs(a - a.T)))

@@ -6,9 +6,9 @@ from moonshot.linalg.backend import Array, is_numpy, namespace
 def project(factors: Array, x: Array) -> Array:
     """`U_i' x_i` for every row, (n, m), in the dtype of x; x: (m, d)."""
     if is_numpy(factors):
-        from moonshot.linalg import kernels_cpu
+        from moonshot.linalg import kernels
 
-        return kernels_cpu.project(factors, x)
+        return kernels.project(factors, x)
     xp = namespace(x)
     return xp.stack([xp.sum(u * x, axis=1) for u in factors])
 
@@ -17,9 +17,9 @@ def apply(factors: Array, x: Array, scale: Array | None = None) -> Array:
     """`S U_i U_i' S x_i` for every row, (m, d), in the dtype of x; x: (m, d); S = diag(scale), (d,), None for I."""
     scale = namespace(x).ones_like(x[0]) if scale is None else scale
     if is_numpy(factors):
-        from moonshot.linalg import kernels_cpu
+        from moonshot.linalg import kernels
 
-        return kernels_cpu.apply(factors, x, scale)
+        return kernels.apply(factors, x, scale)
     return _combine(factors, project(factors, x * scale)) * scale
 
 
@@ -29,9 +29,9 @@ def refresh(factors: Array, x: Array, scale: Array, inverses: Array, coefficient
     x: (m, d); S = diag(scale), (d,); inverses: (m, n, n), of the capacitance matrices C_i.
     """
     if is_numpy(factors):
-        from moonshot.linalg import kernels_cpu
+        from moonshot.linalg import kernels
 
-        return kernels_cpu.refresh(factors, x, scale, inverses, coefficients)
+        return kernels.refresh(factors, x, scale, inverses, coefficients)
     xp = namespace(x)
     change = xp.permute_dims(project(factors, x * scale), (1, 0)) - coefficients
     coefficients += (inverses @ change[:, :, None])[:, :, 0]
@@ -44,9 +44,9 @@ def correct(y: Array, factors: Array, inverses: Array) -> Array:
     y: (m, d); factors: (n, m, d); inverses: (m, n, n), of the capacitance matrices.
     """
     if is_numpy(factors):
-        from moonshot.linalg import kernels_cpu
+        from moonshot.linalg import kernels
 
-        kernels_cpu.correct(y, factors, inverses)
+        kernels.correct(y, factors, inverses)
         return y
     xp = namespace(y)
     projected = xp.permute_dims(project(factors, y), (1, 0))[:, :, None]

@@ -18,9 +18,9 @@ def half_product(factors: Array, r: Array, lanes: int) -> Array:
     """
     n, m, d = factors.shape
     if is_numpy(factors):
-        from moonshot.linalg import kernels_cpu
+        from moonshot.linalg import kernels
 
-        out = kernels_cpu.tiled(factors, lanes)
+        out = kernels.tiled(factors, lanes)
         if n:  # in place: the BLAS reads transposes, and multiplies from the right
             columns = out.reshape(d, -1).T
             _blas("trmm", factors)(1.0, contiguous(r).T, columns, side=1, lower=1, overwrite_b=1)

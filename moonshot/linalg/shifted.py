@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 
-from moonshot.linalg.backend import Array, dtype_name, eye_like, zeros_like_shape
+from moonshot.linalg.backend import Array, add_multiple, dtype_name, eye_like, zeros_like_shape
 from moonshot.linalg.factor import inverses
 from moonshot.linalg.lowrank import refresh
-from moonshot.linalg.splitting import add_multiple
 
 _LAG = 0.3  # of what is missing to x, what at most is missing a call later
 _FACTORS_LAG = 0.5  # of what is missing to the c_i

@@ -4,8 +4,8 @@ from functools import cache, cached_property
 from math import inf, sqrt
 
 from moonshot.linalg.backend import Array
+from moonshot.linalg.cache import FirstFewCache
 from moonshot.linalg.hessian import RowHessian
-from moonshot.linalg.kept import FirstFew
 
 
 class WeightedHessians:
@@ -22,7 +22,7 @@ class WeightedHessians:
     def __init__(self, hessian: RowHessian):
         self.hessian = hessian
         self.half_product = cache(hessian.half_product)
-        self.shifted_inverse = FirstFew(hessian.shifted_inverse)
+        self.shifted_inverse = FirstFewCache(hessian.shifted_inverse)
 
     def weighted(self, shared: float, factors: float) -> RowHessian:
         """`shared A + factors U_i U_i'`. ValueError for weights that are not finite, or give no definite Hessian."""

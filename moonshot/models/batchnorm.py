@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from moonshot.models.blocks import evaluating, patched
 from moonshot.models.calibration import Batch, CalibrationError
+from moonshot.models.modules import evaluating, patched
 from moonshot.models.recording import counting
 
 
@@ -23,8 +23,8 @@ def reestimate(
     """Set every batch norm's running mean and variance to those of its inputs over all batches, in place.
 
     forward: (model, batch) -> anything, runs the model; the model is in eval mode meanwhile.
-    parts: modules that run once each in a pass, none inside another. What they return for each batch is kept, so that
-    those that have no layer left to estimate need not run again: faster, for the memory.
+    parts: modules that run once each in a pass, none inside another. What they return for each batch is remembered, so
+    that those that have no layer left to estimate need not run again: faster, for the memory.
 
     Layers are taken in the order in which the model calls them, each one's inputs computed with the new statistics of
     those before. The variance is the unbiased one. So the result does not depend on how the samples are batched, and
@@ -45,13 +45,13 @@ def reestimate(
         try:
             with counting(running) as order:
                 forward(model, batches[0])
-            kept: list[_Kept] = [{} for _ in batches]
+            finished: list[_Results] = [{} for _ in batches]
             for layer, calls in order.items():
                 moments = _Moments()
-                for batch, results in zip(batches, kept, strict=True):
-                    finished = _run_until(layer, calls, moments, model, batch, forward, parts, results)
+                for batch, results in zip(batches, finished, strict=True):
+                    more = _run_until(layer, calls, moments, model, batch, forward, parts, results)
                     if calls == 1:  # so that every layer in what ran before it has its new statistics
-                        results.update(finished)
+                        results.update(more)
                 for buffer, estimate in zip(running[layer], moments.result(names[layer]), strict=True):
                     buffer.copy_(estimate)
         except BaseException:
@@ -70,7 +70,7 @@ def estimate_in_one_pass(
     batched: for comparing many models, not for keeping one.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and _running(layer)]
-    kept = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
+    before = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
     try:
         for layer in layers:
             layer.num_batches_tracked = torch.zeros((), dtype=torch.long)
@@ -79,7 +79,7 @@ def estimate_in_one_pass(
         for batch in batches if layers else []:
             forward(model, batch)
     finally:
-        for layer, momentum, tracked in kept:
+        for layer, momentum, tracked in before:
             layer.momentum, layer.num_batches_tracked = momentum, tracked
             layer.eval()
 
@@ -128,7 +128,7 @@ class _Reached(Exception):
     """The layer has seen the batch: the rest of the model need not run."""
 
 
-_Kept = dict[nn.Module, Any]  # what parts return for one batch
+_Results = dict[nn.Module, Any]  # what parts return for one batch
 
 
 def _run_until(
@@ -139,14 +139,14 @@ def _run_until(
     batch: Batch,
     forward: Callable,
     parts: Sequence[nn.Module],
-    results: _Kept,
-) -> _Kept:
+    results: _Results,
+) -> _Results:
     """Add what the layer sees of one batch to its moments, in as many calls; what other parts returned before them.
 
     results: of parts that need not run. A batch that does not call the layer so often has none to add.
     """
     left = calls
-    finished: _Kept = {}
+    finished: _Results = {}
 
     def record(_layer: nn.Module, arguments: tuple) -> None:
         nonlocal left

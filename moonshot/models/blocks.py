@@ -1,7 +1,6 @@
 """A model as a chain of blocks: find them, cut the model open at their boundaries, run one alone."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +9,9 @@ from torch import Tensor, nn
 
 from moonshot.models.calibration import Batch
 from moonshot.models.layers import layers_of
-
-Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar, the mean over the batch
-
-
-class ModelError(ValueError):
-    """A model that cannot be pruned as it is."""
+from moonshot.models.losses import Loss, check_loss
+from moonshot.models.modules import ModelError, patched
+from moonshot.models.precision import tensors_outside
 
 
 @dataclass(frozen=True)
@@ -41,79 +37,6 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
 
 
-@contextmanager
-def in_float32(tensors: list[Tensor]) -> Iterator[None]:
-    """Half-precision parameters and buffers as float32 inside, in their own memory again outside. Ties stay tied.
-
-    What changed inside is written back, and nothing else: weights may lie in a file.
-    """
-    halves = [(t, t.data) for t in dict.fromkeys(tensors) if t.is_floating_point() and t.itemsize < 4]
-    for tensor, half in halves:
-        tensor.data = half.float()
-    try:
-        yield
-    finally:
-        for tensor, half in halves:
-            rounded = tensor.data.to(half.dtype)
-            if not torch.equal(rounded, half):
-                half.copy_(rounded)
-            tensor.data = half
-
-
-def held(module: nn.Module) -> list[Tensor]:
-    """All parameters and buffers of a module."""
-    return [*module.parameters(), *module.buffers()]
-
-
-def held_outside(model: nn.Module, parts: list[nn.Module]) -> list[Tensor]:
-    """The parameters and buffers of a model that none of its parts holds."""
-    inside = {id(tensor) for part in parts for tensor in held(part)}
-    return [tensor for tensor in held(model) if id(tensor) not in inside]
-
-
-@contextmanager
-def running_in_float32(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
-    """A model that computes in float32, of whose blocks only the one that runs is in it."""
-    running = ExitStack()
-    handles = []
-    for block in blocks:
-        tensors = held(block)
-        handles.append(
-            block.register_forward_pre_hook(lambda *_, t=tensors: running.enter_context(in_float32(t)) and None)
-        )
-        handles.append(block.register_forward_hook(lambda *_: running.close()))
-    try:
-        with running, in_float32(held_outside(model, blocks)):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside; every module's mode as it was outside."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def patched(blocks: list[nn.Module], forwards: list[Callable]) -> Iterator[None]:
-    """Modules that run other functions inside."""
-    for block, forward in zip(blocks, forwards, strict=True):
-        block.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
 class _Entered(Exception):
     """Raised once every block has been called: nothing after them is wanted."""
 
@@ -127,7 +50,7 @@ class Chain:
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], loss: Loss):
         self.model, self.blocks, self.loss = model, blocks, loss
-        self.outside = held_outside(model, blocks)
+        self.outside = tensors_outside(model, blocks)
         self._returns_tuple = False
 
     @torch.no_grad()
@@ -186,14 +109,6 @@ class Chain:
         """One block alone."""
         output = self.blocks[index](hidden.float(), *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
-
-
-def check_loss(loss: Any) -> None:
-    """Raises ModelError for a loss that is not a finite scalar."""
-    if not isinstance(loss, Tensor):
-        raise ModelError(f"the loss must be a scalar tensor, got {type(loss).__name__}")
-    if loss.ndim or not bool(torch.isfinite(loss)):
-        raise ModelError(f"the loss must be a finite scalar, got {loss.detach()}")
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:

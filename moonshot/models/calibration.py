@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 Batch = Any  # a mapping or a sequence of tensors, or one tensor: what `loss(model, batch)` takes
@@ -195,35 +195,3 @@ def windows(tokenizer: Any, text: str, samples: int, length: int, seed: int | No
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.randperm(len(ids) - length, generator=generator)[:samples]
     return ids[offsets[:, None] + torch.arange(length)]
-
-
-def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's own loss, its mean over the batch; a causal language model without labels predicts the next token."""
-    if not isinstance(batch, Mapping):
-        raise CalibrationError(
-            f"a batch is a {type(batch).__name__}: pass loss=, a callable (model, batch) -> scalar, or batches that "
-            "are mappings for model(**batch)"
-        )
-    batch = dict(batch)
-    if "labels" not in batch and "input_ids" in batch and _predicts_the_next_token(model):
-        mask = token_mask(batch)
-        ids = batch["input_ids"]
-        batch["labels"] = ids if mask is None else ids.masked_fill(~mask, -100)
-    if hasattr(getattr(model, "config", None), "use_cache"):
-        batch["use_cache"] = False
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise CalibrationError(
-            f"{type(model).__name__} returns no loss for a batch of {', '.join(batch)}: add labels, or pass loss=, a "
-            "callable (model, batch) -> scalar"
-        )
-    return loss
-
-
-def _predicts_the_next_token(model: nn.Module) -> bool:
-    """Whether a model is a causal language model, by transformers' own table; one it doesn't know is taken for one."""
-    from transformers import PreTrainedModel
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    known = isinstance(model, PreTrainedModel) and type(model).__module__.startswith("transformers.")
-    return not known or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

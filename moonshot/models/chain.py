@@ -8,18 +8,20 @@ gradient, so that one block's statistics and activations are in memory at a time
 import torch
 from torch import nn
 
-from moonshot.models.blocks import Call, Chain, Loss, held, in_float32
+from moonshot.models.blocks import Call, Chain
 from moonshot.models.calibration import Batch, batch_samples, token_mask
 from moonshot.models.layers import LayerView
+from moonshot.models.losses import Loss
+from moonshot.models.offload import Offload, Offloaded
+from moonshot.models.precision import in_float32, tensors_of
 from moonshot.models.recording import Seen, gradient_dtype, output_gradients, recording
-from moonshot.models.scratch import Kept, Scratch
 from moonshot.models.statistics import LayerStatistics
 
 
 class ChainReplay:
     """The blocks' inputs in the partly pruned model and in the dense one, as far as the replay has come.
 
-    gradients: whether the statistics need gradients. What waits for its turn does so in `scratch`.
+    gradients: whether the statistics need gradients. What waits for its turn does so in `offload`.
     """
 
     def __init__(
@@ -29,23 +31,23 @@ class ChainReplay:
         batches: list[Batch],
         loss: Loss,
         gradients: bool,
-        scratch: Scratch,
+        offload: Offload,
     ):
-        self.segments, self.batches = blocks, batches
+        self.parts, self.batches = blocks, batches
         self._chain = Chain(model, [block for _, block in blocks], loss)
         dtype = next(model.parameters()).dtype
-        self._pruned: list[Kept] = []
+        self._pruned: list[Offloaded] = []
         self._calls: list[list[Call]] = []
         with in_float32(self._chain.outside):
             for batch in batches:
                 hidden, calls = self._chain.enter(batch)
-                self._pruned.append(scratch.keep(hidden.to(dtype)))
+                self._pruned.append(offload.store(hidden.to(dtype)))
                 self._calls.append(calls)
-        self._dense: list[Kept] = []
-        self._gradients: list[list[Kept]] = []
+        self._dense: list[Offloaded] = []
+        self._gradients: list[list[Offloaded]] = []
         if gradients:
-            self._gradients = block_gradients(self._chain, batches, self._pruned, self._calls, scratch)
-            self._dense = [scratch.keep(hidden.read()) for hidden in self._pruned]
+            self._gradients = block_gradients(self._chain, batches, self._pruned, self._calls, offload)
+            self._dense = [offload.store(hidden.read()) for hidden in self._pruned]
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
         """Run a block, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
@@ -77,37 +79,37 @@ class ChainReplay:
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Run the block as it is now, in float32, for the inputs of the next one."""
-        for b, kept in enumerate(self._pruned):
-            hidden = kept.read()
-            kept.replace(self._chain.run(index, hidden, self._calls[b][index]).to(hidden.dtype))
+        for b, stored in enumerate(self._pruned):
+            hidden = stored.read()
+            stored.replace(self._chain.run(index, hidden, self._calls[b][index]).to(hidden.dtype))
 
 
 def block_gradients(
-    chain: Chain, batches: list[Batch], hidden: list[Kept], calls: list[list[Call]], scratch: Scratch
-) -> list[list[Kept]]:
+    chain: Chain, batches: list[Batch], hidden: list[Offloaded], calls: list[list[Call]], offload: Offload
+) -> list[list[Offloaded]]:
     """gradients[k][b]: the gradient of sample losses at the output of block k in batch b.
 
     hidden: the first block's inputs, one for each batch. Each batch's mean loss counts as many times as the batch
     has samples. In the dtype of `hidden` (bfloat16 for float16, whose range is too small), one hidden state for each
-    block and batch, all kept in `scratch`.
+    block and batch, all stored in `offload`.
     """
     dtype = gradient_dtype(hidden[0].read().dtype)
     boundaries = [hidden]
     for k, block in enumerate(chain.blocks):
         boundaries.append([])
-        with torch.no_grad(), in_float32(held(block)):
-            for b, kept in enumerate(boundaries[k]):
-                h = kept.read()
-                boundaries[k + 1].append(scratch.keep(chain.run(k, h, calls[b][k]).to(h.dtype)))
+        with torch.no_grad(), in_float32(tensors_of(block)):
+            for b, stored in enumerate(boundaries[k]):
+                h = stored.read()
+                boundaries[k + 1].append(offload.store(chain.run(k, h, calls[b][k]).to(h.dtype)))
     with in_float32(chain.outside):
         for b, batch in enumerate(batches):
             _, gradient = chain.leave(batch, boundaries[-1][b].read())
             boundaries[-1][b].replace((gradient * batch_samples(batch)).to(dtype))
     for k in range(len(chain.blocks) - 1, 0, -1):
-        with in_float32(held(chain.blocks[k])):
-            for b, kept in enumerate(boundaries[k]):
-                leaf = kept.read().float().requires_grad_()
+        with in_float32(tensors_of(chain.blocks[k])):
+            for b, stored in enumerate(boundaries[k]):
+                leaf = stored.read().float().requires_grad_()
                 output = chain.run(k, leaf, calls[b][k])
                 (gradient,) = torch.autograd.grad(output, leaf, boundaries[k + 1][b].read().float())
-                kept.replace(gradient.to(dtype))
+                stored.replace(gradient.to(dtype))
     return boundaries[1:]

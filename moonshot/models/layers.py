@@ -93,6 +93,12 @@ class LayerView:
         self.groups, m, *kernel, self.channels = self._weight().shape
         self.shape = (m, prod(kernel) * self.channels)
 
+    @property
+    def problem_shape(self) -> tuple[int, int]:
+        """Rows and columns of the layer's problem, those of all groups below one another."""
+        m, d = self.shape
+        return self.groups * m, d
+
     def matrices(self) -> Tensor:
         """(groups, m, d), a copy."""
         return self._weight().flip(self.flipped).contiguous().flatten(2)

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moonshot.models.blocks import ModelError
+from moonshot.layer.objectives import Objective, Observation
 from moonshot.models.layers import ExpertView, LayerView
+from moonshot.models.modules import ModelError
 from moonshot.models.recording import Seen
-from moonshot.objectives import Objective, Observation
 
 
 class LayerStatistics:

@@ -4,13 +4,13 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
+from moonshot.layer.patterns import Pattern
+from moonshot.layer.problem import Problem, Status
 from moonshot.linalg.backend import namespace
-from moonshot.linalg.kept import FirstFew
+from moonshot.linalg.cache import FirstFewCache
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.linalg.shifted import ShiftedInverse
-from moonshot.linalg.splitting import move, reflected
-from moonshot.patterns import Pattern
-from moonshot.problem import Problem, Status
+from moonshot.solvers.admm_steps import move, reflected
 from moonshot.solvers.base import Answer
 
 _WINDOW = 5  # iterations over which the weights must rest: the first may move none
@@ -22,7 +22,7 @@ class _State:
     """The problem in the coordinates in which A^-1 has a unit diagonal."""
 
     quadratic: ScaledQuadratic
-    inverse: FirstFew  # of the shifted matrix, and the factors' grams in it
+    inverse: FirstFewCache  # of the shifted matrix, and the factors' grams in it
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ADMM:
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
         quadratic = ScaledQuadratic.of(hessian, problem.centre, hessian.saliency_scale)
-        return _State(quadratic, FirstFew(hessian.shifted_inverse))
+        return _State(quadratic, FirstFewCache(hessian.shifted_inverse))
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         quadratic = state.quadratic

@@ -5,10 +5,10 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from moonshot.certificate import lower_bound
+from moonshot.bounds.certificate import lower_bound
+from moonshot.layer.patterns import Pattern, PatternMismatchError, as_pattern
+from moonshot.layer.problem import Problem, Result, Status
 from moonshot.linalg.backend import Array, all_finite, cast_like, like, namespace, native
-from moonshot.patterns import Pattern, PatternMismatchError, as_pattern
-from moonshot.problem import Problem, Result, Status
 
 
 class SolverError(ValueError):

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from moonshot.layer.patterns import Pattern
+from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import Array, as_dtype, namespace, native
-from moonshot.patterns import Pattern
-from moonshot.problem import Problem
 from moonshot.solvers.base import Answer
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import scipy  # whose linalg is imported where it is first used
 
-from moonshot.branching import COLUMNS, Rows, branch
+from moonshot.bounds.branching import COLUMNS, Rows, branch
+from moonshot.layer.patterns import NM, Pattern, Unstructured
+from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import Array, is_numpy, native
-from moonshot.patterns import NM, Pattern, Unstructured
-from moonshot.problem import Problem
 from moonshot.solvers.base import Answer
 
 

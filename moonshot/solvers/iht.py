@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from moonshot.layer.patterns import NM, Pattern, Unstructured
+from moonshot.layer.problem import Problem, Status, check_weight
 from moonshot.linalg.backend import Array, as_dtype, namespace, native
 from moonshot.linalg.scaled import ScaledQuadratic
-from moonshot.patterns import NM, Pattern, Unstructured
-from moonshot.problem import Problem, Status, check_weight
 from moonshot.solvers.base import Answer
 
 _FIRST, _LONGER, _SHORTER = 4.0, 1.25, 0.7  # the first step size, and its factors after success and failure
@@ -43,7 +43,7 @@ class IHT:
 
     iterations: the limit. steps: conjugate-gradient steps for each y. refits: those of a full refit, at most.
     start: weights (m, d) whose largest `D_ij start_ij^2` are the start instead, as the answer for a neighbouring
-    weighting of the objective (docs/front.md); None for c.
+    weighting of the objective (docs/weighting_sweep.md); None for c.
 
     Status.CONVERGED says that every row has settled. A step with `tau <= 1 / L`, L the largest eigenvalue of
     `D_i^-1/2 H_i D_i^-1/2`, always lowers F, so a row settles for a tau of at least 0.7 / L.

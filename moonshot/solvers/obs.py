@@ -6,6 +6,8 @@ from types import ModuleType
 
 import numpy as np
 
+from moonshot.layer.patterns import NM, Pattern, Unstructured
+from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import (
     Array,
     as_dtype,
@@ -19,11 +21,9 @@ from moonshot.linalg.backend import (
 )
 from moonshot.linalg.factor import NotPositiveDefiniteError, inverse_factor
 from moonshot.linalg.hessian import RowHessian
-from moonshot.linalg.kernels_obs_batched import LOST
 from moonshot.linalg.lowrank import apply
-from moonshot.patterns import NM, Pattern, Unstructured
-from moonshot.problem import Problem
 from moonshot.solvers.base import Answer
+from moonshot.solvers.obs_batched import LOST
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _State:
     @cached_property
     def trace(self) -> _Trace:
         """Of all weights, without a pattern: found once, when first asked for."""
-        from moonshot.linalg.kernels_obs import hull_slopes
+        from moonshot.solvers.obs_kernels import hull_slopes
 
         d = self.centre.shape[1]
         order, increments = _eliminate(self, np.zeros(d, np.int64), np.array([d]))
@@ -87,9 +87,9 @@ class OBS:
     def init(self, problem: Problem) -> _State:
         hessian, centre = problem.hessian, contiguous(as_dtype(problem.centre, "float64"))
         if is_numpy(centre):
-            from moonshot.linalg import kernels_obs as kernels
+            from moonshot.solvers import obs_kernels as kernels
         else:
-            from moonshot.linalg import kernels_obs_batched as kernels  # type: ignore[no-redef]
+            from moonshot.solvers import obs_batched as kernels  # type: ignore[no-redef]
         r = hessian.inverse_factor
         factors, columns = hessian.factors, hessian.inverse_update()
         if factors is None or columns is None:
@@ -152,7 +152,7 @@ def _resume(
 def _share_out(trace: _Trace, zeros: int) -> np.ndarray:
     """How many weights each row loses (m,), `zeros` in all, at about the least loss.
 
-    Whole segments of the rows' convex hulls are taken in the order of their slopes, which is optimal where they fit.
+    Whole parts of the rows' convex hulls are taken in the order of their slopes, which is optimal where they fit.
     The last one rarely does: one row makes up the difference, losing more without that segment or fewer with it.
     """
     slopes = trace.slopes

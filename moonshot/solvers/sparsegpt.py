@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from moonshot.layer.patterns import NM, Pattern, Unstructured
+from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import (
     Array,
     as_dtype,
@@ -16,8 +18,6 @@ from moonshot.linalg.backend import (
     transposed,
     zeros_like_shape,
 )
-from moonshot.patterns import NM, Pattern, Unstructured
-from moonshot.problem import Problem
 from moonshot.solvers.base import Answer
 
 
@@ -28,7 +28,7 @@ class _State:
     kernels: ModuleType
     weight: Array  # (d, m)
     r: Array  # (d, d), A^-1 = R'R
-    p: Array  # (d, tiles, n, lanes), R U_i up to a scale; see kernels_batched for these three
+    p: Array  # (d, tiles, n, lanes), R U_i up to a scale; see sparsegpt_batched for these three
     t: Array  # (d, tiles, n, lanes)
     phi: Array  # (d, tiles, lanes)
 
@@ -89,12 +89,16 @@ class SparseGPT:
 def _kernels(weight: Array, rank: int) -> ModuleType:
     """The sweep's inner loops for arrays of this kind."""
     if is_numpy(weight):
-        from moonshot.linalg import kernels_sweep
+        from moonshot.solvers import sparsegpt_kernels
 
-        return kernels_sweep
-    from moonshot.linalg import kernels_batched, kernels_cuda
+        return sparsegpt_kernels
+    from moonshot.solvers import sparsegpt_batched, sparsegpt_cuda
 
-    return kernels_cuda if is_cupy(weight) and kernels_cuda.fits(rank, dtype_name(weight)) else kernels_batched
+    return (
+        sparsegpt_cuda
+        if is_cupy(weight) and sparsegpt_cuda.fits(rank, dtype_name(weight))
+        else sparsegpt_batched
+    )
 
 
 def _sweep(

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from moonshot.layer.patterns import NM, Pattern, Unstructured
+from moonshot.layer.problem import Problem, Status
 from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, triangular_solve
 from moonshot.linalg.factor import cholesky
-from moonshot.patterns import NM, Pattern, Unstructured
-from moonshot.problem import Problem, Status
 from moonshot.solvers.base import Answer, Solver
 
 _TOLERANCE = 1e-11  # the fall of a row's loss that counts, relative to the loss of an empty row
@@ -111,7 +111,7 @@ class _Layer:
 
     def exchange(self, rows: Array) -> None:
         """Exchange within some rows, and refit them: a few at once, for each has a tableau (d, d)."""
-        from moonshot.linalg import kernels_swaps as kernels
+        from moonshot.solvers import swaps_kernels as kernels
 
         together = kernels.rows_at_once(len(self.groups))
         for part in (rows[first : first + together] for first in range(0, len(rows), together)):

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from benchmark_utils.grading import Layer
 from benchopt import BaseDataset
-from moonshot.comparison import DEMO
+from moonshot.app.demo import DEMO
+from moonshot.files.load import load
+from moonshot.layer.patterns import Pattern
 from moonshot.models.calibration import windows
-from moonshot.patterns import Pattern
-from moonshot.storage import load
 
 LAYERS = ("self_attn.q_proj", "mlp.down_proj")
 

@@ -1,0 +1,204 @@
+"""The command line: `moonshot demo`, `moonshot prune`, `moonshot eval`."""
+
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import moonshot
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Prune trained networks in one shot, and say how good the answer is.",
+)
+console = Console()
+
+
+class Unreached(str, Enum):
+    """What `prune` does with layers that no calibration sample reaches."""
+
+    error = "error"
+    skip = "skip"
+
+
+Model = Annotated[str, typer.Argument(help="A folder or hub name that transformers loads.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A text file or a folder of them; for an image classifier a folder with one sub-folder of images for each "
+        "class; or a datasets name[:config[:split]]."
+    ),
+]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens a sample of text; 2048 unless given.")]
+Seed = Annotated[int, typer.Option(help="Seed of the calibration samples and random signs.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moonshot {moonshot.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+@app.command()
+def demo(
+    save: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("moonshot-demo"), seed: Seed = 0
+) -> None:
+    """Prune a small trained Llama by every method and compare held-out perplexities."""
+    from moonshot.app.demo import compare
+
+    with console.status("loading") as status:
+        comparison = compare(samples=24, seed=seed, on_step=lambda step: status.update(step))
+    dense = comparison.dense
+    patterns = list(comparison.rows[0].perplexities)
+    table = Table(title=f"Held-out perplexity, context {dense.context}, {dense.windows} windows")
+    table.add_column("method")
+    for pattern in patterns:
+        table.add_column(pattern, justify="right")
+    table.add_row("dense", *[f"{dense.value:.2f}"] * len(patterns))
+    for row in comparison.rows:
+        table.add_row(row.method, *(f"{row.perplexities[pattern]:.2f}" for pattern in patterns))
+    console.print(table)
+    save.mkdir(parents=True, exist_ok=True)
+    comparison.plot(save / "demo.png")
+    console.print(f"picture: {save / 'demo.png'}")
+
+
+@app.command()
+def prune(
+    model: Model,
+    data: Data,
+    save: Annotated[Path, typer.Option(help="Folder to write, which must not exist.")],
+    pattern: Annotated[str | None, typer.Option(help='"2:4", "50%", 0.5, or your own as module:Class.')] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros, 0 to 1.")] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="Terms with weights: reconstruction, fisher, token_fisher, your own as module:Class; or 'auto'."
+        ),
+    ] = "0.6 reconstruction + 0.2 token_fisher + 0.2 fisher",
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="magnitude, wanda, sparsegpt, obs, iht, admm, swaps, exact, or your own as module:Class."
+        ),
+    ] = "admm",
+    solver_option: Annotated[
+        list[str] | None, typer.Option(help="An option of the solver, such as growth=1.05; repeat.")
+    ] = None,
+    nsamples: Annotated[int, typer.Option(help="Calibration samples: windows of text, or images.")] = 128,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    factors: Annotated[int, typer.Option(help="Random factors for per-sample gradients.")] = 16,
+    dampening_frac: Annotated[float, typer.Option(help="Ridge, as a fraction of the mean diagonal.")] = 0.01,
+    targets: Annotated[list[str] | None, typer.Option(help="Layers: names, globs, re:...")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone.")] = None,
+    allocate: Annotated[
+        bool, typer.Option("--allocate", help="Share the zeros among the layers by what they cost.")
+    ] = False,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --allocate: a pattern that a layer may have, such as 2:4, or 0 for none; repeat."
+        ),
+    ] = None,
+    bound: Annotated[
+        bool, typer.Option("--bound", help="Prove how far from the optimum each layer is at most.")
+    ] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB it may take in all; what is free unless given.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder for finished layers; the same command then continues an interrupted run."),
+    ] = None,
+    unreached: Annotated[
+        Unreached, typer.Option(help="What becomes of layers that no calibration sample reaches.")
+    ] = Unreached.error,
+) -> None:
+    """Prune a causal language model or an image classifier and save it with its mask, recipe and report."""
+    from moonshot.app.parse import parse_objective, parse_pattern, parse_solver
+    from moonshot.app.prune import PruneCommand
+
+    PruneCommand(
+        model=model,
+        data=data,
+        save=save,
+        pattern=parse_pattern(pattern, sparsity),
+        objective=parse_objective(objective),
+        solver=parse_solver(solver, solver_option or ()),
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        factors=factors,
+        dampening_frac=dampening_frac,
+        targets=targets,
+        ignore=ignore or [],
+        allocate=allocate,
+        choices=choice,
+        bound=bound,
+        memory=memory,
+        checkpoint=checkpoint,
+        unreached=unreached.value,  # type: ignore[arg-type]
+    ).run(console)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Data,
+    seqlen: Seqlen = None,
+    nsamples: Annotated[
+        int, typer.Option(help="Windows from the start of the text, or images; 0 for all.")
+    ] = 0,
+) -> None:
+    """Print the perplexity of a causal language model on a text, or the accuracy of an image classifier."""
+    from moonshot.app.data import pictures, text_windows
+    from moonshot.app.prune import print_skipped
+    from moonshot.files.load import is_image_classifier, load, load_classifier
+    from moonshot.files.text import read_text
+    from moonshot.models.evaluation import accuracy, perplexity
+    from moonshot.models.images import ImageBatches
+
+    if is_image_classifier(model):
+        found = pictures(data, seqlen)
+        network, processor = load_classifier(model)
+        images = ImageBatches(network, processor, found, nsamples or None, 0)
+        console.print(f"accuracy {accuracy(network, images)}", highlight=False)
+        print_skipped(console, images.skipped)
+    else:
+        text = read_text(data)
+        network, tokenizer = load(model)
+        ids = text_windows(tokenizer, text, nsamples or None, seqlen, None)
+        console.print(f"perplexity {perplexity(network, ids)}", highlight=False)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit code 1."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads sleep too: see moonshot.threads
+    sys.path.insert(0, "")  # one's own module:Class is found beside the working directory's files
+    try:
+        app()
+    except (ValueError, TypeError, OSError) as error:
+        notes = " ".join(getattr(error, "__notes__", ()))
+        print(f"moonshot: {error} {notes}".rstrip(), file=sys.stderr)
+        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Control-C
+            print("moonshot: interrupted, nothing was saved but what --checkpoint has", file=sys.stderr)
+        raise

@@ -1,0 +1,166 @@
+"""What is written on the command line, as objectives, patterns and solvers; one's own by `module:Class`."""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from moonshot import solvers
+from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
+from moonshot.layer.patterns import Pattern, as_pattern
+from moonshot.solvers import Solver
+
+TERMS = {"reconstruction": Reconstruction, "fisher": Fisher, "token_fisher": TokenFisher}
+SOLVERS = {
+    kind.__name__.lower(): kind
+    for kind in (
+        solvers.Magnitude,
+        solvers.Wanda,
+        solvers.SparseGPT,
+        solvers.OBS,
+        solvers.IHT,
+        solvers.ADMM,
+        solvers.Swaps,
+        solvers.Exact,
+    )
+}
+_TERM = re.compile(r"\s*([0-9.eE-]+)?\s*\*?\s*([A-Za-z_][\w.]*(?::\w+)?)\s*(?:\((.*)\))?\s*")
+
+
+def parse_objective(text: str) -> Objective | str:
+    """ "0.6 reconstruction + 0.4 fisher" as an objective; a missing weight is 1. "auto" stays what it is.
+
+    A term of one's own is `module:Class`, with arguments such as `mymodule:Huber(delta=0.1)` if it has any.
+    Raises ValueError for what cannot be read.
+    """
+    if text.strip() == "auto":
+        return "auto"
+    total: Objective | None = None
+    for part in re.split(r"\+(?![^(]*\))", text):
+        match = _TERM.fullmatch(part)
+        if match is None:
+            raise ValueError(
+                f"cannot read {part.strip()!r} in the objective: write terms with weights, such as "
+                '"0.7 reconstruction + 0.3 fisher"'
+            )
+        weight, name, arguments = match.groups()
+        kind = _found(name, TERMS, "term", "--objective")
+        term = _made(kind, _arguments(arguments or ""), Objective, name)
+        weighted = (_number(weight, part) if weight else 1.0) * term
+        total = weighted if total is None else total + weighted
+    assert total is not None  # split gives one part at least
+    return total
+
+
+def parse_pattern(pattern: str | None, sparsity: float | None) -> Pattern:
+    """The pattern that --pattern and --sparsity name together. Raises ValueError where they contradict each other."""
+    if pattern is None and sparsity is None:
+        raise ValueError("say how much to prune: --pattern 2:4 or --sparsity 0.5")
+    if pattern is None:
+        return as_pattern(sparsity)  # type: ignore[arg-type]
+    chosen = _own_pattern(pattern) if _is_own(pattern) else as_pattern(pattern)
+    promised = getattr(chosen, "sparsity", None)
+    if sparsity is not None and (promised is None or abs(promised - sparsity) > 1e-9):
+        raise ValueError(
+            f"--pattern {pattern} and --sparsity {sparsity:g} contradict each other (N:M keeps n of every m): "
+            "give one of them"
+        )
+    return chosen
+
+
+def parse_solver(name: str, options: Iterable[str] = ()) -> Solver:
+    """A solver by its name, or one's own by `module:Class`, with options such as "growth=1.05".
+
+    Swaps start from ADMM unless the option `inner` names another. Raises ValueError for unknown names and options.
+    """
+    kind = _found(name, SOLVERS, "solver", "--solver")
+    given: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"cannot read --solver-option {option!r}: write name=value, such as growth=1.05")
+        given[key.strip()] = _literal(value.strip())
+    if kind is solvers.Swaps:
+        given["inner"] = parse_solver(str(given.get("inner", "admm")))
+    return _made(kind, given, Solver, name)
+
+
+def _own_pattern(text: str) -> Pattern:
+    match = re.fullmatch(r"([\w.]+:\w+)\s*(?:\((.*)\))?", text.strip())
+    if match is None:
+        raise ValueError(f"cannot read the pattern {text!r}: write module:Class or module:Class(name=value)")
+    return _made(_imported(match[1], "--pattern"), _arguments(match[2] or ""), Pattern, match[1])
+
+
+def _is_own(text: str) -> bool:
+    return re.match(r"[A-Za-z_][\w.]*:[A-Za-z_]", text.strip()) is not None
+
+
+def _found(name: str, known: dict[str, Any], kind: str, flag: str) -> Any:
+    if ":" in name:
+        return _imported(name, flag)
+    if name.lower() in known:
+        return known[name.lower()]
+    close = get_close_matches(name.lower(), known, 1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(
+        f"{flag}: no {kind} is called {name!r}; {meant}there are {', '.join(known)}, and your own as module:Class"
+    )
+
+
+def _imported(name: str, flag: str) -> Any:
+    """A class by `module:Class`; modules beside the working directory's files are found too."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"{flag} {name}: cannot import {module}: {error}; the file {module.replace('.', '/')}.py must be in "
+            f"{Path.cwd()} or on PYTHONPATH"
+        ) from error
+    if not isinstance(getattr(found, attribute, None), type):
+        classes = [key for key, value in vars(found).items() if isinstance(value, type)]
+        raise ValueError(
+            f"{flag} {name}: {module} has no class {attribute}; it has {', '.join(classes) or 'none'}"
+        )
+    return getattr(found, attribute)
+
+
+def _made(kind: type, arguments: dict[str, Any], protocol: type, name: str) -> Any:
+    try:
+        inspect.signature(kind).bind(**arguments)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(kind).parameters) or "no options"
+        raise ValueError(f"{name}: {error}; it takes {takes}") from error
+    made = kind(**arguments)
+    if not isinstance(made, protocol):
+        raise ValueError(f"{name} is no {protocol.__name__.lower()}: docs/extending.md says what one needs")
+    return made
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """ "delta=0.1, scale=2" as a dictionary."""
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+    except (SyntaxError, ValueError, AssertionError) as error:
+        raise ValueError(f"cannot read the arguments ({text}): write name=value, name=value") from error
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _number(text: str, part: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"cannot read the weight {text!r} of {part.strip()!r} in the objective") from error

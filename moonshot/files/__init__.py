@@ -1,0 +1,1 @@
+"""Models and text on disk: load, map, save, and what pruning them will take."""

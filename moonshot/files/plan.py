@@ -1,0 +1,295 @@
+"""What pruning a language model will take, said before it begins: time, memory, disk.
+
+Everything is counted from the shapes of a transformer's blocks and of the calibration data (`docs/scale.md` has the
+formulas), at the rates at which this machine multiplies matrices and solves two small problems. Times are estimates
+within a factor of about two; memory is meant as an upper bound.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from moonshot.layer.objectives import Objective
+from moonshot.layer.patterns import Unstructured
+from moonshot.layer.problem import Problem
+from moonshot.linalg.hessian import RowHessian
+from moonshot.models.blocks import find_blocks
+from moonshot.models.calibration import Batch, batch_tokens, count_samples
+from moonshot.models.layers import layers_of
+from moonshot.models.precision import tensors_outside
+from moonshot.models.targets import select
+from moonshot.solvers.base import Solver
+
+_FACTORS, _SHARED, _WEIGHTS = 4, 6, 14  # arrays of each kind that a problem and its solver are, at most
+_LOGITS = 4  # arrays of the size of a batch's logits in the loss and its gradient
+_PROBES = 256, 512  # sizes of the problems solved to time a solver
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class ResourceError(ValueError):
+    """There is less memory or disk than pruning takes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What pruning takes: seconds; bytes of memory beyond what the process has, at most; bytes of disk meanwhile.
+
+    memory is without what can be offloaded (the weights as they were, hidden states and gradients between blocks):
+    `offloaded` bytes, in memory or on disk.
+    """
+
+    seconds: float
+    memory: int
+    offloaded: int
+
+    def needs_offload(self, free: int) -> bool:
+        """Whether what can be offloaded must be on disk, for the rest to fit into `free` bytes of memory.
+
+        Raises ResourceError where that does not fit either.
+        """
+        if self.memory > free:
+            raise ResourceError(
+                f"pruning takes {_gib(self.memory)} of memory, and {_gib(free)} are free: take fewer factors, shorter "
+                "samples, an objective without Fisher(), or a machine with more"
+            )
+        return self.memory + self.offloaded > free
+
+    def __str__(self) -> str:
+        minutes = self.seconds / 60
+        time = f"{minutes:.0f} minutes" if minutes >= 1.5 else f"{self.seconds:.0f} seconds"
+        memory, offloaded = _gib(self.memory), _gib(self.offloaded)
+        return f"about {time}, at most {memory} of memory, and {offloaded} that can be offloaded to disk"
+
+
+class Layer(NamedTuple):
+    """A layer of m x d weights, and the module that it is in, with which it may share its input."""
+
+    m: int
+    d: int
+    parent: str
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What follows from shapes alone: layers, factors of a row, multiply-adds without solvers', memory as in Plan."""
+
+    layers: list[Layer]
+    rank: int
+    multiplications: float
+    memory: int
+    offloaded: int
+
+
+def plan(
+    model: nn.Module,
+    batches: list[Batch],
+    *,
+    objective: Objective,
+    solver: Solver,
+    targets: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] = (),
+    factors: int = 16,
+    trials: int = 0,
+) -> Plan | None:
+    """What `prune` takes with these arguments; None for what is no transformer on tokens (batches with input_ids).
+
+    trials: how many objectives on the same terms are tried first.
+    """
+    counts = count(
+        model, batches, objective=objective, targets=targets, ignore=ignore, factors=factors, trials=trials
+    )
+    if counts is None:
+        return None
+    device = next(model.parameters()).device
+    seconds = counts.multiplications / _multiplication_rate(device)
+    seconds += _solver_seconds(solver, counts.rank, counts.layers, device) * (1 + trials)
+    return Plan(seconds, counts.memory, counts.offloaded)
+
+
+def count(
+    model: nn.Module,
+    batches: list[Batch],
+    *,
+    objective: Objective,
+    targets: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] = (),
+    factors: int = 16,
+    trials: int = 0,
+) -> Counts | None:
+    """What can be said of `plan` for a model without weights, on the meta device."""
+    tokens = [batch_tokens(batch) for batch in batches]
+    parts = find_blocks(model)
+    names = [name for part in parts for name, _ in layers_of(*part)]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if not names or not all(tokens) or not embeddings:
+        return None
+    chosen = set(select(names, targets, ignore))
+    blocks = [_chosen(name, block, chosen) for name, block in parts]
+    layers = [layer for block in blocks for layer in block]
+    vocabulary, hidden = embeddings[0].num_embeddings, embeddings[0].embedding_dim
+    itemsize = next(model.parameters()).itemsize
+    replayed = bool(objective.needed & {"gradients", "output_gradients"})
+    rank = min(factors, count_samples(batches)) if "gradients" in objective.needed else 0
+    total, at_once = sum(tokens), max(tokens)
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+
+    offloaded = sum(m * d for m, d, _ in layers) * itemsize * (1 + trials)
+    offloaded += total * hidden * itemsize * (2 + len(blocks) if replayed else 1)
+    weights = [sum(p.numel() for p in block.parameters()) for _, block in parts]
+    outside = sum(tensor.numel() for tensor in tensors_outside(model, [block for _, block in parts]))
+    memory = max(
+        4 * outside + 4 * at_once * vocabulary * _LOGITS,
+        *(
+            4 * own + _running(block, at_once, length, replayed) + _solving(block, objective, rank, trials)
+            for own, block in zip(weights, blocks, strict=True)
+        ),
+    )
+    multiplications = float(total) * sum(weights) * (7 if replayed else 3)
+    multiplications += 3.0 * total * hidden * vocabulary * replayed
+    for block in blocks:
+        multiplications += sum(float(total) * d * d * matrices for d, matrices in _grams(block, objective))
+        multiplications += sum(float(total) * m * d for m, d, _ in block) * (rank > 0)
+    if trials:  # one pass on three quarters of the samples, and each answer's losses on the rest
+        multiplications *= 1.75
+        multiplications += 0.25 * total * trials * (sum(weights) + hidden * vocabulary)
+    return Counts(layers, rank, multiplications, memory, offloaded)
+
+
+def _chosen(prefix: str, block: nn.Module, names: set[str]) -> list[Layer]:
+    return [
+        Layer(view.groups * view.shape[0], view.shape[1], name.rpartition(".")[0])
+        for name, view in layers_of(prefix, block)
+        if name in names
+    ]
+
+
+def _running(block: list[Layer], tokens: int, length: int, replayed: bool) -> int:
+    """Bytes of a block's activations in one batch: what its layers read and return, attention, and gradients of all."""
+    width = sum(m + d for m, d, _ in block)
+    return tokens * (2 * width + 64 * length) * 4 * (2 if replayed else 1)
+
+
+def _grams(block: list[Layer], objective: Objective) -> list[tuple[int, int]]:
+    """(d, how many matrices d x d) of a block's shared statistics: one an input, one a layer where outputs matter."""
+    inputs = {(layer.parent, layer.d) for layer in block}
+    shared = [term.needs for _, term in objective.weighted_terms if "gradients" not in term.needs]
+    per_input = shared.count(frozenset({"inputs"}))
+    per_layer = len(shared) - per_input
+    return [(d, per_input) for _, d in inputs] + [(layer.d, per_layer) for layer in block]
+
+
+def _solving(block: list[Layer], objective: Objective, rank: int, trials: int) -> int:
+    """Bytes of a block's statistics, and of one layer's problem and solver while later layers' gradients wait.
+
+    Trials keep a layer's gradients and what their weighting sweep derives from them.
+    """
+    arrays = _FACTORS - 1 + 2 * (trials > 0)
+    statistics = sum(4 * d * d * matrices for d, matrices in _grams(block, objective))
+    gradients = [4 * rank * m * d for m, d, _ in block]
+    peaks = [
+        sum(gradients[k:]) + arrays * gradients[k] + 8 * d * d * _SHARED + 4 * m * d * _WEIGHTS
+        for k, (m, d, _) in enumerate(block)
+    ]
+    return statistics + max(peaks, default=0)
+
+
+def _multiplication_rate(device: torch.device, size: int = 1024) -> float:
+    """Multiply-adds a second of float32 matrix products."""
+    a = torch.ones(size, size, device=device)
+    products = 8
+    return size**3 * products / _seconds(device, lambda: [a @ a for _ in range(products)])
+
+
+def _solver_seconds(solver: Solver, rank: int, layers: list[Layer], device: torch.device) -> float:
+    """The time of all layers, from that of two small square ones: linear in the rows, a power of the columns."""
+    small, large = (_seconds(device, _probe(solver, rank, size, device)) for size in _PROBES)
+    power = min(max(math.log2(large / small), 2.5), 4.0)  # of a square layer
+    return sum(large * (m / _PROBES[1]) * (d / _PROBES[1]) ** (power - 1) for m, d, _ in layers)
+
+
+def _probe(solver: Solver, rank: int, size: int, device: torch.device) -> Callable[[], object]:
+    """Prune a square layer of random numbers by half."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    x = normal(2 * size, size) * torch.logspace(0, -1, size, device=device)
+    shared = (x.T @ x).double() / (2 * size) + 0.01 * torch.eye(size, device=device)
+    factors = normal(rank, size, size).permute(1, 2, 0) if rank else None
+    weight = normal(size, size)
+
+    def solve() -> object:
+        problem = Problem(weight, RowHessian(shared, factors))
+        return solver.compute(solver.init(problem), Unstructured(0.5))
+
+    return solve
+
+
+def _seconds(device: torch.device, run: Callable[[], object]) -> float:
+    """How long something takes, the second time."""
+    for _ in range(2):
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elapsed = time.perf_counter() - begin
+    return elapsed
+
+
+def free_memory(device: torch.device, most: float | None = None) -> int:
+    """Bytes that this process may still take on a device: of the system's memory within its control group's limit.
+
+    most: GiB of the device's memory that it may take in all.
+    """
+    cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else _free_on_host()
+    if most is None:
+        return free
+    taken = torch.cuda.memory_reserved(device) if cuda else psutil.Process().memory_info().rss
+    return max(min(free, int(most * 2**30) - taken), 0)
+
+
+def _free_on_host() -> int:
+    free = psutil.virtual_memory().available
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # there is none
+        return free
+    return min(free, limit - used)
+
+
+def check_disk(needed: Mapping[Path, int]) -> None:
+    """Raises ResourceError where the disk of a folder, or of several, has fewer bytes left than they need.
+
+    A folder that is not there yet counts where it will be made.
+    """
+    disks: dict[int, list[Path]] = {}
+    for folder in needed:
+        disks.setdefault(_there(folder).stat().st_dev, []).append(folder)
+    for folders in disks.values():
+        free, taken = shutil.disk_usage(_there(folders[0])).free, sum(needed[folder] for folder in folders)
+        if taken > free:
+            raise ResourceError(
+                f"{folders[0]} has {_gib(free)} left and pruning takes {_gib(taken)} there: choose a folder on another "
+                "disk"
+            )
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,280 @@
+"""Objectives: what a layer's pruning is judged by, as weighted sums of quadratic terms.
+
+A term says which observations of a layer it needs, how they add up over calibration batches to a
+statistic, and what quadratic that statistic is. `0.7 * Reconstruction() + 0.3 * Fisher()` is an objective;
+so is each term alone. A new term is one subclass of `Objective` (docs/extending.md has an example).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
+from typing import Any, ClassVar
+
+from moonshot.layer.assembly import (
+    Quadratic,
+    check_fraction,
+    damped,
+    damped_problem,
+    mean_diagonal,
+    normalised,
+    stacked,
+    total_factors,
+    total_shared,
+)
+from moonshot.layer.problem import Deviation, Problem, check_weight
+from moonshot.linalg.backend import Array, all_finite, namespace, native
+
+OBSERVATIONS = ("inputs", "output_gradients", "gradients")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen of a layer in one batch. Token k of `inputs` is token k of `output_gradients`.
+
+    inputs: (tokens, d); output_gradients: (tokens, m), of the training loss;
+    gradients: (n, m, d), of the loss with respect to the weight, one for each calibration sample.
+    """
+
+    inputs: Array | None = None
+    output_gradients: Array | None = None
+    gradients: Array | None = None
+
+    def require(self, name: str, dimensions: int, term: "Objective") -> Array:
+        """One observation as it is computed on, checked; ValueError where it is missing or unusable."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{term.name} needs {name}: pass {name}=...")
+        array = native(value, name)
+        if array.ndim != dimensions:
+            raise ValueError(f"{name} must have {dimensions} dimensions, got {tuple(array.shape)}")
+        if array.shape[0] == 0:
+            raise ValueError(f"{name} is empty: give more calibration data")
+        if not all_finite(array):
+            raise ValueError(f"{name} holds NaN or infinity: look at the calibration data and model")
+        return array
+
+
+class Objective:
+    """A non-negative weighted sum of terms. A subclass with `accumulate` and `quadratic` is a term itself.
+
+    needs: the observations that a term reads, out of OBSERVATIONS.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def weighted_terms(self) -> "tuple[tuple[float, Objective], ...]":
+        """(weight, term) of every term with a positive weight; the weights sum to 1."""
+        return ((1.0, self),)
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """The observations that any of its terms reads."""
+        return frozenset[str]().union(*(term.needs for _, term in self.weighted_terms))
+
+    def accumulate(self, statistic: Any, observation: Observation) -> Any:
+        """The statistic after one more batch; `statistic` is None at the first."""
+        raise TypeError(f"{self.name} is no term: it must define accumulate and quadratic")
+
+    def quadratic(self, statistic: Any, weight: Array) -> Quadratic:
+        """The term's quadratic for a layer with this weight (m, d)."""
+        raise TypeError(f"{self.name} is no term: it must define accumulate and quadratic")
+
+    def __mul__(self, weight: float) -> "Objective":
+        return WeightedSum(((_check_weighting(weight), self),))
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: "Objective") -> "Objective":
+        if not isinstance(other, Objective):
+            return NotImplemented
+        return WeightedSum((*_summands(self), *_summands(other)))
+
+    def problem(
+        self,
+        weight: Array,
+        *,
+        inputs: Array | None = None,
+        gradients: Array | None = None,
+        output_gradients: Array | None = None,
+        dampening_frac: float = 0.01,
+    ) -> Problem:
+        """The pruning problem of one layer from everything seen of it at once.
+
+        weight: (m, d); inputs: (tokens, d); gradients: (n, m, d); output_gradients: (tokens, m), each only
+        where a term needs it. dampening_frac: the ridge, as a fraction of the Hessians' mean diagonal.
+        """
+        observation = Observation(inputs, output_gradients, gradients)
+        statistics = [term.accumulate(None, observation) for _, term in self.weighted_terms]
+        return self.assemble(weight, statistics, dampening_frac=dampening_frac)
+
+    def assemble(self, weight: Array, statistics: list[Any], *, dampening_frac: float = 0.01) -> Problem:
+        """The pruning problem of one layer from one statistic for each of `weighted_terms`.
+
+            F(V) = sum_t weight_t q_t(V) / q_t(0) + delta ||V - W||^2
+
+        delta is dampening_frac times the mean diagonal of the undamped Hessians. Where that leaves the
+        shared matrix numerically indefinite, delta is raised tenfold up to six times; `problem.damping` is
+        the fraction used. Raises NotPositiveDefiniteError if that does not help.
+        """
+        terms = [term for _, term in self.weighted_terms]
+        return self.weigh(weight, quadratics_of(terms, weight, statistics), dampening_frac)
+
+    def weigh(
+        self, weight: Array, quadratics: Mapping["Objective", Quadratic], dampening_frac: float = 0.01
+    ) -> Problem:
+        """`assemble`, from the terms' quadratics."""
+        fraction, w = check_fraction(dampening_frac), check_weight(weight)
+        zero = Deviation(-w)
+        terms = [normalised(term.name, share, quadratics[term], w, zero) for share, term in self.weighted_terms]
+        shared, factors = total_shared(terms, w), total_factors(terms)
+        hessian, damping, ridge = damped(shared, factors, fraction, mean_diagonal(shared, factors))
+        return damped_problem(weight, w, hessian, terms, damping, ridge)
+
+
+@dataclass(frozen=True)
+class WeightedSum(Objective):
+    """A sum of terms; built by `+` and `*`."""
+
+    summands: tuple[tuple[float, Objective], ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(f"{weight:.3g} {term.name}" for weight, term in self.weighted_terms)
+
+    @property
+    def weighted_terms(self) -> tuple[tuple[float, Objective], ...]:
+        weights: dict[Objective, float] = {}
+        for factor, summand in self.summands:
+            for weight, term in _summands(summand):
+                weights[term] = weights.get(term, 0.0) + factor * weight
+        total = sum(weights.values())
+        if total <= 0:
+            raise ValueError("every term of the objective has weight 0: give one a positive weight")
+        return tuple((weight / total, term) for term, weight in weights.items() if weight > 0)
+
+
+@dataclass(frozen=True)
+class Reconstruction(Objective):
+    """How far the layer's output moves: `||X (V - W)'||^2` over the calibration tokens X (tokens, d)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
+
+    def accumulate(self, statistic: Array | None, observation: Observation) -> Array:
+        return _add(statistic, _gram(observation.require("inputs", 2, self)))
+
+    def quadratic(self, statistic: Array, weight: Array) -> Quadratic:
+        return Quadratic(shared=statistic)
+
+
+@dataclass(frozen=True)
+class Fisher(Objective):
+    """Second-order Taylor term of the training loss through the empirical Fisher, one block a row.
+
+    `1/n sum_s sum_i (g_si . (v_i - w_i))^2`, g_s (m, d) the gradient of calibration sample s.
+    Source: MOONSHOT (arXiv 2604.13287); WoodFisher (Singh and Alistarh, 2020) for the row blocks.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"gradients"})
+
+    def accumulate(self, statistic: Array | None, observation: Observation) -> Array:
+        gradients = observation.require("gradients", 3, self)
+        if statistic is None:
+            return gradients
+        return namespace(gradients).concat([statistic, gradients], axis=0)
+
+    def quadratic(self, statistic: Array, weight: Array) -> Quadratic:
+        n, *shape = statistic.shape
+        if tuple(shape) != tuple(weight.shape):
+            raise ValueError(
+                f"gradients must be (n, m, d) with (m, d) = {tuple(weight.shape)}, got {(n, *shape)}"
+            )
+        by_row = namespace(statistic).permute_dims(statistic, (1, 2, 0))
+        return Quadratic(factors=by_row, coefficient=1 / n)
+
+
+@dataclass(frozen=True)
+class TokenFisher(Objective):
+    """Reconstruction with each token weighted by how much the training loss depends on it.
+
+    `sum_t s_t ||(V - W) x_t||^2`, s_t the mean over outputs of the squared output gradient of token t: the
+    empirical Fisher with the outputs' gradients taken as isotropic and tokens as independent.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"inputs", "output_gradients"})
+
+    def accumulate(self, statistic: Array | None, observation: Observation) -> Array:
+        inputs = observation.require("inputs", 2, self)
+        gradients = observation.require("output_gradients", 2, self)
+        if len(inputs) != len(gradients):
+            raise ValueError(
+                f"inputs have {len(inputs)} tokens, output_gradients {len(gradients)}: they must agree"
+            )
+        xp = namespace(inputs)
+        importance = xp.sqrt(xp.mean(gradients**2, axis=1))
+        return _add(statistic, _gram(inputs * importance[:, None]))
+
+    def quadratic(self, statistic: Array, weight: Array) -> Quadratic:
+        return Quadratic(shared=statistic)
+
+
+def quadratics_of(
+    terms: Iterable[Objective], weight: Array, statistics: Iterable[Any]
+) -> dict[Objective, Quadratic]:
+    """{term: its quadratic} on a layer with this weight (m, d). statistics: one for each term."""
+    w = check_weight(weight)
+    return {term: term.quadratic(statistic, w) for term, statistic in zip(terms, statistics, strict=True)}
+
+
+def quadratics_of_groups(
+    terms: Iterable[Objective], weights: Array, statistics: Iterable[Iterable[Any]]
+) -> dict[Objective, Quadratic]:
+    """{term: its quadratic} on all rows (groups m, d) of a layer whose groups of outputs read inputs of their own.
+
+    weights: (groups, m, d); statistics: for each group one for each term.
+
+    What the rows of a group share becomes d factors of each, so that one budget can be spread over all groups: meant
+    for the few inputs of grouped convolutions.
+    """
+    terms, rows = list(terms), [check_weight(weight) for weight in weights]
+    by_group = [
+        quadratics_of(terms, weight, of_group) for weight, of_group in zip(rows, statistics, strict=True)
+    ]
+    return {term: stacked([group[term] for group in by_group], rows) for term in terms}
+
+
+def _check_weighting(weight: float) -> float:
+    if not isinstance(weight, Real) or isinstance(weight, bool):
+        raise TypeError(f"an objective's weight must be a number, got {weight!r}")
+    if not (isfinite(weight) and weight >= 0):
+        raise ValueError(f"an objective's weight must be finite and not negative, got {weight!r}")
+    return float(weight)
+
+
+def _summands(objective: Objective) -> tuple[tuple[float, Objective], ...]:
+    """Terms of an objective with their weights as written, not normalised."""
+    if not isinstance(objective, WeightedSum):
+        return ((1.0, objective),)
+    return tuple(
+        (factor * weight, term) for factor, summand in objective.summands for weight, term in _summands(summand)
+    )
+
+
+def _gram(x: Array) -> Array:
+    return x.T @ x  # symmetric, of which NumPy computes one triangle
+
+
+def _add(statistic: Array | None, update: Array) -> Array:
+    if statistic is not None and statistic.shape != update.shape:
+        raise ValueError(
+            f"a batch has {update.shape[0]} inputs to the layer, the ones before had {statistic.shape[0]}"
+        )
+    if statistic is None:
+        return update
+    statistic += update
+    return statistic

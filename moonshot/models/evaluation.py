@@ -1,0 +1,68 @@
+"""How good a model is: perplexity, always with its context length, and accuracy, with its number of images."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moonshot.models.calibration import Batch
+from moonshot.models.losses import model_loss
+from moonshot.models.modules import evaluating
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean next-token loss over `windows` windows of `context` tokens each."""
+
+    value: float
+    context: int
+    windows: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} (context {self.context}, {self.windows} windows)"
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: Tensor, batch_size: int = 8) -> Perplexity:
+    """Perplexity of a causal language model on token ids (windows, context)."""
+    if ids.ndim != 2 or ids.numel() == 0 or ids.shape[1] < 2:
+        raise ValueError(f"ids must be (windows, context) with a context of 2 or more, got {tuple(ids.shape)}")
+    device = next(model.parameters()).device
+    total = 0.0
+    with evaluating(model):
+        for part in ids.split(batch_size):
+            total += float(model_loss(model, {"input_ids": part.to(device)})) * len(part)
+    return Perplexity(float(torch.tensor(total / len(ids)).exp()), ids.shape[1], len(ids))
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The share of `images` for which the model's highest logit is that of their label."""
+
+    value: float
+    images: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.2f} % ({self.images} images)"
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[Batch]) -> Accuracy:
+    """Accuracy of an image classifier on batches with `labels` (images,), such as `models.images.ImageBatches`."""
+    parameter = next(model.parameters())
+    right = images = 0
+    with evaluating(model):
+        for batch in batches:
+            inputs = {name: _like(tensor, parameter) for name, tensor in batch.items()}
+            labels = inputs.pop("labels")
+            right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+            images += len(labels)
+    if not images:
+        raise ValueError("there are no images to measure accuracy on")
+    return Accuracy(right / images, images)
+
+
+def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """On the parameter's device and, if it is not of integers, in its dtype."""
+    return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else tensor.dtype)

@@ -1,0 +1,72 @@
+"""The training loss: the model's own or a caller's, of a batch, of each sample, of many."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moonshot.models.calibration import Batch, CalibrationError, batch_samples, take, token_mask
+from moonshot.models.modules import ModelError, evaluating
+
+Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar, the mean over the batch
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own loss, its mean over the batch; a causal language model without labels predicts the next token."""
+    if not isinstance(batch, Mapping):
+        raise CalibrationError(
+            f"a batch is a {type(batch).__name__}: pass loss=, a callable (model, batch) -> scalar, or batches that "
+            "are mappings for model(**batch)"
+        )
+    batch = dict(batch)
+    if "labels" not in batch and "input_ids" in batch and _predicts_the_next_token(model):
+        mask = token_mask(batch)
+        ids = batch["input_ids"]
+        batch["labels"] = ids if mask is None else ids.masked_fill(~mask, -100)
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        batch["use_cache"] = False
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise CalibrationError(
+            f"{type(model).__name__} returns no loss for a batch of {', '.join(batch)}: add labels, or pass loss=, a "
+            "callable (model, batch) -> scalar"
+        )
+    return loss
+
+
+def _predicts_the_next_token(model: nn.Module) -> bool:
+    """Whether a model is a causal language model, by transformers' own table; one it doesn't know is taken for one."""
+    from transformers import PreTrainedModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = isinstance(model, PreTrainedModel) and type(model).__module__.startswith("transformers.")
+    return not known or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def check_loss(loss: Any) -> None:
+    """Raises ModelError for a loss that is not a finite scalar."""
+    if not isinstance(loss, Tensor):
+        raise ModelError(f"the loss must be a scalar tensor, got {type(loss).__name__}")
+    if loss.ndim or not bool(torch.isfinite(loss)):
+        raise ModelError(f"the loss must be a finite scalar, got {loss.detach()}")
+
+
+@torch.no_grad()
+def sample_losses(model: nn.Module, batches: list[Batch], loss: Callable[..., Tensor] = model_loss) -> Tensor:
+    """The loss of each sample (samples,), on the CPU."""
+    with evaluating(model):
+        return torch.stack(
+            [
+                loss(model, take(batch, [index])).float().cpu()
+                for batch in batches
+                for index in range(batch_samples(batch))
+            ]
+        )
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: list[Batch], loss: Callable[..., Tensor] = model_loss) -> float:
+    """The mean loss over all samples, each batch in one pass, with the model in the mode that it is in."""
+    total = sum(float(loss(model, batch)) * batch_samples(batch) for batch in batches)
+    return total / sum(batch_samples(batch) for batch in batches)

@@ -1,0 +1,93 @@
+"""Tensors that are not wanted for a while: in memory, or in a file that nobody else sees."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Offloaded(Protocol):
+    """A tensor in an Offload."""
+
+    def read(self) -> Tensor:
+        """The tensor, which is not to be changed in place."""
+
+    def replace(self, tensor: Tensor) -> None:
+        """Store another tensor in its place; it must take as many bytes."""
+
+
+class Offload:
+    """Stores tensors in memory, or in an unnamed file in `folder`, which is gone with the process or this object."""
+
+    def __init__(self, folder: Path | None = None):
+        self._file: Any = None
+        if folder is not None:
+            try:
+                self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as this object
+            except OSError as error:
+                raise OSError(
+                    f"cannot offload to a file in {folder}: {error}; choose another folder"
+                ) from error
+        self._end = 0
+
+    def store(self, tensor: Tensor) -> Offloaded:
+        """The tensor itself in memory, a copy of it on disk."""
+        if self._file is None:
+            return _InMemory(tensor)
+        stored = _InFile(self._file, self._end, tensor)
+        self._end += tensor.nbytes
+        return stored
+
+    def store_all(self, tree: Any) -> Any:
+        """A tree with its tensors stored."""
+        return tree_map(lambda leaf: self.store(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def read_all(tree: Any) -> Any:
+    """A tree with its stored tensors read."""
+    return tree_map(lambda leaf: leaf.read() if isinstance(leaf, _InMemory | _InFile) else leaf, tree)
+
+
+class _InMemory:
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+
+    def read(self) -> Tensor:
+        return self._tensor
+
+    def replace(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+
+class _InFile:
+    def __init__(self, file: Any, offset: int, tensor: Tensor):
+        self._file, self._offset, self._bytes = file, offset, tensor.nbytes
+        self.replace(tensor)
+
+    def read(self) -> Tensor:
+        tensor = torch.empty(self._shape, dtype=self._dtype)
+        self._file.seek(self._offset)
+        if self._file.readinto(_bytes(tensor)) != tensor.nbytes:
+            raise OSError("the offload file is shorter than what was written to it")
+        return tensor.to(self._device)
+
+    def replace(self, tensor: Tensor) -> None:
+        if tensor.nbytes != self._bytes:
+            raise ValueError(f"a tensor of {tensor.nbytes} bytes cannot take the place of one of {self._bytes}")
+        self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
+        try:
+            self._file.seek(self._offset)
+            self._file.write(_bytes(tensor.detach().cpu().contiguous()))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"the offload file took {self._offset / 2**30:.1f} GiB, then: {error}; choose a folder with more "
+                "space, or fewer samples"
+            ) from error
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,56 @@
+"""Half-precision modules that compute in float32 for a while."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def in_float32(tensors: list[Tensor]) -> Iterator[None]:
+    """Half-precision parameters and buffers as float32 inside, in their own memory again outside. Ties stay tied.
+
+    What changed inside is written back, and nothing else: weights may lie in a file.
+    """
+    halves = [(t, t.data) for t in dict.fromkeys(tensors) if t.is_floating_point() and t.itemsize < 4]
+    for tensor, half in halves:
+        tensor.data = half.float()
+    try:
+        yield
+    finally:
+        for tensor, half in halves:
+            rounded = tensor.data.to(half.dtype)
+            if not torch.equal(rounded, half):
+                half.copy_(rounded)
+            tensor.data = half
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """All parameters and buffers of a module."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def tensors_outside(model: nn.Module, parts: list[nn.Module]) -> list[Tensor]:
+    """The parameters and buffers of a model that none of its parts holds."""
+    inside = {id(tensor) for part in parts for tensor in tensors_of(part)}
+    return [tensor for tensor in tensors_of(model) if id(tensor) not in inside]
+
+
+@contextmanager
+def running_in_float32(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
+    """A model that computes in float32, of whose blocks only the one that runs is in it."""
+    running = ExitStack()
+    handles = []
+    for block in blocks:
+        tensors = tensors_of(block)
+        handles.append(
+            block.register_forward_pre_hook(lambda *_, t=tensors: running.enter_context(in_float32(t)) and None)
+        )
+        handles.append(block.register_forward_hook(lambda *_: running.close()))
+    try:
+        with running, in_float32(tensors_outside(model, blocks)):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,56 @@
+"""One pass of a model to learn how it runs: which modules, in which order, and how many rows each layer reads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moonshot.models.calibration import Batch
+from moonshot.models.layers import LayerView
+from moonshot.models.losses import Loss, check_loss
+from moonshot.models.precision import running_in_float32
+from moonshot.models.recording import counting, watching
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """What one pass showed.
+
+    order: the modules in the order of their first calls; once: those that ran once.
+    rows: {layer name: rows it read in each of its calls}; loss: of the batch.
+    """
+
+    order: list[nn.Module]
+    once: set[nn.Module]
+    rows: dict[str, list[int]]
+    loss: float
+
+    def reached(self, views: dict[str, LayerView]) -> set[str]:
+        """The layers that ran. An expert counts as one where any of its parameter did."""
+        ran = {(views[name].module, views[name].parameter) for name in self.rows}
+        return {name for name, view in views.items() if (view.module, view.parameter) in ran}
+
+
+@torch.no_grad()
+def trial_run(
+    model: nn.Module,
+    blocks: list[tuple[str, nn.Module]],
+    views: dict[str, LayerView],
+    batch: Batch,
+    loss: Loss,
+) -> TrialRun:
+    """Run the model on a batch in float32, of its blocks one at a time.
+
+    Raises ModelError for a loss that is not a finite scalar.
+    """
+    rows: dict[str, list[int]] = {}
+
+    def record(name: str, x: Tensor, output: Tensor) -> Tensor:
+        rows.setdefault(name, []).append(len(x))
+        return output
+
+    parts = [block for _, block in blocks]
+    with counting(model.modules()) as calls, watching(views, record), running_in_float32(model, parts):
+        value = loss(model, batch)
+    check_loss(value)
+    return TrialRun(list(calls), {module for module, count in calls.items() if count == 1}, rows, float(value))

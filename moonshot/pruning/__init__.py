@@ -1,0 +1,7 @@
+"""A model from dense to pruned: `prune`, `allocate`, and the report they give."""
+
+from moonshot.pruning.allocate import allocate
+from moonshot.pruning.allocation import Allocation
+from moonshot.pruning.prune import prune
+
+__all__ = ["Allocation", "allocate", "prune"]

@@ -1,0 +1,201 @@
+"""`allocate`: a model-wide sparsity, spent in the layers where it costs the model least."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from moonshot.layer.objectives import Objective
+from moonshot.layer.patterns import Pattern, Unstructured, as_pattern
+from moonshot.layer.problem import Problem
+from moonshot.models.batchnorm import estimate_in_one_pass
+from moonshot.models.calibration import Batch, set_aside
+from moonshot.models.losses import Loss, mean_loss, model_loss, sample_losses
+from moonshot.models.modules import evaluating
+from moonshot.models.offload import Offload
+from moonshot.models.partition import partition_model
+from moonshot.models.precision import in_float32, tensors_of
+from moonshot.models.restore import restored_on_failure
+from moonshot.pruning import budgets
+from moonshot.pruning.allocation import Allocation
+from moonshot.pruning.calibration_pass import CalibrationPass, in_layer
+from moonshot.pruning.choices import RELATIVE, Choice, Offer, SparseMatrix, menu
+from moonshot.pruning.layer_patterns import PatternLike
+from moonshot.pruning.prune import prune_by
+from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
+from moonshot.pruning.selection import best_on_held_out
+from moonshot.solvers.admm import ADMM
+from moonshot.solvers.base import Solver, solve
+
+OnStep = Callable[[str, int], None]
+
+
+def allocate(
+    model: nn.Module,
+    calibration: Any,
+    sparsity: float,
+    *,
+    objective: Objective = DEFAULT_OBJECTIVE,
+    solver: Solver | None = None,
+    patterns: Sequence[PatternLike] | None = None,
+    targets: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] = (),
+    factors: int = 16,
+    dampening_frac: float = 0.01,
+    seed: int = 0,
+    loss: Loss = model_loss,
+    rounds: int = 2,
+    unreached: Literal["error", "skip"] = "error",
+    scratch: Path | None = None,
+    on_step: OnStep | None = None,
+) -> Allocation:
+    """Patterns with a fraction `sparsity` of zeros over all layers together, for `prune`; the model stays as it is.
+
+    patterns: what each layer can have, such as ["1:4", "2:4", 0]; those that do not fit a layer are not offered to it.
+    By default any fraction of zeros, from a grid that is geometric in the weights kept.
+    rounds: how often the layers' curves are weighed by the model's true loss (budgets.measured), 2 passes a layer each.
+    unreached: as in `prune`; layers that are skipped have no part in the budget.
+    on_step: called with what was just done and the number of steps in all, at most.
+    The other arguments are those of `prune`.
+
+    A quarter of the samples is set aside. On the rest every layer is solved at every choice, as if it alone were
+    pruned, which gives its loss as a curve. The curves are handed out (budgets.hand_out) in several units, the answers
+    found so far are put into the model to find the best by its true loss, and measured further. At last the model is
+    really pruned with an even budget, the best unit's and the measured one, and they are compared on the samples set
+    aside: another replaces the even one only where it gains more than noise (selection.best_on_held_out).
+
+    Memory: the nonzeros of all choices, at most 3.4 times the model, and a bit for each weight and choice.
+    Raises what `prune` raises, and BudgetError where the choices cannot have that many zeros.
+    """
+    solver = ADMM() if solver is None else solver
+    recipe = Recipe(objective, solver, targets, ignore, factors, dampening_frac, seed, loss, unreached, scratch)
+    if isinstance(objective, str):
+        raise TypeError('budgets are compared for one objective: name it, prune can choose another by "auto"')
+    if not isinstance(rounds, int) or rounds < 0:
+        raise ValueError(f"rounds must be 0 or a positive integer, got {rounds!r}")
+    even = _even_pattern(sparsity)
+    batches = recipe.batches(model, calibration)
+    fitted, held_out = set_aside(batches, seed)
+    partition = partition_model(model, batches, loss)
+    layers = partition.layers()
+    names = partition.select(targets, ignore)
+    if unreached == "error":
+        partition.check_reached(names)
+    views = {name: layers[name] for name in names if name not in partition.unreached}
+    menus = {name: menu(name, view, even, patterns) for name, view in views.items()}
+    total = sum(even.zeros(view.problem_shape) for view in views.values())
+    budgets.check_total([[zeros for zeros, _ in offered] for offered in menus.values()], total)
+    units = 1 + len(objective.weighted_terms)
+    steps = len(views) * (4 + 2 * rounds) + 1 + units * (1 + 3 * rounds)
+
+    def advance(what: str) -> None:
+        if on_step is not None:
+            on_step(what, steps)
+
+    with restored_on_failure(model, views.values(), Offload(scratch)) as restore, evaluating(model):
+        calibrated = CalibrationPass(model, partition, views, fitted, [objective], recipe)
+        offer = Offer(views, _solved(calibrated, menus, solver, advance), total, exact=patterns is None)
+        del calibrated  # the hidden states it has offloaded
+        with in_float32(tensors_of(model)):
+            candidates = _candidates(offer, _PrunedModel(offer, model, fitted, loss, advance), rounds)
+        restore()
+
+        def held_out_losses(choices: list[int]) -> Tensor:
+            prune_by(
+                replace(recipe, targets=None, ignore=()),
+                model,
+                fitted,
+                offer.patterns(choices),
+                on_layer=lambda layer, _: advance(layer.name),
+            )
+            with in_float32(tensors_of(model)):
+                losses = sample_losses(model, held_out, loss)
+            restore()
+            return losses
+
+        best, trials = best_on_held_out(candidates, held_out_losses)
+    return Allocation(offer.budgets(candidates[best]), best, trials)
+
+
+def _even_pattern(sparsity: PatternLike) -> Unstructured:
+    pattern = as_pattern(sparsity)
+    if not isinstance(pattern, Unstructured):
+        raise TypeError(
+            f'sparsity is a fraction of zeros, such as 0.7 or "70%", got {sparsity!r}: what layers may choose from '
+            "goes to patterns"
+        )
+    return Unstructured(pattern.sparsity)
+
+
+def _solved(
+    calibration: CalibrationPass,
+    menus: dict[str, list[tuple[int, Pattern]]],
+    solver: Solver,
+    advance: Callable[[str], None],
+) -> dict[str, list[Choice]]:
+    """Every layer solved at every choice, the other layers dense."""
+    solved = {}
+    for part in calibration.parts:
+        with calibration.observed(part) as statistics:
+            for name, layer in part.layers.items():
+                (problem,) = calibration.problems(name, layer, statistics)
+                solved[name] = _choices(name, problem, menus[name], solver)
+                del problem  # its memory, before the next one takes as much
+                advance(name)
+    return solved
+
+
+def _choices(name: str, problem: Problem, menu: list[tuple[int, Pattern]], solver: Solver) -> list[Choice]:
+    state = solver.init(problem)
+    return [_choice(name, problem, zeros, pattern, solver, state) for zeros, pattern in menu]
+
+
+def _choice(name: str, problem: Problem, zeros: int, pattern: Pattern, solver: Solver, state: Any) -> Choice:
+    with in_layer(name):
+        result = solve(problem, pattern, solver, state=state)
+    costs = {RELATIVE: result.relative}
+    costs |= {term.name: result.terms[term.name] * term.at_zero for term in problem.terms}
+    return Choice(pattern, zeros, costs, SparseMatrix(result.weight))
+
+
+class _PrunedModel:
+    """A model with its layers' answers put in, to see its loss without solving anything again."""
+
+    def __init__(
+        self, offer: Offer, model: nn.Module, batches: list[Batch], loss: Loss, advance: Callable[[str], None]
+    ):
+        self._offer, self._model, self._batches, self._loss = offer, model, batches, loss
+        self._advance = advance
+        self._now: list[int | None] = [None] * len(offer.views)
+
+    def loss(self, answer: list[int]) -> float:
+        """The mean loss on the batches, batch norms estimated on them; infinite where it is NaN."""
+        for layer, (name, view) in enumerate(self._offer.views.items()):
+            if self._now[layer] != answer[layer]:
+                weight = self._offer.choices[name][answer[layer]].weight.dense()
+                view.assign_rows(weight)
+        self._now = list(answer)
+        estimate_in_one_pass(self._model, self._batches, self._loss)
+        value = mean_loss(self._model, self._batches, self._loss)
+        self._advance(f"loss {value:.4f}")
+        return value if math.isfinite(value) else math.inf
+
+
+def _candidates(offer: Offer, pruned: _PrunedModel, rounds: int) -> dict[str, list[int]]:
+    """The even budget, the best of those that come from a unit of the curves, and what measuring finds from there."""
+    zeros, curves = offer.zeros, {unit: offer.costs(unit) for unit in offer.units}
+    even = budgets.even(zeros, offer.sizes, offer.total)
+    found = {unit: budgets.hand_out(zeros, costs, offer.total) for unit, costs in curves.items()}
+    losses = {unit: pruned.loss(answer) for unit, answer in found.items()}
+    best = min(losses, key=losses.__getitem__)
+    start = min((pruned.loss(even), even), (losses[best], found[best]))
+    measured = budgets.measured(*start, zeros, list(curves.values()), offer.total, pruned.loss, rounds)
+    candidates = {"even": even, best: found[best], "measured": measured}
+    return {
+        name: answer
+        for k, (name, answer) in enumerate(candidates.items())
+        if answer not in list(candidates.values())[:k]
+    }

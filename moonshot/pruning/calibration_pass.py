@@ -1,0 +1,116 @@
+"""One pass of the calibration data through a model, part by part: from what layers see to their pruning problems."""
+
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor, nn
+
+from moonshot.layer.objectives import Objective, quadratics_of, quadratics_of_groups
+from moonshot.layer.problem import Problem
+from moonshot.layer.weighting_sweep import weighting_sweeps
+from moonshot.models.calibration import Batch, count_samples
+from moonshot.models.layers import LayerView, layers_of
+from moonshot.models.offload import Offload
+from moonshot.models.partition import Partition
+from moonshot.models.precision import in_float32, tensors_of
+from moonshot.models.statistics import LayerStatistics
+from moonshot.pruning.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model, and those of its layers that are wanted, by name."""
+
+    index: int
+    module: nn.Module
+    layers: dict[str, LayerView]
+
+
+class CalibrationPass:
+    """Statistics and problems of the layers with these names, by one or more objectives.
+
+    parts: all of the model's, in the order in which it runs them. Their turns come one after the other::
+
+        for part in calibration.parts:
+            with calibration.observed(part) as statistics:
+                for name, layer in part.layers.items():
+                    for problem in calibration.problems(name, layer, statistics):
+                        ...  # solve it, and put the answer back with layer.assign_rows
+
+    What is assigned to a layer before its part is left is what later parts' inputs come from; gradients are those of
+    the model as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: Partition,
+        names: Iterable[str],
+        batches: list[Batch],
+        objectives: Sequence[Objective],
+        recipe: Recipe,
+    ):
+        wanted = set(names)
+        self._objectives, self._recipe, self._routed = objectives, recipe, partition.routed
+        self._union = reduce(add, objectives)
+        self._signs = _random_signs(count_samples(batches), recipe.seed)
+        gradients = bool(self._union.needed & {"gradients", "output_gradients"})
+        self._replay = partition.replay(model, batches, recipe.loss, gradients, Offload(recipe.scratch))
+        self.parts = [
+            Part(index, module, {name: view for name, view in layers_of(prefix, module) if name in wanted})
+            for index, (prefix, module) in enumerate(self._replay.parts)
+        ]
+        self._dtypes = {name: view.weight.dtype for part in self.parts for name, view in part.layers.items()}
+
+    @contextmanager
+    def observed(self, part: Part, done: Container[str] = ()) -> Iterator[LayerStatistics]:
+        """A part in float32 inside, and what its layers have seen; layers that are `done` have no statistics."""
+        layers = {name: view for name, view in part.layers.items() if name not in done}
+        with in_float32(tensors_of(part.module)):
+            statistics = LayerStatistics(layers, self._union, self._recipe.factors, self._signs, self._routed)
+            self._replay.observe(part.index, statistics)
+            yield statistics
+            self._replay.advance(part.index)
+
+    def problems(self, name: str, layer: LayerView, statistics: LayerStatistics) -> Iterator[Problem]:
+        """A layer's problem by each objective, made as it is asked for, with a weight in the layer's own dtype.
+
+        It can be large: let go of it before asking for the next. The layer's gradients leave the statistics.
+        """
+        with in_layer(name):
+            by_group, weights = statistics.pop(name), layer.matrices()
+            if layer.groups == 1:
+                weight = weights[0].to(self._dtypes[name])
+                quadratics = quadratics_of(statistics.terms, weight, by_group[0])
+            else:
+                weights = weights.double()
+                weight = weights.flatten(0, 1)
+                quadratics = quadratics_of_groups(statistics.terms, weights, by_group)
+            fraction = self._recipe.dampening_frac
+            if len(self._objectives) == 1:  # nothing of the statistics is needed once there is a problem
+                return iter((self._objectives[0].weigh(weight, quadratics, fraction),))
+            return _noted(name, weighting_sweeps(self._objectives, weight, quadratics, fraction))
+
+
+def _noted(name: str, problems: Iterator[Problem]) -> Iterator[Problem]:
+    with in_layer(name):
+        yield from problems
+
+
+@contextmanager
+def in_layer(name: str) -> Iterator[None]:
+    """Say in a ValueError which layer it is about."""
+    try:
+        yield
+    except ValueError as error:
+        error.add_note(f"in layer {name}")
+        raise
+
+
+def _random_signs(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0

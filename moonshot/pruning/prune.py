@@ -1,0 +1,187 @@
+"""`prune`: a model, part by part, in place."""
+
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from moonshot.layer.objectives import Objective
+from moonshot.layer.patterns import Pattern
+from moonshot.models.calibration import Batch, batch_tokens, count_samples
+from moonshot.models.losses import Loss, model_loss
+from moonshot.models.partition import partition_model
+from moonshot.pruning.auto import CANDIDATES, best_objective
+from moonshot.pruning.checkpoint import Checkpoint, data_digest
+from moonshot.pruning.layer_patterns import PatternLike, layer_patterns
+from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
+from moonshot.pruning.report import LayerReport, Report, Trial
+from moonshot.pruning.run import PruningRun
+from moonshot.solvers.admm import ADMM
+from moonshot.solvers.base import Solver
+
+OnLayer = Callable[[LayerReport, int], None]
+
+
+def prune(
+    model: nn.Module,
+    calibration: Any,
+    pattern: PatternLike | Mapping[str, PatternLike],
+    *,
+    objective: Objective | str = DEFAULT_OBJECTIVE,
+    solver: Solver | None = None,
+    targets: str | Iterable[str] | None = None,
+    ignore: str | Iterable[str] = (),
+    factors: int = 16,
+    dampening_frac: float = 0.01,
+    seed: int = 0,
+    loss: Loss = model_loss,
+    bound: bool = False,
+    batch_norm: bool = True,
+    unreached: Literal["error", "skip"] = "error",
+    scratch: Path | None = None,
+    checkpoint: Path | str | None = None,
+    on_layer: OnLayer | None = None,
+) -> Report:
+    """Prune the linear and convolutional layers of a model in place, and say how good every layer's answer is.
+
+    calibration: token ids (samples, tokens), a list of batches, or a DataLoader (models.calibration.as_batches).
+    pattern: one for all layers, or {layer name: pattern} for those to prune.
+    objective: what the layers' answers are judged by; "auto" tries those in pruning.auto.CANDIDATES on three quarters
+    of the samples, in one pass through the model, and takes the one that does best on the rest.
+    targets, ignore: names, globs or `re:` expressions of layers (models.targets.select).
+    factors: per-sample gradients are reduced to this many by random signs, without bias, for terms that need them.
+    seed: of the signs and of the samples set aside; the same seed gives the same model.
+    loss: (model, batch) -> scalar, the mean over the batch; the model's own by default, for which batches other
+    than a causal language model's have labels.
+    bound: whether to prove for every layer how far from the optimum its answer is at most (LayerReport.gap); it can
+    take several times as long as pruning.
+    batch_norm: whether running statistics are estimated again on the calibration data (models.batchnorm), where there
+    are any; the report's recipe says so.
+    unreached: what becomes of layers that no calibration sample reached: "skip" leaves them as they are, and
+    Report.skipped names them.
+    scratch: a folder to offload to, in files that are gone afterwards: the layers' weights as they were, and the hidden
+    states and gradients between the model's parts. In memory unless given.
+    checkpoint: a folder for every layer's answer, written as soon as there is one. A call with the same arguments
+    and model continues an interrupted one from there, with the same result.
+    on_layer: called after each layer with its report and the number of layers in all, trials included.
+
+    A transformer's blocks, or the parts that a model can be divided into (models.partition), take their turns: inputs
+    come from the model with its earlier parts pruned, gradients from the dense model. Left alone by default are
+    embeddings, what a transformers model has on top of its base model, the routers of a mixture of experts, and all
+    that lies outside a transformer's blocks.
+    Weights keep their dtype; everything is computed in float32 or better. If it fails, the weights are as they were.
+    """
+    solver = ADMM() if solver is None else solver
+    recipe = Recipe(objective, solver, targets, ignore, factors, dampening_frac, seed, loss, unreached, scratch)
+    return prune_by(
+        recipe,
+        model,
+        calibration,
+        pattern,
+        bound=bound,
+        batch_norm=batch_norm,
+        checkpoint=checkpoint,
+        on_layer=on_layer,
+    )
+
+
+def prune_by(
+    recipe: Recipe,
+    model: nn.Module,
+    calibration: Any,
+    pattern: PatternLike | Mapping[str, PatternLike],
+    *,
+    bound: bool = False,
+    batch_norm: bool = True,
+    checkpoint: Path | str | None = None,
+    on_layer: OnLayer | None = None,
+) -> Report:
+    """`prune`, with what else it takes as a recipe."""
+    batches = recipe.batches(model, calibration)
+    partition = partition_model(model, batches, recipe.loss)
+    patterns = layer_patterns(partition, pattern, recipe)
+    skipped = {name: "no calibration sample reached it" for name in patterns if name in partition.unreached}
+    patterns = {name: chosen for name, chosen in patterns.items() if name not in skipped}
+    report = Report(_described(recipe, pattern, batches), _versions(), skipped=skipped)
+    stored = None
+    if checkpoint is not None:
+        stored = Checkpoint(checkpoint, _work(recipe, report, patterns, batches, bound))
+        report.resumed = len(stored.done)
+    trials = len(CANDIDATES) if isinstance(recipe.objective, str) else 0
+    total = (trials + 1) * len(patterns)
+
+    def advance(layer: LayerReport) -> None:
+        if on_layer is not None:
+            on_layer(layer, total)
+
+    begin = time.perf_counter()
+    run = PruningRun(model, partition, patterns, recipe, batch_norm, advance)
+    with run.restored_on_failure() as restore:
+        objective = recipe.objective
+        if isinstance(objective, str):
+            objective, report.trials = _best_objective(run, batches, stored)
+            restore()
+        report.recipe["objective"] = objective.name
+        report.layers = run.prune([objective], batches, bound=bound, checkpoint=stored)
+    if run.estimates_batch_norm:
+        report.recipe["batch_norm"] = "estimated again"
+    report.seconds = time.perf_counter() - begin
+    report.peak_memory = _peak_memory()
+    return report
+
+
+def _best_objective(
+    run: PruningRun, batches: list[Batch], stored: Checkpoint | None
+) -> tuple[Objective, list[Trial]]:
+    """`best_objective`, or what an earlier run found."""
+    if stored is not None and (trials := stored.trials()):
+        best, found = trials
+        return next(candidate for candidate in CANDIDATES if candidate.name == best), found
+    objective, found = best_objective(run, batches)
+    if stored is not None:
+        stored.store_trials(objective.name, found)
+    return objective, found
+
+
+def _described(recipe: Recipe, pattern: Any, batches: list[Batch]) -> dict[str, Any]:
+    """The recipe as the report has it."""
+    return {
+        "pattern": "per layer" if isinstance(pattern, Mapping) else str(pattern),
+        "solver": repr(recipe.solver),
+        "samples": count_samples(batches),
+        "tokens": sum(batch_tokens(batch) for batch in batches),
+        "factors": recipe.factors,
+        "dampening_frac": recipe.dampening_frac,
+        "seed": recipe.seed,
+    }
+
+
+def _work(
+    recipe: Recipe, report: Report, patterns: Mapping[str, Pattern], batches: Iterable[Any], bound: bool
+) -> dict[str, Any]:
+    """What a layer's answer depends on, apart from the model's weights."""
+    loss, objective = recipe.loss, recipe.objective
+    return report.recipe | {
+        "objective": objective if isinstance(objective, str) else objective.name,
+        "patterns": {name: str(pattern) for name, pattern in patterns.items()},
+        "calibration": data_digest(batches),
+        "loss": f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}",
+        "bound": bound,
+        "moonshot": report.versions["moonshot"],
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("moonshot", "torch", "transformers", "numpy", "scipy", "numba")
+    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+
+
+def _peak_memory() -> int:
+    """Bytes this process held at most, by the operating system's own count."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024

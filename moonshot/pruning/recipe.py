@@ -1,0 +1,55 @@
+"""How a model is pruned, whatever its pattern: what `prune` and `allocate` have in common."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
+from moonshot.models.calibration import Batch, as_batches, moved, tokens_at_once
+from moonshot.models.losses import Loss, model_loss
+from moonshot.solvers.admm import ADMM
+from moonshot.solvers.base import Solver
+
+DEFAULT_OBJECTIVE = 0.6 * Reconstruction() + 0.2 * TokenFisher() + 0.2 * Fisher()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a layer's problem and its answer; `prune` describes each field.
+
+    Raises TypeError or ValueError for what no layer can be pruned by.
+    """
+
+    objective: Objective | str = DEFAULT_OBJECTIVE
+    solver: Solver = ADMM()  # noqa: RUF009 - frozen
+    targets: str | Iterable[str] | None = None
+    ignore: str | Iterable[str] = ()
+    factors: int = 16
+    dampening_frac: float = 0.01
+    seed: int = 0
+    loss: Loss = model_loss
+    unreached: Literal["error", "skip"] = "error"
+    scratch: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective != "auto" and not isinstance(self.objective, Objective):
+            raise TypeError(
+                'objective must be "auto" or such as 0.7 * Reconstruction() + 0.3 * Fisher(), got '
+                f"{self.objective!r}"
+            )
+        if isinstance(self.solver, type) or not isinstance(self.solver, Solver):
+            raise TypeError(f"solver must be an instance such as moonshot.ADMM(), got {self.solver!r}")
+        if self.unreached not in ("error", "skip"):
+            raise ValueError(f'unreached must be "error" or "skip", got {self.unreached!r}')
+        if not isinstance(self.factors, int) or self.factors < 1:
+            raise ValueError(f"factors must be a positive integer, got {self.factors!r}")
+
+    def batches(self, model: nn.Module, calibration: Any) -> list[Batch]:
+        """The calibration data as batches on the model's device."""
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        device = torch.device("cpu") if parameter is None else parameter.device
+        return [moved(batch, device) for batch in as_batches(calibration, tokens_at_once(model))]

@@ -1,0 +1,97 @@
+"""What `prune` did, layer by layer: as a table, as JSON."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: pattern and achieved sparsity, the objective relative to an empty layer, each term's share.
+
+    gap: how far the objective is from the optimum at most, (value - bound) / value, if bounds were asked for.
+    note: what the answer rests on, where that is little.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    sparsity: float
+    relative: float
+    terms: dict[str, float]
+    damping: float
+    status: str
+    seconds: float
+    gap: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An objective or a budget tried: the mean held-out loss after pruning by it, and its gain over the first's.
+
+    gain: mean over held-out samples of the first trial's loss minus this one's; error: its standard error.
+    """
+
+    name: str
+    loss: float
+    gain: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"tried {self.name}: held-out loss {self.loss:.4f}, gain {self.gain:+.4f} +- {self.error:.4f}"
+
+
+@dataclass
+class Report:
+    """A pruned model: its layers by name, the recipe that made it, and what that took.
+
+    skipped: the layers that were to be pruned and are as they were, with the reason.
+    resumed: how many layers' answers an earlier run had left in a checkpoint.
+    trials: what objective="auto" tried (selection.best_on_held_out), empty otherwise.
+    sparsity: fraction of zeros over the pruned layers. seconds: wall-clock; peak_memory: bytes resident at most.
+    """
+
+    recipe: dict[str, str | int | float]
+    versions: dict[str, str]
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+    resumed: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        sizes = {name: layer.shape[0] * layer.shape[1] for name, layer in self.layers.items()}
+        zeros = sum(layer.sparsity * sizes[name] for name, layer in self.layers.items())
+        return zeros / max(sum(sizes.values()), 1)
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "sparsity": self.sparsity}, indent=2)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        width = max([len(name) for name in (*self.layers, *self.skipped)] + [5])
+        bounded = any(layer.gap is not None for layer in self.layers.values())
+        gaps = "  gap <= %" if bounded else ""
+        lines = [f"{'layer':{width}}  {'shape':>13}  pattern  zeros %  relative{gaps}  seconds  status"]
+        for layer in self.layers.values():
+            gap = "" if not bounded else f"  {'' if layer.gap is None else f'{100 * layer.gap:.1f}':>8}"
+            lines.append(
+                f"{layer.name:{width}}  {layer.shape[0]:>5} x {layer.shape[1]:<5}  {layer.pattern:>7}  "
+                f"{100 * layer.sparsity:7.2f}  {layer.relative:8.5f}{gap}  {layer.seconds:7.2f}  {layer.status}"
+                + (f", {layer.note}" if layer.note else "")
+            )
+        lines += [f"{name:{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
+        lines += [str(trial) for trial in self.trials]
+        if "batch_norm" in self.recipe:
+            lines.append(f"batch norm: {self.recipe['batch_norm']}")
+        resumed = f" ({self.resumed} from the checkpoint)" if self.resumed else ""
+        lines.append(
+            f"{len(self.layers)} layers{resumed}, {100 * self.sparsity:.2f} % zeros, {self.seconds:.1f} s, "
+            f"peak memory {self.peak_memory / 2**20:.0f} MiB"
+        )
+        return "\n".join(lines)

@@ -1,0 +1,160 @@
+"""A model pruned layer by layer: each is solved, and its answer is what later layers see."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from moonshot.layer.objectives import Objective
+from moonshot.layer.patterns import Pattern
+from moonshot.layer.problem import Problem
+from moonshot.models.batchnorm import reestimate, running_statistics
+from moonshot.models.calibration import Batch
+from moonshot.models.layers import LayerView
+from moonshot.models.losses import sample_losses
+from moonshot.models.modules import evaluating
+from moonshot.models.offload import Offload
+from moonshot.models.partition import Partition
+from moonshot.models.precision import in_float32, running_in_float32, tensors_of
+from moonshot.models.restore import restored_on_failure
+from moonshot.pruning.calibration_pass import CalibrationPass, in_layer
+from moonshot.pruning.checkpoint import Checkpoint
+from moonshot.pruning.recipe import Recipe
+from moonshot.pruning.report import LayerReport
+from moonshot.solvers.base import solve
+
+
+class LayerAnswer(NamedTuple):
+    """A layer's pruned weight, the rows of all groups below one another, and what is to be said of it."""
+
+    weight: Tensor
+    report: LayerReport
+
+
+@dataclass(frozen=True)
+class PruningRun:
+    """What is the same each time a model is pruned, whatever the objective and the samples.
+
+    patterns: of the layers to prune, by name; batch_norm: whether running statistics are estimated again where there
+    are any; on_layer: called with every report.
+    """
+
+    model: nn.Module
+    partition: Partition
+    patterns: dict[str, Pattern]
+    recipe: Recipe
+    batch_norm: bool
+    on_layer: Callable[[LayerReport], None]
+
+    @contextmanager
+    def restored_on_failure(self) -> Iterator[Callable[[], None]]:
+        """In evaluation mode inside, and if that fails as it was; yields a function that puts it back any time."""
+        layers = self.partition.layers()
+        chosen = [layers[name] for name in self.patterns]
+        with (
+            restored_on_failure(self.model, chosen, Offload(self.recipe.scratch)) as restore,
+            evaluating(self.model),
+        ):
+            yield restore
+
+    def prune(
+        self,
+        objectives: Sequence[Objective],
+        batches: list[Batch],
+        *,
+        bound: bool = False,
+        checkpoint: Checkpoint | None = None,
+        on_answers: Callable[[str, list[Tensor]], None] | None = None,
+    ) -> dict[str, LayerReport]:
+        """Prune the model by the first objective; {layer name: report}.
+
+        on_answers: called with a layer's name and its answers by all objectives, on the inputs that the first one's
+        give.
+        checkpoint: where answers by one objective are stored; those that it has are not looked for again.
+        """
+        reports = {}
+        done = checkpoint.done if checkpoint else frozenset()
+        calibration = CalibrationPass(
+            self.model, self.partition, self.patterns, batches, objectives, self.recipe
+        )
+        for part in calibration.parts:
+            with calibration.observed(part, done) as statistics:
+                for name, layer in part.layers.items():
+                    if checkpoint and name in done:
+                        answers = [LayerAnswer(*checkpoint.answer(name, layer.matrices()))]
+                    else:
+                        tokens = statistics.tokens[name]
+                        solved = self._solver(name, layer, tokens, bound)
+                        # map lets go of each problem before the next one takes as much memory
+                        answers = list(map(solved, calibration.problems(name, layer, statistics)))
+                        if checkpoint:
+                            checkpoint.store(name, layer.matrices(), *answers[0])
+                    layer.assign_rows(answers[0].weight)
+                    if on_answers:
+                        on_answers(name, [answer.weight for answer in answers])
+                    for answer in answers:
+                        self.on_layer(answer.report)
+                    reports[name] = answers[0].report
+        self._estimate_batch_norm(batches)
+        return reports
+
+    def assign(self, answers: Iterable[tuple[str, Tensor]], batches: list[Batch]) -> None:
+        """Give layers stored answers, as if the model had been pruned by them on these samples."""
+        layers = self.partition.layers()
+        for name, weight in answers:
+            layers[name].assign_rows(weight)
+        self._estimate_batch_norm(batches)
+
+    def losses(self, batches: list[Batch]) -> Tensor:
+        """The model's loss on each sample (samples,)."""
+        with running_in_float32(self.model, self._modules):
+            return sample_losses(self.model, batches, self.recipe.loss)
+
+    @property
+    def estimates_batch_norm(self) -> bool:
+        return self.batch_norm and bool(running_statistics(self.model))
+
+    @property
+    def _modules(self) -> list[nn.Module]:
+        return [module for _, module in self.partition.parts]
+
+    def _estimate_batch_norm(self, batches: list[Batch]) -> None:
+        if self.estimates_batch_norm:
+            with in_float32(tensors_of(self.model)):
+                reestimate(self.model, batches, self.recipe.loss, self._modules)
+
+    def _solver(
+        self, name: str, layer: LayerView, tokens: int, bound: bool
+    ) -> Callable[[Problem], LayerAnswer]:
+        """What solves a layer's problem. tokens: how many rows of inputs the problem is made of."""
+
+        def solved(problem: Problem) -> LayerAnswer:
+            with in_layer(name):
+                result = solve(problem, self.patterns[name], self.recipe.solver, bound=bound)
+            return LayerAnswer(
+                result.weight,
+                LayerReport(
+                    name=name,
+                    shape=layer.problem_shape,
+                    pattern=result.pattern,
+                    sparsity=result.sparsity,
+                    relative=result.relative,
+                    terms=result.terms,
+                    damping=problem.damping,
+                    status=str(result.status),
+                    seconds=result.seconds,
+                    gap=result.gap,
+                    note=_note(tokens, layer.shape[1]) if self.partition.routed else "",
+                ),
+            )
+
+        return solved
+
+
+def _note(tokens: int, inputs: int) -> str:
+    """What is to be said of a layer whose inputs cannot tell all of its weights apart."""
+    if tokens >= inputs:
+        return ""
+    return f"{tokens} tokens for {inputs} inputs" if tokens else "no token reached it: pruned by magnitude"
