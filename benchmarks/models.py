@@ -20,6 +20,7 @@ import torch
 import transformers
 from moonshot.models.batchnorm import reestimate
 from moonshot.models.calibration import as_batches
+from moonshot.models.chain import ChainAdapter
 from moonshot.models.layers import layers_of
 from moonshot.models.losses import model_loss
 from moonshot.models.partition import partition_model
@@ -216,7 +217,8 @@ def measured(tried: Tried, samples: int, seed: int) -> tuple[list[str], bool]:
     """Cells of a row, and whether ADMM's outputs move less at every pattern."""
     model, calibration, held_out = built(tried, samples, seed)
     dense = logits(model, held_out)
-    cells = ["chain" if partition_model(model, calibration, model_loss).chained else "graph"]
+    adapter = partition_model(model, calibration, model_loss).adapter
+    cells = ["chain" if isinstance(adapter, ChainAdapter) else "graph"]
     names: list[str] | None = None
     better = True
     for pattern in ("50%", "2:4"):

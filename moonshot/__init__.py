@@ -17,6 +17,10 @@ from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.solvers import ADMM, IHT, OBS, Answer, Exact, Magnitude, Solver, SparseGPT, Swaps, Wanda, solve
 
 if TYPE_CHECKING:
+    from moonshot.models.adapter import Adapter
+    from moonshot.models.chain import ChainAdapter
+    from moonshot.models.graph import GraphAdapter
+    from moonshot.models.layer_view import LayerView
     from moonshot.pruning.allocate import allocate
     from moonshot.pruning.allocation import Allocation
     from moonshot.pruning.prune import prune
@@ -28,10 +32,14 @@ __all__ = [
     "IHT",
     "NM",
     "OBS",
+    "Adapter",
     "Allocation",
     "Answer",
+    "ChainAdapter",
     "Exact",
     "Fisher",
+    "GraphAdapter",
+    "LayerView",
     "Magnitude",
     "NotPositiveDefiniteError",
     "Objective",
@@ -60,7 +68,15 @@ __all__ = [
 
 
 front = weighting_sweep  # its old name
-_WITH_TORCH = {"prune": "pruning.prune", "allocate": "pruning.allocate", "Allocation": "pruning.allocation"}
+_WITH_TORCH = {
+    "Adapter": "models.adapter",
+    "Allocation": "pruning.allocation",
+    "ChainAdapter": "models.chain",
+    "GraphAdapter": "models.graph",
+    "LayerView": "models.layer_view",
+    "allocate": "pruning.allocate",
+    "prune": "pruning.prune",
+}
 
 
 def __getattr__(name: str) -> Any:

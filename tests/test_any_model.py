@@ -12,8 +12,8 @@ import moonshot as ms
 from moonshot.layer.patterns import PatternError
 from moonshot.models.batchnorm import reestimate
 from moonshot.models.calibration import CalibrationError, as_batches
-from moonshot.models.chain import ChainReplay
-from moonshot.models.graph import GraphReplay
+from moonshot.models.chain import ChainAdapter, ChainReplay
+from moonshot.models.graph import GraphAdapter, GraphReplay
 from moonshot.models.layers import layer_view, layers_of
 from moonshot.models.losses import model_loss
 from moonshot.models.modules import ModelError
@@ -208,7 +208,7 @@ def test_every_family_is_cut_and_pruned_to_its_budget(name):
     model, calibration, chained, count, head = built(name)
     before = copy.deepcopy(model.state_dict())
     cut = partition_model(model, as_batches(calibration), model_loss)
-    assert cut.chained is chained
+    assert isinstance(cut.adapter, ChainAdapter) is chained
     report = ms.prune(model, calibration, 0.5, objective=JOINT, solver=ms.SparseGPT())
     assert len(report.layers) == count and report.sparsity == pytest.approx(0.5, abs=2e-3)
     assert head not in report.layers
@@ -249,7 +249,7 @@ def test_a_chain_and_a_graph_see_the_same():
     model = language(transformers.LlamaConfig, num_key_value_heads=2)().eval()
     batches, signs = as_batches(tokens()), torch.tensor([1.0, -1, 1, 1, -1, -1])
     cut = partition_model(model, batches, model_loss)
-    assert cut.chained
+    assert isinstance(cut.adapter, ChainAdapter)
     found = []
     for kind in (ChainReplay, GraphReplay):
         replay, seen = kind(model, cut.parts, batches, model_loss, True, Offload()), {}
@@ -347,7 +347,9 @@ def test_a_plain_network_is_cut_into_segments_that_read_the_pruned_ones_before()
 
     calibration = pairs()[0][0]
     cut = partition_model(model, as_batches(calibration), loss)
-    assert [name for name, _ in cut.parts] == ["0", "2", "4", "6", "8", "10"] and not cut.chained
+    assert [name for name, _ in cut.parts] == ["0", "2", "4", "6", "8", "10"] and isinstance(
+        cut.adapter, GraphAdapter
+    )
     report = ms.prune(model, calibration, 0.5, objective=ms.Reconstruction(), solver=ms.SparseGPT(), loss=loss)
     with torch.no_grad():
         x = model[:10](calibration)
@@ -547,7 +549,7 @@ def test_blocks_that_take_different_arguments(chained):
     torch.manual_seed(0)
     model = Different(chained)
     ((x, _),) = batches = pairs()
-    assert partition_model(model, batches, pair_loss).chained is chained
+    assert isinstance(partition_model(model, batches, pair_loss).adapter, ChainAdapter) is chained
     reads, second = [], copy.deepcopy(model.blocks[1].outer)
     handle = model.blocks[1].outer.register_forward_hook(lambda _m, args, _out: reads.append(args[0].detach()))
     model(x)
@@ -569,7 +571,8 @@ def test_blocks_that_take_different_arguments(chained):
 
 def test_blocks_side_by_side_are_no_chain_whatever_the_loss():
     model = Different(chained=False)
-    assert not partition_model(model, pairs(), lambda model, batch: 1 + 0 * model(batch[0]).sum()).chained
+    side_by_side = partition_model(model, pairs(), lambda model, batch: 1 + 0 * model(batch[0]).sum())
+    assert isinstance(side_by_side.adapter, GraphAdapter)
 
 
 def test_a_layer_of_a_chain_that_never_runs_is_named():

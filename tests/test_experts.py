@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy, linear, silu
 import moonshot as ms
 from moonshot.files.folder import save
 from moonshot.models.calibration import one_by_one
-from moonshot.models.layers import ExpertView, layers_of
+from moonshot.models.expert_view import ExpertView
+from moonshot.models.layers import layers_of
 from moonshot.models.modules import ModelError
 from moonshot.models.offload import Offload
 from moonshot.models.partition import partition_model

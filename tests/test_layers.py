@@ -24,7 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import moonshot as ms
-from moonshot.models import layers
+from moonshot.models import layer_view as layers
 from moonshot.models.layers import UnsupportedLayerError, layer_view
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -130,9 +130,12 @@ def prune(
     unreached: Annotated[
         Unreached, typer.Option(help="What becomes of layers that no calibration sample reaches.")
     ] = Unreached.error,
+    adapter: Annotated[
+        str | None, typer.Option(help="How the model is divided, if it needs one of your own: module:Class.")
+    ] = None,
 ) -> None:
     """Prune a causal language model or an image classifier and save it with its mask, recipe and report."""
-    from moonshot.app.parse import parse_objective, parse_pattern, parse_solver
+    from moonshot.app.parse import parse_adapter, parse_objective, parse_pattern, parse_solver
     from moonshot.app.prune import PruneCommand
 
     PruneCommand(
@@ -155,6 +158,7 @@ def prune(
         memory=memory,
         checkpoint=checkpoint,
         unreached=unreached.value,  # type: ignore[arg-type]
+        adapter=parse_adapter(adapter),
     ).run(console)
 
 

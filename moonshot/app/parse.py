@@ -12,6 +12,7 @@ from typing import Any
 from moonshot import solvers
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.layer.patterns import Pattern, as_pattern
+from moonshot.models.adapter import Adapter
 from moonshot.solvers import Solver
 
 TERMS = {"reconstruction": Reconstruction, "fisher": Fisher, "token_fisher": TokenFisher}
@@ -89,6 +90,11 @@ def parse_solver(name: str, options: Iterable[str] = ()) -> Solver:
     return _made(kind, given, Solver, name)
 
 
+def parse_adapter(name: str | None) -> Adapter | None:
+    """A model adapter of one's own by `module:Class`."""
+    return None if name is None else _made(_imported(name, "--adapter"), {}, Adapter, name)
+
+
 def _own_pattern(text: str) -> Pattern:
     match = re.fullmatch(r"([\w.]+:\w+)\s*(?:\((.*)\))?", text.strip())
     if match is None:
@@ -115,6 +121,8 @@ def _found(name: str, known: dict[str, Any], kind: str, flag: str) -> Any:
 def _imported(name: str, flag: str) -> Any:
     """A class by `module:Class`; modules beside the working directory's files are found too."""
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(f"{flag} {name}: write module:Class")
     try:
         found = import_module(module)
     except ImportError as error:

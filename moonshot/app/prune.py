@@ -18,6 +18,7 @@ from moonshot.files.load import is_image_classifier
 from moonshot.files.text import read_text
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern
+from moonshot.models.adapter import Adapter
 from moonshot.models.calibration import as_batches, tokens_at_once
 from moonshot.models.images import ImageBatches
 from moonshot.pruning.auto import CANDIDATES
@@ -51,6 +52,7 @@ class PruneCommand:
     memory: float | None = None
     checkpoint: Path | None = None
     unreached: Literal["error", "skip"] = "error"
+    adapter: Adapter | None = None
 
     def run(self, console: Console) -> None:
         """Load, plan, prune, save, and say so. Raises ValueError, TypeError or OSError with what to do about it."""
@@ -120,6 +122,7 @@ class PruneCommand:
             seed=self.seed,
             unreached=self.unreached,
             scratch=scratch,
+            adapter=self.adapter,
         )
         allocation = None
         if self.allocate:

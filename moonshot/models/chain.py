@@ -8,14 +8,35 @@ gradient, so that one block's statistics and activations are in memory at a time
 import torch
 from torch import nn
 
-from moonshot.models.blocks import Call, Chain
+from moonshot.models.adapter import Adapter, Parts
+from moonshot.models.blocks import Call, Chain, find_blocks
 from moonshot.models.calibration import Batch, batch_samples, token_mask
-from moonshot.models.layers import LayerView
+from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss
 from moonshot.models.offload import Offload, Offloaded
 from moonshot.models.precision import in_float32, tensors_of
 from moonshot.models.recording import Seen, gradient_dtype, output_gradients, recording
+from moonshot.models.replay import Replay
 from moonshot.models.statistics import LayerStatistics
+from moonshot.models.trial_run import TrialRun
+
+
+class ChainAdapter(Adapter):
+    """The blocks of a transformer, each of which reads the one before and nothing else."""
+
+    def parts(self, model: nn.Module, run: TrialRun) -> Parts:
+        return find_blocks(model)
+
+    def replay(
+        self,
+        model: nn.Module,
+        parts: Parts,
+        batches: list[Batch],
+        loss: Loss,
+        gradients: bool,
+        offload: Offload,
+    ) -> Replay:
+        return ChainReplay(model, parts, batches, loss, gradients, offload)
 
 
 class ChainReplay:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moonshot.models.layers import ExpertView
+from moonshot.models.expert_view import ExpertView
 from moonshot.models.modules import patched
 
 Record = Callable[[str, Tensor, Tensor], Tensor]  # (layer name, what it reads, what it returns) -> what goes on

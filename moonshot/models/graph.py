@@ -14,15 +14,62 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.calibration import Batch, batch_samples, token_mask
 from moonshot.models.losses import Loss, check_loss
 from moonshot.models.modules import ModelError, patched
 from moonshot.models.offload import Offload, read_all
 from moonshot.models.precision import in_float32, tensors_of, tensors_outside
 from moonshot.models.recording import Seen, differentiable, gradient_dtype, output_gradients, recording
+from moonshot.models.replay import Replay
 from moonshot.models.statistics import LayerStatistics
+from moonshot.models.trial_run import TrialRun
 
+_LAYERS = 4  # in a part at most, where it can be divided
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class GraphAdapter(Adapter):
+    """The finest parts that run once each in a pass of the model; a subclass can name others."""
+
+    whole_model = True
+
+    def parts(self, model: nn.Module, run: TrialRun) -> Parts:
+        views = dict(self.layers("", model))
+        running = {views[name].module for name in run.reached(views)}
+        parts = self._divided("", model, running, run.once)
+        if repeated := [name or "the model" for name, part in parts if part not in run.once]:
+            raise ModelError(
+                f"{', '.join(repeated)} ran more than once for one loss, or not for every batch: it must call the "
+                "model once"
+            )
+        return sorted(parts, key=lambda part: run.order.index(part[1]))
+
+    def replay(
+        self,
+        model: nn.Module,
+        parts: Parts,
+        batches: list[Batch],
+        loss: Loss,
+        gradients: bool,
+        offload: Offload,
+    ) -> Replay:
+        return GraphReplay(model, parts, batches, loss, gradients, offload)
+
+    def _divided(self, name: str, module: nn.Module, running: set[nn.Module], once: set[nn.Module]) -> Parts:
+        """A module divided until a part has few layers that run, or what is in it does not run exactly once."""
+
+        def count(part: nn.Module) -> int:
+            return sum(view.module in running for _, view in self.layers("", part))
+
+        children = [
+            (f"{name}.{key}".lstrip("."), child) for key, child in module.named_children() if count(child)
+        ]
+        if not children or (module in once and count(module) <= _LAYERS):
+            return [(name, module)] if count(module) else []
+        parts = [part for child in children for part in self._divided(*child, running, once)]
+        divided = all(part in once for _, part in parts)
+        return parts if divided or module not in once else [(name, module)]
 
 
 class _Reached(Exception):

@@ -1,46 +1,43 @@
 """A model divided into parts that run one after the other, and what is to be known of the layers in them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.blocks import Chain, find_blocks
 from moonshot.models.calibration import Batch, batch_samples, one_by_one, take
-from moonshot.models.chain import ChainReplay
-from moonshot.models.graph import GraphReplay
-from moonshot.models.layers import ExpertView, LayerView, layers_of
+from moonshot.models.chain import ChainAdapter
+from moonshot.models.graph import GraphAdapter
+from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss
 from moonshot.models.modules import ModelError, evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.precision import in_float32, tensors_of
 from moonshot.models.replay import Replay
-from moonshot.models.roles import heads, routers
+from moonshot.models.roles import routers
 from moonshot.models.targets import select
 from moonshot.models.trial_run import TrialRun, trial_run
 
-Parts = list[tuple[str, nn.Module]]
-
-_LAYERS = 4  # in a part at most, where it can be divided
 _CHAIN = 0.8  # the share of all prunable weights that a chain of blocks must hold
 _SAME = 1e-3  # relative difference of the loss through a chain
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Parts by name, in the order in which they run, and what is to be known of the layers in them.
+    """The parts that an adapter finds, by name and in the order in which they run, and what is known of their layers.
 
-    chained: each part reads the one before and nothing else.
-    heads: names of the layers that a transformers model has on top of its base model.
+    heads: names of the layers that the adapter leaves alone, such as what is on top of a transformers model.
     routers: names of the layers that choose among experts, or weigh them.
     unreached: the layers that no sample of any batch reached, in a part or not.
     routed: some layers do not read the same number of rows for every sample, such as experts; samples are then
     replayed one by one, so that all that a layer reads in a batch belongs to one sample, and none of it is padding.
     """
 
+    adapter: Adapter
     parts: Parts
-    chained: bool
     heads: frozenset[str] = frozenset()
     routers: frozenset[str] = frozenset()
     unreached: dict[str, LayerView] = field(default_factory=dict)
@@ -48,8 +45,11 @@ class Partition:
 
     def layers(self) -> dict[str, LayerView]:
         """{name in the model: layer} of all in the parts, and of those that were not reached."""
-        inside = {name: view for prefix, part in self.parts for name, view in layers_of(prefix, part)}
-        return self.unreached | inside
+        return self.unreached | {name: view for part in self.parts for name, view in self.layers_in(*part)}
+
+    def layers_in(self, name: str, module: nn.Module) -> Iterator[tuple[str, LayerView]]:
+        """(name in the model, layer) of the layers in a part."""
+        return self.adapter.layers(name, module)
 
     def select(self, targets: str | Iterable[str] | None, ignore: str | Iterable[str]) -> list[str]:
         """The names of the layers to prune (`targets.select`); without targets, all but heads and routers.
@@ -71,46 +71,47 @@ class Partition:
     def replay(
         self, model: nn.Module, batches: list[Batch], loss: Loss, gradients: bool, offload: Offload
     ) -> Replay:
-        kind = ChainReplay if self.chained else GraphReplay
         batches = _samples(model, batches) if self.routed else batches
-        return kind(model, self.parts, batches, loss, gradients, offload)
+        return self.adapter.replay(model, self.parts, batches, loss, gradients, offload)
 
 
-def partition_model(model: nn.Module, batches: list[Batch], loss: Loss) -> Partition:
-    """A chain of blocks where the model is one, else the finest parts that run once each, in their order.
+def partition_model(
+    model: nn.Module, batches: list[Batch], loss: Loss, adapter: Adapter | None = None
+) -> Partition:
+    """The parts of a model; without an adapter, a chain of blocks where the model is one, else the finest graph.
 
-    Raises ModelError for a model without weights or layers, or that does not run.
+    Raises ModelError for a model without weights or layers, that does not run, or whose parts do not run once each.
     """
     _check(model)
-    views, trials = dict(layers_of("", model)), _Trials(model, loss)
-    head = heads(model)
+    trials = _Trials(model, loss, adapter or GraphAdapter())
+    views, head = trials.views, trials.adapter.left_alone(model)
     weights = {name: view.weight.numel() for name, view in views.items() if name not in head}
     if not weights:
         raise ModelError(f"{type(model).__name__} has no Linear or convolutional layer to prune")
     with evaluating(model):
-        first = trials.run(take(batches[0], [0]))
-        if not first.rows:
+        run = trials.run(take(batches[0], [0]))
+        if not run.rows:
             raise ModelError("the loss ran no layer of the model: it must call model")
-        routed = any(isinstance(view, ExpertView) for view in views.values()) or trials.differ(
-            batches[0], first
-        )
-        chained = _holds_most(trials.blocks, weights) and _is_chain(
-            model, trials.blocks, take(batches[0], [0]), loss, first.loss
-        )
-        once, reached = first.once, first.reached(views)
+        routed = any(view.routed for view in views.values()) or trials.differ(batches[0], run)
+        if adapter is None:
+            adapter = trials.adapter
+            if _holds_most(adapter, trials.blocks, weights) and _is_chain(
+                model, trials.blocks, take(batches[0], [0]), loss, run.loss
+            ):
+                adapter = ChainAdapter()
         for batch in _samples(model, batches) if routed else batches:
-            if len(reached) == len(views) and (chained or not routed):
+            if len(run.reached(views)) == len(views) and not (routed and adapter.whole_model):
                 break
-            run = trials.run(batch)
-            once, reached = once & run.once, reached | run.reached(views)
-    unreached = {name: view for name, view in views.items() if name not in reached}
-    found = routers(model) if routed else frozenset()
-    if chained:
-        inside = {name for part in trials.blocks for name, _ in layers_of(*part)}
-        unreached = {name: view for name, view in unreached.items() if name in inside}
-        return Partition(trials.blocks, True, routers=found, unreached=unreached, routed=routed)
-    parts = _divided(model, {views[name].module for name in reached}, once, first.order)
-    return Partition(parts, False, head, found, unreached, routed)
+            run = run.and_then(trials.run(batch))
+    parts = adapter.parts(model, run)
+    _check_parts(model, parts)
+    reached, inside = run.reached(views), {name for part in parts for name, _ in adapter.layers(*part)}
+    unreached = {
+        name: view
+        for name, view in views.items()
+        if name not in reached and (adapter.whole_model or name in inside)
+    }
+    return Partition(adapter, parts, head, routers(model) if routed else frozenset(), unreached, routed)
 
 
 def _check(model: nn.Module) -> None:
@@ -120,16 +121,33 @@ def _check(model: nn.Module) -> None:
         raise ModelError("the model is on the meta device and holds no weights: load it first")
 
 
+def _check_parts(model: nn.Module, parts: Parts) -> None:
+    """Raises ModelError for parts that are not the model's, or are inside one another."""
+    modules = dict(model.named_modules())
+    if not parts:
+        raise ModelError(f"the adapter finds no parts in {type(model).__name__}: `parts` must name some")
+    for name, part in parts:
+        if modules.get(name) is not part:
+            raise ModelError(f"the adapter's part {name!r} is not what the model has under that name")
+    inside = [
+        name for name, _ in parts for other, _ in parts if name != other and f"{name}.".startswith(f"{other}.")
+    ]
+    if inside or len({name for name, _ in parts}) < len(parts):
+        raise ModelError(
+            f"the adapter's parts overlap: {', '.join(inside) or 'one is named twice'}; each layer belongs to one part"
+        )
+
+
 class _Trials:
     """Trial runs of one model."""
 
-    def __init__(self, model: nn.Module, loss: Loss):
-        self.model, self.loss = model, loss
+    def __init__(self, model: nn.Module, loss: Loss, adapter: Adapter):
+        self.model, self.loss, self.adapter = model, loss, adapter
         self.blocks = find_blocks(model)
-        self._views = dict(layers_of("", model))
+        self.views = dict(adapter.layers("", model))
 
     def run(self, batch: Batch) -> TrialRun:
-        return trial_run(self.model, self.blocks, self._views, batch, self.loss)
+        return trial_run(self.model, self.blocks, self.views, batch, self.loss)
 
     def differ(self, batch: Batch, first: TrialRun) -> bool:
         """Whether layers read other numbers of rows for other samples of the batch than `first`, its first sample."""
@@ -147,9 +165,9 @@ def _samples(model: nn.Module, batches: list[Batch]) -> list[Batch]:
     return one_by_one(batches, aligned=not sequences)
 
 
-def _holds_most(blocks: Parts, weights: Mapping[str, int]) -> bool:
+def _holds_most(adapter: Adapter, blocks: Parts, weights: Mapping[str, int]) -> bool:
     """Whether the blocks hold most of the weights. weights: how many each layer has."""
-    share = sum(weights[name] for block in blocks for name, _ in layers_of(*block) if name in weights)
+    share = sum(weights[name] for block in blocks for name, _ in adapter.layers(*block) if name in weights)
     return share >= _CHAIN * sum(weights.values())
 
 
@@ -171,33 +189,3 @@ def _is_chain(model: nn.Module, blocks: Parts, sample: Batch, loss: Loss, expect
     except (ModelError, TypeError, IndexError, AttributeError, RuntimeError, ValueError):
         return False  # whatever a model does that is no chain
     return abs(found - expected) <= _SAME * max(abs(expected), 1e-6)
-
-
-def _divided(model: nn.Module, layers: set[nn.Module], once: set[nn.Module], order: list[nn.Module]) -> Parts:
-    """The finest parts of a model that run once each, in this order.
-
-    Raises ModelError where not even the whole model does.
-    """
-    parts = _parts("", model, layers, once)
-    if repeated := [name or "the model" for name, part in parts if part not in once]:
-        raise ModelError(
-            f"{', '.join(repeated)} ran more than once for one loss, or not for every batch: it must call the model "
-            "once"
-        )
-    return sorted(parts, key=lambda part: order.index(part[1]))
-
-
-def _parts(name: str, module: nn.Module, layers: set[nn.Module], once: set[nn.Module]) -> Parts:
-    """A module divided until a part has few layers that run, or what is in it does not run exactly once."""
-
-    def running(part: nn.Module) -> int:
-        return sum(view.module in layers for _, view in layers_of("", part))
-
-    children = [
-        (f"{name}.{key}".lstrip("."), child) for key, child in module.named_children() if running(child)
-    ]
-    if not children or (module in once and running(module) <= _LAYERS):
-        return [(name, module)] if running(module) else []
-    parts = [part for child in children for part in _parts(*child, layers, once)]
-    divided = all(part in once for _, part in parts)
-    return parts if divided or module not in once else [(name, module)]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from moonshot.models.expert_view import ExpertView
 from moonshot.models.experts import Record, watching_experts
-from moonshot.models.layers import ExpertView, LayerView
+from moonshot.models.layer_view import LayerView
 
 Seen = dict[str, list[Tensor]]  # by layer name, a tensor for each call
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from moonshot.models.batchnorm import running_statistics
-from moonshot.models.layers import LayerView
+from moonshot.models.layer_view import LayerView
 from moonshot.models.offload import Offload
 
 

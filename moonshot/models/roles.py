@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from moonshot.models.layers import ExpertView, layers_of
+from moonshot.models.expert_view import ExpertView
+from moonshot.models.layers import layers_of
 
 
 def heads(model: nn.Module) -> frozenset[str]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moonshot.layer.objectives import Objective, Observation
-from moonshot.models.layers import ExpertView, LayerView
+from moonshot.models.layer_view import LayerView
 from moonshot.models.modules import ModelError
 from moonshot.models.recording import Seen
 
@@ -59,8 +59,7 @@ class LayerStatistics:
                 for seen in (inputs, dense_inputs, deltas)
             )
             if read:
-                linear = type(view) in (LayerView, ExpertView)
-                reads = tuple((x.data_ptr(), x.shape) for x in read) if linear else (name,)
+                reads = tuple((x.data_ptr(), x.shape) for x in read) if view.plain_rows else (name,)
                 self._owner.setdefault(name, first_reader.setdefault(reads, name))
                 self.tokens[name] += sum(_count(x, mask) for x in read)
             if self.routed:

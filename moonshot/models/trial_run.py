@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.calibration import Batch
-from moonshot.models.layers import LayerView
+from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss, check_loss
 from moonshot.models.precision import running_in_float32
 from moonshot.models.recording import counting, watching
@@ -14,16 +14,23 @@ from moonshot.models.recording import counting, watching
 
 @dataclass(frozen=True)
 class TrialRun:
-    """What one pass showed.
+    """What one pass of the model showed, or several.
 
-    order: the modules in the order of their first calls; once: those that ran once.
-    rows: {layer name: rows it read in each of its calls}; loss: of the batch.
+    order: the modules in the order of their first calls; once: those that ran once in every pass.
+    rows: {layer name: rows it read in each of its calls}; loss: of the first batch.
     """
 
     order: list[nn.Module]
     once: set[nn.Module]
     rows: dict[str, list[int]]
     loss: float
+
+    def and_then(self, other: "TrialRun") -> "TrialRun":
+        """What this run and another showed together: a module runs once if it did so in both."""
+        rows = {
+            name: self.rows.get(name, []) + other.rows.get(name, []) for name in {**self.rows, **other.rows}
+        }
+        return TrialRun(self.order, self.once & other.once, rows, self.loss)
 
     def reached(self, views: dict[str, LayerView]) -> set[str]:
         """The layers that ran. An expert counts as one where any of its parameter did."""

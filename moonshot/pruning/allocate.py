@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern, Unstructured, as_pattern
 from moonshot.layer.problem import Problem
+from moonshot.models.adapter import Adapter
 from moonshot.models.batchnorm import estimate_in_one_pass
 from moonshot.models.calibration import Batch, set_aside
 from moonshot.models.losses import Loss, mean_loss, model_loss, sample_losses
@@ -50,6 +51,7 @@ def allocate(
     rounds: int = 2,
     unreached: Literal["error", "skip"] = "error",
     scratch: Path | None = None,
+    adapter: Adapter | None = None,
     on_step: OnStep | None = None,
 ) -> Allocation:
     """Patterns with a fraction `sparsity` of zeros over all layers together, for `prune`; the model stays as it is.
@@ -79,7 +81,7 @@ def allocate(
     even = _even_pattern(sparsity)
     batches = recipe.batches(model, calibration)
     fitted, held_out = set_aside(batches, seed)
-    partition = partition_model(model, batches, loss)
+    partition = partition_model(model, batches, loss, adapter)
     layers = partition.layers()
     names = partition.select(targets, ignore)
     if unreached == "error":

@@ -13,7 +13,7 @@ from moonshot.layer.objectives import Objective, quadratics_of, quadratics_of_gr
 from moonshot.layer.problem import Problem
 from moonshot.layer.weighting_sweep import weighting_sweeps
 from moonshot.models.calibration import Batch, count_samples
-from moonshot.models.layers import LayerView, layers_of
+from moonshot.models.layer_view import LayerView
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
 from moonshot.models.precision import in_float32, tensors_of
@@ -61,7 +61,11 @@ class CalibrationPass:
         gradients = bool(self._union.needed & {"gradients", "output_gradients"})
         self._replay = partition.replay(model, batches, recipe.loss, gradients, Offload(recipe.scratch))
         self.parts = [
-            Part(index, module, {name: view for name, view in layers_of(prefix, module) if name in wanted})
+            Part(
+                index,
+                module,
+                {name: view for name, view in partition.layers_in(prefix, module) if name in wanted},
+            )
             for index, (prefix, module) in enumerate(self._replay.parts)
         ]
         self._dtypes = {name: view.weight.dtype for part in self.parts for name, view in part.layers.items()}

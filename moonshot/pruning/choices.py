@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moonshot.layer.patterns import Pattern, PatternError, Unstructured, as_pattern
-from moonshot.models.layers import LayerView
+from moonshot.models.layer_view import LayerView
 from moonshot.pruning import budgets
 from moonshot.pruning.allocation import LayerBudget
 from moonshot.pruning.layer_patterns import PatternLike, check_fit

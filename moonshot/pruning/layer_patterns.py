@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from moonshot.layer.patterns import Pattern, PatternError, as_pattern
-from moonshot.models.layers import LayerView
+from moonshot.models.layer_view import LayerView
 from moonshot.models.partition import Partition
 from moonshot.models.targets import TargetError, select
 from moonshot.pruning.recipe import Recipe

@@ -12,6 +12,7 @@ from torch import nn
 
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern
+from moonshot.models.adapter import Adapter
 from moonshot.models.calibration import Batch, batch_tokens, count_samples
 from moonshot.models.losses import Loss, model_loss
 from moonshot.models.partition import partition_model
@@ -44,6 +45,7 @@ def prune(
     batch_norm: bool = True,
     unreached: Literal["error", "skip"] = "error",
     scratch: Path | None = None,
+    adapter: Adapter | None = None,
     checkpoint: Path | str | None = None,
     on_layer: OnLayer | None = None,
 ) -> Report:
@@ -66,6 +68,7 @@ def prune(
     Report.skipped names them.
     scratch: a folder to offload to, in files that are gone afterwards: the layers' weights as they were, and the hidden
     states and gradients between the model's parts. In memory unless given.
+    adapter: how the model is divided into parts, and what its layers are (models.adapter); found out unless given.
     checkpoint: a folder for every layer's answer, written as soon as there is one. A call with the same arguments
     and model continues an interrupted one from there, with the same result.
     on_layer: called after each layer with its report and the number of layers in all, trials included.
@@ -103,7 +106,7 @@ def prune_by(
 ) -> Report:
     """`prune`, with what else it takes as a recipe."""
     batches = recipe.batches(model, calibration)
-    partition = partition_model(model, batches, recipe.loss)
+    partition = partition_model(model, batches, recipe.loss, recipe.adapter)
     patterns = layer_patterns(partition, pattern, recipe)
     skipped = {name: "no calibration sample reached it" for name in patterns if name in partition.unreached}
     patterns = {name: chosen for name, chosen in patterns.items() if name not in skipped}

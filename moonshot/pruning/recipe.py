@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
+from moonshot.models.adapter import Adapter
 from moonshot.models.calibration import Batch, as_batches, moved, tokens_at_once
 from moonshot.models.losses import Loss, model_loss
 from moonshot.solvers.admm import ADMM
@@ -34,6 +35,7 @@ class Recipe:
     loss: Loss = model_loss
     unreached: Literal["error", "skip"] = "error"
     scratch: Path | None = None
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         if self.objective != "auto" and not isinstance(self.objective, Objective):
@@ -47,6 +49,10 @@ class Recipe:
             raise ValueError(f'unreached must be "error" or "skip", got {self.unreached!r}')
         if not isinstance(self.factors, int) or self.factors < 1:
             raise ValueError(f"factors must be a positive integer, got {self.factors!r}")
+        if self.adapter is not None and not isinstance(self.adapter, Adapter):
+            raise TypeError(
+                f"adapter must be an instance of a subclass of moonshot.Adapter, got {self.adapter!r}"
+            )
 
     def batches(self, model: nn.Module, calibration: Any) -> list[Batch]:
         """The calibration data as batches on the model's device."""

@@ -12,7 +12,7 @@ from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem
 from moonshot.models.batchnorm import reestimate, running_statistics
 from moonshot.models.calibration import Batch
-from moonshot.models.layers import LayerView
+from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import sample_losses
 from moonshot.models.modules import evaluating
 from moonshot.models.offload import Offload
