@@ -490,9 +490,16 @@ class NeedsUnknown(Gram):
     needs: ClassVar[frozenset[str]] = frozenset({"activations"})
 
 
-class Terse(Gram):
+class WantsAllAtOnce(ms.Objective):
+    needs: ClassVar[frozenset[str]] = frozenset({"inputs", "gradients"})
+
     def accumulate(self, statistic, observation):
-        return super().accumulate(statistic, observation) if observation.inputs is not None else {}["x"]
+        observation.require("gradients", 3, self)
+        gram = observation.require("inputs", 2, self).T @ observation.inputs
+        return gram if statistic is None else statistic + gram
+
+    def quadratic(self, statistic, weight):
+        return ms.Quadratic(shared=statistic)
 
 
 class Negative(Gram):
@@ -562,7 +569,7 @@ WRONG_OBJECTIVES = {
     Noisy: "is not deterministic",
     SaysTooLittle: "reads an observation that needs does not name",
     NeedsUnknown: "needs must name some of ('inputs', 'output_gradients', 'gradients')",
-    Terse: "must raise a ValueError that names inputs where it is missing",
+    WantsAllAtOnce: "WantsAllAtOnce needs gradients",
     Negative: "shared of the quadratic is not positive semidefinite",
     Asymmetric: "shared of the quadratic is not symmetric",
     Transposed: "factors of the quadratic must be (m, d, n) with m = 3, d = 6; it is (8, 3, 6)",

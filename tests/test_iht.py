@@ -201,7 +201,7 @@ class Bare:
     """A problem of torch arrays on the CPU, as there are on a device without CuPy."""
 
     def __init__(self, centre, a, factors):
-        self.centre, self.hessian = centre, self
+        self.centre, self.hessian, self.shape = centre, self, tuple(centre.shape)
         self.A, self.factors = a, factors
 
     def value(self, weight):

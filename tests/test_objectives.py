@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import moonshot as ms
 from moonshot.layer.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
 from moonshot.layer.problem import Deviation
 from moonshot.linalg import NotPositiveDefiniteError
@@ -27,6 +28,11 @@ def observed(seed=0, m=M, d=D, tokens=TOKENS, samples=SAMPLES):
 
 WEIGHT = np.random.default_rng(5).normal(size=(M, D))
 PRUNED = np.where(np.random.default_rng(6).random((M, D)) < 0.5, WEIGHT + 0.1, 0)
+
+
+def called(term):
+    """A term's name without its parameters."""
+    return term.name.partition("(")[0]
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def mean_diagonal(seen, weights, at_zero):
 
 def assert_problem_is_as_written(objective, seen, fraction=0.01):
     problem = objective.problem(WEIGHT, **seen, dampening_frac=fraction)
-    weights = {term.name: share for share, term in objective.weighted_terms}
+    weights = {called(term): share for share, term in objective.weighted_terms}
     at_zero = losses(seen, np.zeros_like(WEIGHT))
     ridge = fraction * mean_diagonal(seen, weights, at_zero)
     assert problem.damping == fraction
@@ -88,8 +94,8 @@ def assert_problem_is_as_written(objective, seen, fraction=0.01):
         expected += ridge * np.sum((V - WEIGHT) ** 2)
         assert problem.value(V) == pytest.approx(expected, rel=1e-9, abs=1e-12)
         for term in problem.terms:
-            assert term.loss(V) == pytest.approx(relative[term.name], rel=1e-9, abs=1e-12)
-            assert term.weight == pytest.approx(weights[term.name])
+            assert term.loss(V) == pytest.approx(relative[called(term)], rel=1e-9, abs=1e-12)
+            assert term.weight == pytest.approx(weights[called(term)])
 
 
 # algebra
@@ -155,8 +161,35 @@ def test_only_objectives_add():
             R + other
 
 
-def test_the_name_shows_the_weights():
+def test_the_name_shows_weights_and_parameters():
     assert (7 * R + 3 * F).name == "0.7 Reconstruction + 0.3 Fisher"
+    objective = R + Pulled(0.5) + Pulled(0.5) + Pulled(0.25, True)
+    assert objective.name == (
+        "0.25 Reconstruction + 0.5 Pulled(offset=0.5, factored=False) + 0.25 Pulled(offset=0.25, factored=True)"
+    )
+    seen = {"inputs": observed()["inputs"]}
+    result = ms.solve(objective.problem(WEIGHT, **seen), 0.5, ms.Magnitude())
+    assert [name.partition("(")[0] for name in result.terms] == ["Reconstruction", "Pulled", "Pulled"]
+
+
+def test_terms_that_cannot_be_told_apart_are_refused():
+    class Nameless(Objective):
+        def __init__(self, scale):
+            self.scale = scale
+
+    with pytest.raises(
+        ValueError, match="two different terms are called Nameless: make the class a frozen dataclass"
+    ):
+        ms.solve((Nameless(1) + Nameless(2)).problem(WEIGHT), 0.5, ms.Magnitude())
+
+    @dataclass
+    class Changing(Objective):
+        scale: float = 1.0
+
+    with pytest.raises(
+        TypeError, match="Changing cannot be told from other terms: write @dataclass.frozen=True"
+    ):
+        R + Changing()
 
 
 # problems

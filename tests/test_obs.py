@@ -322,5 +322,5 @@ def test_other_patterns_are_refused():
         def keep(self, scores): ...
         def check(self, mask): ...
 
-    with pytest.raises(NotSupportedError, match="needs an Unstructured or NM pattern, got Anywhere"):
+    with pytest.raises(NotSupportedError, match="has no `groups.shape.*ADMM, IHT, .* take any pattern"):
         solve(random_layer(0, 2, 8, 0).problem, Anywhere(), OBS())

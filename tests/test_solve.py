@@ -87,13 +87,22 @@ ELSEWHERE = {"torch-cuda", "cupy"}  # the backends of a device
 
 # Everything that is refused, with the words: (solver, what it is refused for).
 REFUSED = {
-    ("SparseGPT", "one's own"): "a sweep needs an Unstructured or NM pattern, got Anywhere",
-    ("OBS", "one's own"): "a trace of removals needs an Unstructured or NM pattern, got Anywhere",
-    ("Swaps", "one's own"): "swaps need an Unstructured or NM pattern, got Anywhere",
-    ("Exact", "one's own"): "branch and bound needs an Unstructured or NM pattern, got Anywhere",
-    ("Swaps", "device"): "missing swaps on a device: bring the weight and the Hessian to the CPU",
-    ("Exact", "device"): "missing branch and bound on a device: move the weight and the Hessian to the CPU",
-    ("Exact", "wide"): "missing hope: a row has 72 columns, branch and bound takes 64 at most",
+    (
+        "SparseGPT",
+        "one's own",
+    ): "a sweep prunes equal groups of consecutive weights, and one's own has no",
+    (
+        "OBS",
+        "one's own",
+    ): "a trace of removals prunes equal groups of consecutive weights, and one's own has no",
+    (
+        "Swaps",
+        "one's own",
+    ): "exchanging weights prunes equal groups of consecutive weights, and one's own has no",
+    ("Exact", "one's own"): "branch and bound prunes equal groups of consecutive weights, and one's own has no",
+    ("Swaps", "device"): "swaps run on the CPU: move the weight and the Hessian there",
+    ("Exact", "device"): "branch and bound runs on the CPU: move the weight and the Hessian there",
+    ("Exact", "wide"): "a row has 72 columns, and branch and bound searches 64 at most",
 }
 
 

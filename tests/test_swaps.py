@@ -351,10 +351,11 @@ def test_what_is_not_supported_is_said_in_words():
     assert Swaps(ADMM()).unsupported(problem, pattern) is None
     refusing = Fixed(None, reason="missing a mask")
     assert Swaps(refusing).unsupported(problem, pattern) == "missing a mask"
-    needs = "swaps need an Unstructured or NM pattern, got object"
-    assert Swaps(Magnitude()).unsupported(problem, object()) == needs
-    elsewhere = SimpleNamespace(centre=torch.zeros(2, 8))  # as an array on a device is: not NumPy's
-    assert "missing swaps on a device" in Swaps(Magnitude()).unsupported(elsewhere, pattern)
+    assert "prunes equal groups of consecutive weights" in Swaps(Magnitude()).unsupported(problem, object())
+    elsewhere = SimpleNamespace(
+        centre=torch.zeros(2, 8), shape=(2, 8)
+    )  # as an array on a device is: not NumPy's
+    assert "swaps run on the CPU" in Swaps(Magnitude()).unsupported(elsewhere, pattern)
 
 
 @pytest.mark.parametrize("inner", [ADMM, "ADMM", None])

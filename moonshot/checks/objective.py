@@ -17,7 +17,7 @@ Batch = dict[str, Any]
 def check_objective(objective: Objective) -> None:
     """Raise CheckError, with every fault in words, unless each term of an objective keeps its promises.
 
-    `needs` names what a term reads and nothing else; what is missing is a ValueError that names it. `accumulate` gives
+    `needs` names what a term reads and nothing else. `accumulate` gives
     the same loss q(V) / q(0) whether data come at once, in unequal batches or in another order, and from the same data
     twice over; it does not depend on the units of the training loss or of the inputs. `quadratic` gives finite arrays
     of the right shapes, symmetric and positive semidefinite, the same each time. Neither changes what it
@@ -51,7 +51,6 @@ class _Check:
             return
         if (loss := self.loss([self.seen], "all data at once")) is None:
             return
-        self.missing_is_named()
         self.depends_on_nothing_but_the_data(loss)
         self.units(loss)
         self.kinds(loss)
@@ -80,17 +79,6 @@ class _Check:
             return False
         return True
 
-    def missing_is_named(self) -> None:
-        for name in self.term.needs:
-            problem = self._attempt([{key: value for key, value in self.seen.items() if key != name}])
-            if not isinstance(problem, ValueError) or name not in str(problem):
-                got = f"{type(problem).__name__}: {problem}" if isinstance(problem, Exception) else "no error"
-                self.faults.add(
-                    f"must raise a ValueError that names {name} where it is missing (observation.require does), "
-                    f"it raises {got}",
-                    f"without {name}",
-                )
-
     def depends_on_nothing_but_the_data(self, loss: float) -> None:
         first, second = ({name: half(value) for name, value in self.seen.items()} for half in (_first, _rest))
         ways: dict[str, list[Batch]] = {
@@ -103,6 +91,13 @@ class _Check:
             "depends on the amount of data: the same data twice over gave another loss, so its parts have "
             "different units": [self.seen, self.seen],
         }
+        if "gradients" in self.term.needs and len(self.term.needs) > 1:
+            rows = {name: value for name, value in self.seen.items() if name != "gradients"}
+            gradients = {"gradients": self.seen["gradients"]}
+            alone = (
+                "does not take gradients in a call of their own, after the others, as it has them in a model"
+            )
+            ways[alone] = [rows, gradients]
         for fault, batches in ways.items():
             self.equal(loss, self.loss(batches, "batches"), fault)
 

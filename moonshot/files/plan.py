@@ -180,7 +180,7 @@ def _running(block: list[Layer], tokens: int, length: int, replayed: bool) -> in
 def _grams(block: list[Layer], objective: Objective) -> list[tuple[int, int]]:
     """(d, how many matrices d x d) of a block's shared statistics: one an input, one a layer where outputs matter."""
     inputs = {(layer.parent, layer.d) for layer in block}
-    shared = [term.needs for _, term in objective.weighted_terms if "gradients" not in term.needs]
+    shared = [term.needs for _, term in objective.weighted_terms if term.needs != {"gradients"}]
     per_input = shared.count(frozenset({"inputs"}))
     per_layer = len(shared) - per_input
     return [(d, per_input) for _, d in inputs] + [(layer.d, per_layer) for layer in block]

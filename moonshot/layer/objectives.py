@@ -6,7 +6,7 @@ so is each term alone. A new term is one subclass of `Objective` (docs/extending
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite
 from numbers import Real
 from typing import Any, ClassVar
@@ -59,13 +59,18 @@ class Objective:
     """A non-negative weighted sum of terms. A subclass with `accumulate` and `quadratic` is a term itself.
 
     needs: the observations that a term reads, out of OBSERVATIONS.
+
+    A term with parameters is a frozen dataclass: their values are in its name, and other values make another term.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def name(self) -> str:
-        return type(self).__name__
+        """What results and reports call the term: its class, and its parameters if it has any."""
+        names: list[str] = [field.name for field in fields(self)] if is_dataclass(self) else []
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{type(self).__name__}({values})" if values else type(self).__name__
 
     @property
     def weighted_terms(self) -> "tuple[tuple[float, Objective], ...]":
@@ -78,7 +83,11 @@ class Objective:
         return frozenset[str]().union(*(term.needs for _, term in self.weighted_terms))
 
     def accumulate(self, statistic: Any, observation: Observation) -> Any:
-        """The statistic after one more batch; `statistic` is None at the first."""
+        """The statistic after one more batch; `statistic` is None at the first.
+
+        A term that needs gradients and something else as well has them in calls of their own while a model is pruned:
+        inputs (and output_gradients) batch by batch, gradients once, after all of these. It looks for what is there.
+        """
         raise TypeError(f"{self.name} is no term: it must define accumulate and quadratic")
 
     def quadratic(self, statistic: Any, weight: Array) -> Quadratic:
@@ -110,6 +119,11 @@ class Objective:
         where a term needs it. dampening_frac: the ridge, as a fraction of the Hessians' mean diagonal.
         """
         observation = Observation(inputs, output_gradients, gradients)
+        for _, term in self.weighted_terms:
+            if missing := [
+                name for name in OBSERVATIONS if name in term.needs and getattr(observation, name) is None
+            ]:
+                raise ValueError(f"{term.name} needs {missing[0]}: pass {missing[0]}=...")
         statistics = [term.accumulate(None, observation) for _, term in self.weighted_terms]
         return self.assemble(weight, statistics, dampening_frac=dampening_frac)
 
@@ -153,6 +167,12 @@ class WeightedSum(Objective):
         for factor, summand in self.summands:
             for weight, term in _summands(summand):
                 weights[term] = weights.get(term, 0.0) + factor * weight
+        names = [term.name for term in weights]
+        if alike := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"two different terms are called {alike[0]}: make the class a frozen dataclass, whose name has its "
+                "parameters and of which equal ones are one term, or define `name`"
+            )
         total = sum(weights.values())
         if total <= 0:
             raise ValueError("every term of the objective has weight 0: give one a positive weight")
@@ -259,6 +279,12 @@ def _check_weighting(weight: float) -> float:
 def _summands(objective: Objective) -> tuple[tuple[float, Objective], ...]:
     """Terms of an objective with their weights as written, not normalised."""
     if not isinstance(objective, WeightedSum):
+        try:
+            hash(objective)
+        except TypeError as error:
+            raise TypeError(
+                f"{type(objective).__name__} cannot be told from other terms: write @dataclass(frozen=True)"
+            ) from error
         return ((1.0, objective),)
     return tuple(
         (factor * weight, term) for factor, summand in objective.summands for weight, term in _summands(summand)

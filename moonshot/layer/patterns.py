@@ -1,9 +1,11 @@
 """Sparsity patterns: how many weights of a layer are zero, and where they may be.
 
 A pattern turns scores into a mask (`keep`), says how many zeros it promises (`zeros`) and checks a mask
-(`check`). Masks are True where a weight is kept. Another pattern is another class with these methods. A pattern of
-equal groups says so too (`groups(shape) -> (size, zeros)`: every `size` consecutive weights have exactly `zeros`
-zeros), which is what `lower_bound` needs.
+(`check`). Masks are True where a weight stays. Another pattern is another class with these methods.
+
+A pattern of equal groups has `groups(shape) -> (size, zeros)` too: every `size` consecutive weights of the layer, row
+after row, have exactly `zeros` zeros. SparseGPT, OBS, Swaps, Exact and `lower_bound` work group by group and need it;
+`equal_groups` is how they ask. All other solvers take any pattern.
 """
 
 import re
@@ -33,7 +35,11 @@ class Pattern(Protocol):
         """The exact number of zeros in a layer of this shape."""
 
     def keep(self, scores: Array) -> Array:
-        """The mask (m, d) that keeps the largest scores."""
+        """The mask (m, d) that keeps the largest sum of scores.
+
+        scores: (m, d), 0 or more; what pruning each weight alone costs, in some unit. Costs add up, so a pattern of
+        blocks scores a block by the sum over its weights. NumPy, CuPy or torch arrays.
+        """
 
     def check(self, mask: Array) -> None:
         """Raise PatternMismatchError unless the mask has exactly the zeros promised."""
@@ -144,6 +150,30 @@ class NM:
         kept = xp.sum(mask.reshape(-1, self.m), axis=1)
         if int(xp.min(kept)) != self.n or int(xp.max(kept)) != self.n:
             raise PatternMismatchError(f"{self}: a group of the mask does not keep {self.n} weights")
+
+
+def equal_groups(pattern: Pattern, shape: tuple[int, int]) -> tuple[int, int] | None:
+    """(size, zeros) of a pattern of equal groups that divide a row, or are the whole layer; None for any other."""
+    if not hasattr(pattern, "groups"):
+        return None
+    size, zeros = pattern.groups(shape)
+    rows, columns = shape
+    return (size, zeros) if columns % size == 0 or size == rows * columns else None
+
+
+def lacks_groups(pattern: Pattern, shape: tuple[int, int], who: str) -> str | None:
+    """Why a solver that works group by group cannot take a pattern; None where it can. who: such as "a sweep"."""
+    if equal_groups(pattern, shape) is not None:
+        return None
+    missing = (
+        f"{pattern} has groups that divide neither a row nor are the layer"
+        if hasattr(pattern, "groups")
+        else f"{pattern} has no `groups(shape) -> (size, zeros)`"
+    )
+    return (
+        f"{who} prunes equal groups of consecutive weights, and {missing}; ADMM, IHT, Magnitude and Wanda take any "
+        "pattern"
+    )
 
 
 def as_pattern(pattern: "Pattern | str | float") -> Pattern:

@@ -51,7 +51,7 @@ class LayerStatistics:
         mask: (samples, tokens), True where a token is real; None where all are.
         """
         first_reader: dict[tuple, str] = {}
-        summed = [k for k, term in enumerate(self.terms) if "gradients" not in term.needs]
+        summed = [k for k, term in enumerate(self.terms) if term.needs & {"inputs", "output_gradients"}]
         paired = [k for k in summed if "output_gradients" in self.terms[k].needs]
         for name, view in self.layers.items():
             read, dense, at_outputs = (
@@ -140,15 +140,14 @@ class LayerStatistics:
         for group in range(view.groups):
             statistics = []
             for k, term in enumerate(self.terms):
+                owner = self._owner.get(name, name) if term.needs == {"inputs"} else name
+                statistic = self._statistics.get((owner, group, k))
+                if statistic is None and term.needs != {"gradients"}:
+                    statistic = term.accumulate(None, _nothing(view))
                 if "gradients" in term.needs:
                     of_group = None if gradients is None else gradients[:, group]
-                    statistics.append(term.accumulate(None, Observation(gradients=of_group)))
-                    continue
-                owner = self._owner.get(name, name) if term.needs == {"inputs"} else name
-                if (key := (owner, group, k)) in self._statistics:
-                    statistics.append(self._statistics[key])
-                else:
-                    statistics.append(term.accumulate(None, _nothing(view)))
+                    statistic = term.accumulate(statistic, Observation(gradients=of_group))
+                statistics.append(statistic)
             groups.append(statistics)
         return groups
 

@@ -78,7 +78,7 @@ class ADMM:
         quadratic = state.quadratic
         target = quadratic.target
         xp = namespace(target)
-        started = mask = pattern.keep(abs(target))
+        started = mask = pattern.keep(target * target)
         start = xp.where(mask, target, xp.zeros_like(target))
         point, moved = xp.asarray(start, copy=True), deque[int](maxlen=_WINDOW)
         inverse = ShiftedInverse(state.inverse, quadratic.factors, quadratic.units)
@@ -87,7 +87,7 @@ class ADMM:
             # point is x + dual / rho with the rho before: z of it is what the mask keeps, the dual what it leaves
             step = inverse.solve(reflected(point, mask, target, rho, shrink * rho), rho)
             move(point, mask, target, step, shrink)
-            before, mask = mask, pattern.keep(abs(point))
+            before, mask = mask, pattern.keep(point * point)
             moved.append(int(xp.count_nonzero(mask != before)))
             if done >= _WINDOW and sum(moved) <= 2 * self.tolerance * math.prod(mask.shape):
                 status = Status.CONVERGED

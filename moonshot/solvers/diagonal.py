@@ -1,5 +1,6 @@
 """Magnitude and Wanda: one score a weight, no compensation of the weights that stay."""
 
+import math
 from dataclasses import dataclass
 
 from moonshot.layer.patterns import Pattern
@@ -10,7 +11,7 @@ from moonshot.solvers.base import Answer
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Keep the largest `|w|`. The baseline that looks at no data."""
+    """Keep the largest `w^2`. The baseline that looks at no data."""
 
     name = "magnitude"
 
@@ -18,7 +19,7 @@ class Magnitude:
         return None
 
     def init(self, problem: Problem) -> tuple[Array, Array]:
-        return problem.centre, abs(problem.centre)
+        return problem.centre, _squares(problem.centre)
 
     def compute(self, state: tuple[Array, Array], pattern: Pattern) -> Answer:
         return _keep_best(*state, pattern)
@@ -41,10 +42,16 @@ class Wanda:
     def init(self, problem: Problem) -> tuple[Array, Array]:
         xp = namespace(problem.centre)
         scale = as_dtype(xp.sqrt(native(problem.hessian.diagonal())), problem.dtype)
-        return problem.centre, abs(problem.centre) * scale
+        return problem.centre, _squares(problem.centre * scale)
 
     def compute(self, state: tuple[Array, Array], pattern: Pattern) -> Answer:
         return _keep_best(*state, pattern)
+
+
+def _squares(x: Array) -> Array:
+    """x^2 in a unit in which the largest is between a quarter and one: no square of a float32 is too large or small."""
+    largest = float(namespace(x).max(abs(x)))
+    return (x / 2.0 ** math.frexp(largest)[1]) ** 2
 
 
 def _keep_best(weight: Array, scores: Array, pattern: Pattern) -> Answer:

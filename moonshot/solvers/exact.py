@@ -8,7 +8,7 @@ import numpy as np
 import scipy  # whose linalg is imported where it is first used
 
 from moonshot.bounds.branching import COLUMNS, Rows, branch
-from moonshot.layer.patterns import NM, Pattern, Unstructured
+from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import Array, is_numpy, native
 from moonshot.solvers.base import Answer
@@ -49,15 +49,15 @@ class Exact:
             raise ValueError(f"seconds must be a positive number, or None for no limit, got {self.seconds!r}")
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
-        if not isinstance(pattern, Unstructured | NM):
-            return f"branch and bound needs an Unstructured or NM pattern, got {type(pattern).__name__}"
+        if reason := lacks_groups(pattern, problem.shape, "branch and bound"):
+            return reason
         if not is_numpy(problem.centre):
-            return "missing branch and bound on a device: move the weight and the Hessian to the CPU"
+            return "branch and bound runs on the CPU: move the weight and the Hessian there"
         columns = problem.shape[1]
         if columns > COLUMNS:
             return (
-                f"missing hope: a row has {columns} columns, branch and bound takes {COLUMNS} at most; "
-                "use ADMM, and lower_bound for a proof"
+                f"a row has {columns} columns, and branch and bound searches {COLUMNS} at most: use ADMM, with "
+                "bound=True for how far from the optimum it is at most"
             )
         return None
 

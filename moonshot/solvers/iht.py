@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moonshot.layer.patterns import NM, Pattern, Unstructured
+from moonshot.layer.patterns import Pattern, equal_groups
 from moonshot.layer.problem import Problem, Status, check_weight
 from moonshot.linalg.backend import Array, as_dtype, namespace, native
 from moonshot.linalg.scaled import ScaledQuadratic
@@ -86,7 +86,8 @@ class IHT:
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         problem, quadratic = state.problem, state.quadratic
         xp = namespace(quadratic.target)
-        by_row = isinstance(pattern, NM) or (isinstance(pattern, Unstructured) and pattern.scope == "row")
+        groups = equal_groups(pattern, problem.shape)
+        by_row = groups is not None and groups[0] <= problem.shape[1]  # no row's budget depends on another row
         first = quadratic.target
         if self.start is not None:
             first = as_dtype(native(self.start, "start"), problem.dtype) * quadratic.scale

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-from moonshot.layer.patterns import NM, Pattern, Unstructured
+from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import (
     Array,
@@ -80,9 +81,7 @@ class OBS:
     name = "OBS"
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
-        if not isinstance(pattern, Unstructured | NM):
-            return f"a trace of removals needs an Unstructured or NM pattern, got {type(pattern).__name__}"
-        return None
+        return lacks_groups(pattern, problem.shape, "a trace of removals")
 
     def init(self, problem: Problem) -> _State:
         hessian, centre = problem.hessian, contiguous(as_dtype(problem.centre, "float64"))
@@ -96,19 +95,16 @@ class OBS:
             factors = columns = zeros_like_shape(r, (0, *problem.shape))
         return _State(kernels, problem.dtype, hessian, centre, factors, r.T @ r, columns)
 
-    def compute(self, state: _State, pattern: Pattern) -> Answer:
+    def compute(self, state: _State, pattern: Any) -> Answer:
         m, d = state.centre.shape
-        if isinstance(pattern, NM):
-            quotas = np.full(d // pattern.m, pattern.m - pattern.n)
-            order, _ = _eliminate(state, np.arange(d) // pattern.m, quotas)
+        size, zeros = pattern.groups((m, d))
+        if size < d:
+            quotas = np.full(d // size, zeros)
+            order, _ = _eliminate(state, np.arange(d) // size, quotas)
             counts = np.full(m, quotas.sum())
         else:
-            assert isinstance(pattern, Unstructured)
             order = state.trace.order
-            if pattern.scope == "row":
-                counts = np.full(m, pattern.zeros((1, d)))
-            else:
-                counts = _share_out(state.trace, pattern.zeros((m, d)))
+            counts = np.full(m, zeros) if size == d else _share_out(state.trace, zeros)
         keep = namespace(state.centre).ones_like(state.centre, dtype=bool)
         rows = asarray_like(np.arange(m), order)[:, None]
         keep[rows, order] = asarray_like(np.arange(order.shape[1]) >= counts[:, None], order)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from moonshot.layer.patterns import NM, Pattern, Unstructured
+from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import (
     Array,
@@ -57,9 +57,7 @@ class SparseGPT:
             raise ValueError(f"block must be a positive integer, got {self.block!r}")
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
-        if not isinstance(pattern, Unstructured | NM):
-            return f"a sweep needs an Unstructured or NM pattern, got {type(pattern).__name__}"
-        return None
+        return lacks_groups(pattern, problem.shape, "a sweep")
 
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
@@ -74,15 +72,16 @@ class SparseGPT:
         p, share = hessian.half_product(problem.dtype, lanes)
         return _State(kernels, weight, r, p, *kernels.gains(p, share))
 
-    def compute(self, state: _State, pattern: Pattern) -> Answer:
+    def compute(self, state: _State, pattern: Any) -> Answer:
         xp = namespace(state.weight)
         a = xp.asarray(state.weight, copy=True)
         keep, z = xp.ones_like(a, dtype=xp.bool), xp.zeros_like(a)
         d, tiles, n, lanes = state.p.shape
         residual = zeros_like_shape(a, (tiles, n, lanes))
-        group = pattern.m if isinstance(pattern, NM) else 1
+        size, zeros = pattern.groups((a.shape[1], d))
+        group = size if size < d else 1
         width = -(-self.block // group) * group
-        _sweep(state, pattern, a, residual, keep, z, 0, d, width)
+        _sweep(state, (size, zeros), a, residual, keep, z, 0, d, width)
         return Answer(transposed(a), transposed(keep))
 
 
@@ -103,7 +102,7 @@ def _kernels(weight: Array, rank: int) -> ModuleType:
 
 def _sweep(
     state: _State,
-    pattern: Any,
+    groups: tuple[int, int],
     a: Array,
     residual: Array,
     keep: Array,
@@ -112,33 +111,46 @@ def _sweep(
     stop: int,
     width: int,
 ) -> None:
-    """Fix columns start..stop, which those before them have been compensated by, in blocks of `width`."""
+    """Fix columns start..stop, which those before them have been compensated by, in blocks of `width`.
+
+    groups: their size, and the zeros in each.
+    """
     if stop - start <= width:
-        _sweep_block(state, pattern, a, residual, keep, z, start, stop)
+        _sweep_block(state, groups, a, residual, keep, z, start, stop)
         return
     middle = start + -(-(stop - start) // (2 * width)) * width
-    _sweep(state, pattern, a, residual, keep, z, start, middle, width)
+    _sweep(state, groups, a, residual, keep, z, start, middle, width)
     a[middle:stop] += state.r[start:middle, middle:stop].T @ z[start:middle]
-    _sweep(state, pattern, a, residual, keep, z, middle, stop, width)
+    _sweep(state, groups, a, residual, keep, z, middle, stop, width)
 
 
 def _sweep_block(
-    state: _State, pattern: Any, a: Array, residual: Array, keep: Array, z: Array, start: int, stop: int
+    state: _State,
+    groups: tuple[int, int],
+    a: Array,
+    residual: Array,
+    keep: Array,
+    z: Array,
+    start: int,
+    stop: int,
 ) -> None:
     kernels, r, p, t, phi = state.kernels, state.r, state.p, state.t, state.phi
-    if isinstance(pattern, NM):
-        kernels.sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, pattern.n, pattern.m)
+    size, zeros = groups
+    if size < len(a):
+        kernels.sweep_groups(a, r, p, t, phi, residual, keep, z, start, stop, size - zeros, size)
         return
     cost = kernels.scores(a, r, p, t, phi, residual, start, stop)
-    keep[start:stop] = _block_mask(pattern, len(a), start, stop, cost)
+    keep[start:stop] = _block_mask(groups, len(a), start, stop, cost)
     kernels.sweep(a, r, p, t, residual, keep, z, start, stop)
 
 
-def _block_mask(pattern: Unstructured, d: int, start: int, stop: int, cost: Array) -> Array:
-    """The mask of columns start..stop of d, as `cost`: their share of the budget, so that the shares add up exactly."""
-    if pattern.scope == "row":
-        zeros = pattern.zeros_through(stop, d) - pattern.zeros_through(start, d)
-        return ~smallest(cost.T, zeros).T
-    m = cost.shape[1]
-    zeros = pattern.zeros_through(m * stop, m * d) - pattern.zeros_through(m * start, m * d)
-    return ~smallest(cost.reshape(1, -1), zeros).reshape(cost.shape)
+def _block_mask(groups: tuple[int, int], d: int, start: int, stop: int, cost: Array) -> Array:
+    """The mask of columns start..stop of d, as `cost`: their share of the budget, so that the shares add up exactly.
+
+    groups: whole rows, or the layer.
+    """
+    size, zeros = groups
+    share = round(zeros * stop / d) - round(zeros * start / d)
+    if size == d:
+        return ~smallest(cost.T, share).T
+    return ~smallest(cost.reshape(1, -1), share).reshape(cost.shape)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moonshot.layer.patterns import NM, Pattern, Unstructured
+from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem, Status
 from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, triangular_solve
 from moonshot.linalg.factor import cholesky
@@ -63,23 +63,24 @@ class Swaps:
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         if reason := self.inner.unsupported(problem, pattern):
             return reason
-        if not isinstance(pattern, Unstructured | NM):
-            return f"swaps need an Unstructured or NM pattern, got {type(pattern).__name__}"
+        if reason := lacks_groups(pattern, problem.shape, "exchanging weights"):
+            return reason
         if not is_numpy(problem.centre):
-            return "missing swaps on a device: bring the weight and the Hessian to the CPU"
+            return "swaps run on the CPU: move the weight and the Hessian there"
         return None
 
     def init(self, problem: Problem) -> _State:
         return _State(self.inner.init(problem), problem)
 
-    def compute(self, state: _State, pattern: Pattern) -> Answer:
+    def compute(self, state: _State, pattern: Any) -> Answer:
         problem, answer = state.problem, self.inner.compute(state.inner, pattern)
-        layer = _Layer(problem, pattern, answer.mask, limit=math.ceil(self.moves * problem.shape[1]))
+        size, _ = pattern.groups(problem.shape)
+        layer = _Layer(problem, size, answer.mask, limit=math.ceil(self.moves * problem.shape[1]))
         rows = np.arange(problem.shape[0])
         while len(rows):
             layer.exchange(rows)
             rows = np.flatnonzero(~layer.settled & (layer.moves < layer.limit))
-            if not len(rows) and isinstance(pattern, Unstructured) and pattern.scope == "layer":
+            if not len(rows) and size > problem.shape[1]:  # the budget is the layer's
                 rows = layer.trade()
         weight = as_dtype(layer.weight, problem.dtype)
         if problem.value(weight) > problem.value(answer.weight):
@@ -96,7 +97,8 @@ class _Layer:
     objective.
     """
 
-    def __init__(self, problem: Problem, pattern: Pattern, mask: Array, limit: int):
+    def __init__(self, problem: Problem, size: int, mask: Array, limit: int):
+        """size: weights of a group, which exchange among one another; limit: of the exchanges of a row."""
         hessian, (m, d) = problem.hessian, problem.shape
         self.limit = limit
         self.shared = contiguous(hessian.A)
@@ -104,7 +106,7 @@ class _Layer:
         self.centre = as_dtype(problem.centre, "float64")
         self.diagonal = np.broadcast_to(hessian.diagonal(), (m, d))
         self.tolerance = _TOLERANCE * hessian.quadratic(self.centre)
-        self.groups = np.arange(d) // (pattern.m if isinstance(pattern, NM) else d)
+        self.groups = np.arange(d) // min(size, d)
         self.mask, self.weight = mask.copy(), np.zeros((m, d))
         self.moves, self.settled = np.zeros(m, np.int64), np.zeros(m, bool)
         self.columns, self.rises = np.zeros((2, m, _OFFERS), np.int64), np.zeros((2, m, _OFFERS))
