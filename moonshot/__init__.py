@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moonshot import threads  # noqa: F401 - before what loads NumPy
 from moonshot.bounds.certificate import lower_bound
 from moonshot.layer.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
-from moonshot.layer.patterns import NM, Pattern, Unstructured, as_pattern
+from moonshot.layer.patterns import NM, Pattern, PatternError, PatternMismatchError, Unstructured, as_pattern
 from moonshot.layer.problem import Problem, Result, Status
 from moonshot.layer.weighting_sweep import weighting_sweep
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
@@ -45,6 +45,8 @@ __all__ = [
     "Objective",
     "Observation",
     "Pattern",
+    "PatternError",
+    "PatternMismatchError",
     "Problem",
     "Quadratic",
     "Reconstruction",

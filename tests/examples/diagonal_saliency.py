@@ -1,12 +1,14 @@
 from dataclasses import dataclass
 
 import moonshot as ms
-from moonshot.linalg.backend import namespace
+from moonshot.linalg import namespace, native
 
 
 @dataclass(frozen=True)
 class DiagonalSaliency:
-    """Optimal Brain Damage: keep the largest `w^2 H_jj`."""
+    """Optimal Brain Damage: keep the largest `w^2 H_jj`, to a power."""
+
+    power: float = 1.0
 
     name = "diagonal saliency"
 
@@ -14,7 +16,7 @@ class DiagonalSaliency:
         return None
 
     def init(self, problem):
-        return problem.centre, problem.centre**2 * problem.hessian.diagonal()
+        return problem.centre, problem.centre**2 * native(problem.hessian.diagonal()) ** self.power
 
     def compute(self, state, pattern):
         weight, saliency = state
