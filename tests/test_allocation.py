@@ -15,7 +15,7 @@ from moonshot.models.calibration import CalibrationError, as_batches
 from moonshot.models.losses import mean_loss, sample_losses
 from moonshot.models.targets import TargetError
 from moonshot.pruning.budgets import BudgetError
-from tests.test_models import decoder, tokens
+from tests.models import decoder, tokens
 
 JOINT = 0.8 * ms.Reconstruction() + 0.2 * ms.Fisher()
 

@@ -12,8 +12,7 @@ import moonshot as ms
 from moonshot.pruning import run
 from moonshot.pruning.checkpoint import Checkpoint, data_digest
 from moonshot.pruning.report import LayerReport, Trial
-from tests.test_models import JOINT, decoder, tokens, weights
-from tests.test_offload import network
+from tests.models import JOINT, decoder, network, tokens, weights
 
 REPORT = LayerReport("a.b", (2, 4), "2:4", 0.5, 0.1, {"reconstruction": 0.1}, 0.0, "converged", 1.5, 0.2)
 

@@ -20,7 +20,7 @@ from moonshot.models.modules import ModelError
 from moonshot.models.offload import Offload
 from moonshot.models.partition import partition_model
 from moonshot.models.statistics import LayerStatistics
-from tests.test_models import JOINT, SIZES
+from tests.models import JOINT, SIZES
 
 SIZES = SIZES | dict(bos_token_id=1, eos_token_id=2)
 FINE = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)

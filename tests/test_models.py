@@ -18,43 +18,13 @@ from moonshot.files.folder import save
 from moonshot.models.blocks import Chain, find_blocks
 from moonshot.models.calibration import CalibrationError, as_batches
 from moonshot.models.chain import block_gradients
-from moonshot.models.layers import layers_of
 from moonshot.models.losses import model_loss
 from moonshot.models.modules import ModelError
 from moonshot.models.offload import Offload
 from moonshot.models.targets import TargetError
 from tests.examples.diagonal_saliency import DiagonalSaliency
 from tests.examples.normalised_reconstruction import NormalisedReconstruction
-
-SIZES = dict(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    pad_token_id=0,
-)
-JOINT = 0.5 * ms.Reconstruction() + 0.3 * ms.Fisher() + 0.2 * ms.TokenFisher()
-
-
-def decoder(config=LlamaConfig, dtype=torch.float32, **changes):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config(**(SIZES | changes)), dtype=dtype)
-
-
-def tokens(samples=6, length=16):
-    return torch.randint(1, 61, (samples, length), generator=torch.Generator().manual_seed(1))
-
-
-def block_layers(model):
-    return {name: view.module for part in find_blocks(model) for name, view in layers_of(*part)}
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+from tests.models import JOINT, SIZES, block_layers, decoder, tokens, weights
 
 
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, MistralConfig, GemmaConfig])

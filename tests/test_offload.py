@@ -15,19 +15,13 @@ from moonshot.files.folder import opened, save
 from moonshot.files.load import load
 from moonshot.files.mapped import MappedFile
 from moonshot.models.offload import Offload, read_all
-from tests.test_models import JOINT, decoder, tokens
+from tests.models import JOINT, decoder, network, tokens
 
 DEMO = Path(ms.__file__).parent / "demo"
 
 
 def tied(dtype=torch.bfloat16):
     return decoder(dtype=dtype, tie_word_embeddings=True)
-
-
-def network():
-    torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
-    return nn.Sequential(*layers, nn.Linear(128, 5)).eval()
 
 
 @pytest.fixture(params=["memory", "file"])

@@ -8,7 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import Backend
 from moonshot.layer.patterns import NM, PatternError, PatternMismatchError, Unstructured, as_pattern
+
+NUMPY = Backend("numpy")
 
 
 @pytest.mark.parametrize(
@@ -89,46 +92,63 @@ def test_constructors_say_what_is_wrong(make, error, message):
         make()
 
 
-SHAPES = [(1, 1), (1, 7), (7, 1), (3, 8), (5, 12)]
-SPARSITIES = [0, 0.1, 0.25, 1 / 3, 0.5, 0.625, 0.9, 0.999, 1]
-
-
-def score_sets(shape):
+def score_sets(shape, seed=0):
     """Scores without ties, with some and with nothing else."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     return [rng.random(shape), rng.integers(0, 3, shape).astype(float), np.zeros(shape), np.full(shape, np.inf)]
 
 
+def assert_pruned_by_score(pattern, backend, scores, groups, zeros):
+    """That every one of `groups` equal parts has so many zeros, none of them where a score is above one that stays."""
+    mask = pattern.keep(backend.array(scores))
+    pattern.check(mask)
+    kept = backend.numpy(mask)
+    assert kept.dtype == bool and kept.shape == scores.shape
+    assert pattern.zeros(scores.shape) == groups * zeros
+    for values, chosen in zip(scores.reshape(groups, -1), kept.reshape(groups, -1), strict=True):
+        assert (~chosen).sum() == zeros
+        assert not chosen.any() or chosen.all() or values[chosen].min() >= values[~chosen].max()
+
+
+# Nothing, one weight, what rounds down and up, ties of rounding (2.5 and 0.5 zeros), all but one, everything.
+BUDGETS = [
+    ((3, 8), 0),
+    ((3, 8), 0.03),
+    ((5, 12), 1 / 3),
+    ((1, 5), 0.5),
+    ((1, 1), 0.5),
+    ((7, 1), 0.6),
+    ((1, 7), 0.625),
+    ((5, 12), 0.983),
+    ((5, 12), 0.999),
+    ((3, 8), 1),
+]
+
+
 @pytest.mark.parametrize("scope", ["layer", "row"])
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_unstructured_zeros_are_exact_with_and_without_ties(backend, shape, sparsity, scope):
-    pattern, (m, d) = Unstructured(sparsity, scope), shape
-    expected = m * round(sparsity * d) if scope == "row" else round(sparsity * m * d)
-    assert pattern.zeros(shape) == expected
-    for scores in score_sets(shape):
-        mask = pattern.keep(backend.array(scores))
-        pattern.check(mask)
-        kept = backend.numpy(mask)
-        assert kept.dtype == bool and kept.size - kept.sum() == expected
-        if scope == "row":
-            assert (d - kept.sum(axis=1) == round(sparsity * d)).all()
-        groups = zip(scores, kept, strict=True) if scope == "row" else [(scores, kept)]
-        for values, chosen in groups:
-            assert not chosen.any() or chosen.all() or values[chosen].min() >= values[~chosen].max()
+def test_unstructured_zeros_are_exact_with_and_without_ties(backend, scope):
+    for shape, sparsity in BUDGETS:
+        groups = shape[0] if scope == "row" else 1
+        zeros = round(sparsity * shape[0] * shape[1] / groups)
+        for scores in score_sets(shape):
+            assert_pruned_by_score(Unstructured(sparsity, scope), backend, scores, groups, zeros)
 
 
-@pytest.mark.parametrize(("n", "m"), [(0, 4), (1, 4), (2, 4), (4, 4), (1, 1), (1, 12), (3, 6)])
-def test_groups_keep_n_of_every_m_with_and_without_ties(backend, n, m):
-    pattern = NM(n, m)
-    for scores in score_sets((5, 12)):
-        mask = pattern.keep(backend.array(scores))
-        pattern.check(mask)
-        groups, values = backend.numpy(mask).reshape(-1, m), scores.reshape(-1, m)
-        assert (groups.sum(axis=1) == n).all()
-        assert pattern.zeros((5, 12)) == groups.size - groups.sum()
-        for group, score in zip(groups, values, strict=True):
-            assert n in (0, m) or score[group].min() >= score[~group].max()
+def test_groups_keep_n_of_every_m_with_and_without_ties(backend):
+    for n, m in [(0, 4), (1, 4), (2, 4), (4, 4), (0, 1), (1, 1), (1, 12), (3, 6)]:
+        for scores in score_sets((5, 12)):
+            assert_pruned_by_score(NM(n, m), backend, scores, 60 // m, m - n)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 40), st.floats(0, 1), st.data())
+def test_random_sizes(seed, m, d, sparsity, data):
+    group = data.draw(st.integers(1, 32), "group")
+    n = data.draw(st.integers(0, group), "n")
+    for scores in score_sets((m, d), seed):
+        assert_pruned_by_score(Unstructured(sparsity), NUMPY, scores, 1, round(sparsity * m * d))
+        assert_pruned_by_score(Unstructured(sparsity, "row"), NUMPY, scores, m, round(sparsity * d))
+    for scores in score_sets((m, group * d), seed):
+        assert_pruned_by_score(NM(n, group), NUMPY, scores, m * d, group - n)
 
 
 @given(st.floats(0, 1), st.integers(1, 9), st.integers(1, 40), st.integers(1, 40))

@@ -13,7 +13,7 @@ from moonshot.files import plan as planning
 from moonshot.files.plan import Plan, ResourceError, check_disk, free_memory, plan
 from moonshot.models.calibration import as_batches, batch_samples
 from moonshot.models.offload import Offload
-from tests.test_models import JOINT, block_layers, decoder, tokens
+from tests.models import JOINT, block_layers, decoder, tokens
 
 CPU = torch.device("cpu")
 

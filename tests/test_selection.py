@@ -12,7 +12,7 @@ from moonshot.models.calibration import as_batches, count_samples, set_aside
 from moonshot.models.losses import model_loss, sample_losses
 from moonshot.pruning.auto import CANDIDATES
 from moonshot.pruning.selection import best_on_held_out
-from tests.test_models import decoder, tokens
+from tests.models import decoder, tokens
 
 FIRST = torch.tensor([3.0, 1.0, 2.0, 4.0])
 

@@ -1,7 +1,6 @@
-"""The kernels for devices do what the kernels for the CPU do, on NumPy arrays and on torch tensors."""
+"""The sweep's kernels: those for the CPU do what those for devices do, at chosen sizes and at random ones."""
 
 import shutil
-from itertools import product
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from moonshot.linalg.backend import native, on_host
 from moonshot.solvers import sparsegpt_batched, sparsegpt_cuda, sparsegpt_kernels
 from strategies import random_layer
 
-ROWS = [5, 99]  # part of a tile; a whole one and part of another
 TOLERANCE = {"float32": 2e-4, "float64": 1e-10}
 
 
@@ -34,10 +32,11 @@ def explicit_gains(p):
     """t_j = T_j p_j and phi_j = 1 - p_j' t_j by the definition of T_j, one inverse each."""
     d, n, m = p.shape
     t, phi = np.empty_like(p), np.ones((d, m))
-    for i in range(m):
-        for j in range(d):
-            t[j, :, i] = np.linalg.inv(np.eye(n) + p[j:, :, i].T @ p[j:, :, i]) @ p[j, :, i]
-            phi[j, i] = 1 - p[j, :, i] @ t[j, :, i]
+    rows = p.transpose(2, 0, 1)  # (m, d, n)
+    for j in range(d):
+        inverses = np.linalg.inv(np.eye(n) + rows[:, j:].transpose(0, 2, 1) @ rows[:, j:])
+        t[j] = np.einsum("mkl,ml->km", inverses, rows[:, j])
+        phi[j] = 1 - np.sum(p[j] * t[j], axis=0)
     return t, phi
 
 
@@ -140,62 +139,82 @@ def test_gains_are_what_they_are_defined_as(seed, m, d, n, share):
         np.testing.assert_allclose(untiled(left, m, 1), right, rtol=1e-9, atol=1e-11)
 
 
-GROUPS = [(2, 4), (1, 4), (0, 2), (4, 4), (3, 8)]
 SPANS = [(0, 8), (4, 8), (2, 7), (3, 4)]
-every_size = pytest.mark.parametrize(
-    ("m", "n", "dtype"), list(product(ROWS, [0, 1, 4, 9], ["float32", "float64"]))
-)
+GROUPS = [(2, 4), (1, 4), (0, 2), (4, 4), (3, 8)]
 
 
-@every_size
-@pytest.mark.parametrize("d", [1, 8])
-def test_gains(batched, m, d, n, dtype):
-    assert_same("gains", batched, sweep_arguments(d, m, d, n, dtype), 0.7)
-
-
-@every_size
-@pytest.mark.parametrize(("start", "stop"), SPANS)
-@pytest.mark.parametrize("function", ["scores", "sweep"])
-def test_scores_and_sweep(batched, m, function, start, stop, n, dtype):
-    assert_same(function, batched, sweep_arguments(n, m, 8, n, dtype), start, stop)
-
-
-@every_size
-@pytest.mark.parametrize(("kept", "group"), GROUPS)
-def test_sweep_groups(batched, m, kept, group, n, dtype):
-    assert_same("sweep_groups", batched, sweep_arguments(n, m, 24, n, dtype), 8, 16, kept, group)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("n", [0, 1, 9])
-def test_cuda(cuda, n, dtype):
-    arguments = sweep_arguments(n, 4, 24, n, dtype)
-    assert_same("gains", cuda, arguments, 0.7)
+def assert_all_same(kernels, arguments):
+    """All four functions, on spans and groups of 24 columns."""
+    assert_same("gains", kernels, arguments, 0.7)
     for start, stop in SPANS:
-        assert_same("scores", cuda, arguments, start, stop)
-        assert_same("sweep", cuda, arguments, start, stop)
+        assert_same("scores", kernels, arguments, start, stop)
+        assert_same("sweep", kernels, arguments, start, stop)
     for kept, group in GROUPS:
-        assert_same("sweep_groups", cuda, arguments, 8, 16, kept, group)
+        assert_same("sweep_groups", kernels, arguments, 8, 16, kept, group)
 
 
-@pytest.mark.parametrize("n", [0, 3])
+# A tile has 96 rows: one row, part of a tile, a lane less than one, all of one, a lane more, several and a rest.
 @pytest.mark.parametrize(
-    "pattern", [ms.NM(2, 4), ms.Unstructured(0.6), ms.Unstructured(0.6, scope="row")], ids=str
+    ("m", "n", "dtype"),
+    [
+        (1, 0, "float32"),
+        (1, 4, "float64"),
+        (5, 9, "float32"),
+        (95, 1, "float64"),
+        (96, 4, "float32"),
+        (97, 0, "float64"),
+        (97, 9, "float32"),
+        (193, 1, "float32"),
+        (193, 5, "float64"),
+    ],
 )
-def test_a_whole_sweep_by_cuda(cuda, monkeypatch, pattern, n):
+def test_chosen_sizes(batched, m, n, dtype):
+    assert_all_same(batched, sweep_arguments(n, m, 24, n, dtype))
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    m=st.integers(1, 200) | st.sampled_from([1, 95, 96, 97, 192, 193]),
+    n=st.integers(0, 12),
+    dtype=st.sampled_from(["float32", "float64"]),
+    group=st.sampled_from([1, 2, 3, 4, 8]),
+    share=st.floats(1e-2, 1e2),
+    data=st.data(),
+)
+def test_random_sizes(seed, m, n, dtype, group, share, data):
+    d = group * data.draw(st.integers(1, 24 // group), "groups")
+    start = group * data.draw(st.integers(0, d // group - 1), "first group")
+    stop = group * data.draw(st.integers(start // group + 1, d // group), "last group")
+    arguments, kernels = sweep_arguments(seed, m, d, n, dtype), (sparsegpt_batched, np.ascontiguousarray)
+    assert_same("gains", kernels, arguments, share)
+    assert_same("scores", kernels, arguments, start, stop)
+    assert_same("sweep", kernels, arguments, start, stop)
+    kept = data.draw(st.integers(0, group), "kept")
+    assert_same("sweep_groups", kernels, arguments, start, stop, kept, group)
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(0, "float64"), (1, "float32"), (9, "float32"), (9, "float64")])
+def test_cuda(cuda, n, dtype):
+    assert_all_same(cuda, sweep_arguments(n, 4, 24, n, dtype))
+
+
+@pytest.mark.parametrize("n", [0, 9])
+def test_a_whole_sweep_by_cuda(cuda, monkeypatch, n):
     layer = random_layer(7, 3, 40, n, condition=100.0)
     _, convert = cuda
     solver = ms.SparseGPT(block=16)
+    patterns = [ms.NM(2, 4), ms.Unstructured(0.6), ms.Unstructured(0.6, scope="row")]
 
-    def solution(convert):
+    def solutions(convert):
         arrays = [convert(array) for array in (layer.weight, layer.A, layer.U) if array is not None]
-        return ms.solve(ms.Problem(arrays[0], ms.RowHessian(*arrays[1:])), pattern, solver)
+        problem = ms.Problem(arrays[0], ms.RowHessian(*arrays[1:]))
+        return [ms.solve(problem, pattern, solver) for pattern in patterns]
 
-    expected = solution(np.asarray)
+    by_the_cpu = solutions(np.asarray)
     monkeypatch.setattr("moonshot.solvers.sparsegpt._kernels", lambda weight, rank: sparsegpt_cuda)
-    found = solution(convert)
-    np.testing.assert_array_equal(on_host(found.mask), expected.mask)
-    np.testing.assert_allclose(on_host(found.weight), expected.weight, rtol=1e-9, atol=1e-12)
+    for expected, found in zip(by_the_cpu, solutions(convert), strict=True):
+        np.testing.assert_array_equal(on_host(found.mask), expected.mask)
+        np.testing.assert_allclose(on_host(found.weight), expected.weight, rtol=1e-9, atol=1e-12)
 
 
 def test_what_cuda_cannot_hold_is_said(cuda):

@@ -1,0 +1,83 @@
+"""Kernels on two threads, and called by two at once: the same answers, bit for bit.
+
+Other tests run with one thread in each process, so these have a process of their own.
+"""
+
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import numba
+import numpy as np
+import pytest
+
+from every_solver import SOLVERS
+from moonshot.bounds.certificate import lower_bound
+from moonshot.layer.patterns import NM, Unstructured
+from moonshot.linalg.kernels import kernel
+from moonshot.solvers import solve
+from strategies import random_layer
+
+ROWS = 200  # two tiles of 96 and part of a third
+FEW_ROWS = 7  # where every row is a search of its own
+PATTERNS = [Unstructured(0.6), Unstructured(0.6, "row"), NM(2, 4)]
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """Call a function of this module in a process whose kernels have two threads, and BLAS one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUMBA_NUM_THREADS", "2")
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            patch.setenv(variable, "1")
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+def which_threads():
+    """The thread of each of ten iterations of a kernel's loop over rows."""
+
+    @kernel
+    def numbered(out):
+        for i in numba.prange(len(out)):
+            out[i] = numba.get_thread_id()
+
+    out = np.full(10, -1)
+    numbered(out)
+    return out.tolist()
+
+
+def test_the_loops_of_a_kernel_are_shared_by_two_threads(elsewhere):
+    assert sorted(elsewhere(which_threads)) == [0] * 5 + [1] * 5
+
+
+def answers(name):
+    """What a solver returns, or a lower bound, for a shared Hessian, one with factors, and every kind of pattern."""
+    rows, found = FEW_ROWS if name in ("Exact", "lower_bound") else ROWS, []
+    for n, dtype in [(0, "float32"), (5, "float64")]:
+        layer = random_layer(n, rows, 16, n, 1e3)
+        problem = replace(layer, weight=layer.weight.astype(dtype)).problem
+        for pattern in PATTERNS:
+            if name == "lower_bound":
+                found.append(lower_bound(problem, pattern, iterations=20))
+            else:
+                result = solve(problem, pattern, SOLVERS[name])
+                found.append((result.weight.tobytes(), result.value, result.bound, result.iterations))
+    return found
+
+
+def on_one_thread_on_two_and_by_two_at_once(name):
+    numba.set_num_threads(1)
+    one = answers(name)
+    numba.set_num_threads(2)
+    two = answers(name)
+    with ThreadPoolExecutor(2) as pool:
+        at_once = list(pool.map(answers, [name, name]))
+    return one, two, *at_once
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, "lower_bound"])
+def test_the_number_of_threads_changes_nothing(elsewhere, name):
+    one, *others = elsewhere(on_one_thread_on_two_and_by_two_at_once, name)
+    assert len(one) == 6 and len(others) == 3
+    assert all(other == one for other in others)
