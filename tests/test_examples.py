@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 import moonshot as ms
+from every_solver import SOLVERS
 from moonshot.app import cli
 from moonshot.checks import check_objective, check_pattern, check_solver
 from moonshot.models.adapter import Adapter
-from tests.every_solver import SOLVERS
+from strategies import random_layer
 from tests.examples.blocks import Blocks
 from tests.examples.diagonal_saliency import DiagonalSaliency
 from tests.examples.half_blocks import HalfBlocks
 from tests.examples.own_layers import Projection, ProjectionAdapter
 from tests.examples.salient_inputs import SalientInputs
 from tests.models import decoder, tokens
-from tests.strategies import random_layer
 
 DEMO = Path(ms.__file__).parent / "demo"
 
@@ -35,7 +35,9 @@ def test_they_keep_the_promises_of_their_kind():
 def test_every_solver_takes_blocks_or_says_what_is_missing(name):
     problem, pattern = random_layer(0, 8, 12, 2, 1e2).problem, Blocks(0.5)
     if name in ("SparseGPT", "OBS", "Swaps", "Exact"):
-        with pytest.raises(ms.solvers.NotSupportedError, match="has no `groups.shape. -> .size, zeros.`; ADMM, IHT"):
+        with pytest.raises(
+            ms.solvers.NotSupportedError, match="has no `groups.shape. -> .size, zeros.`; ADMM, IHT"
+        ):
             ms.solve(problem, pattern, SOLVERS[name])
         return
     result = ms.solve(problem, pattern, SOLVERS[name])
@@ -52,7 +54,7 @@ class Recorded(ms.Unstructured):
         return super().keep(scores)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "Wanda", "ADMM", "IHT"])
+@pytest.mark.parametrize("name", ["Magnitude", "Wanda", "ADMM", "IHT"])
 def test_scores_are_squares(name):
     """Twice the weights are four times the cost, so that the costs of a block's weights add up."""
     layer = random_layer(0, 4, 8, 0, 1e2)
@@ -106,7 +108,7 @@ def test_layers_of_a_kind_of_ones_own():
     def loss(model, batch):
         return model(batch).square().mean()
 
-    with pytest.raises(ValueError, match="has no Linear or convolutional layer"):
+    with pytest.raises(ValueError, match="has no .* layer to prune"):
         ms.prune(model, x, "2:4", loss=loss)
     dense = model(x).detach()
     report = ms.prune(model, x, "2:4", loss=loss, adapter=ProjectionAdapter())
@@ -135,7 +137,10 @@ def test_parts_of_ones_own_see_what_was_pruned_before_them():
     ("parts", "words"),
     [
         (lambda model: [], "finds no parts in LlamaForCausalLM"),
-        (lambda model: [("model.layers.0", model.model.layers[1])], "is not what the model has under that name"),
+        (
+            lambda model: [("model.layers.0", model.model.layers[1])],
+            "is not what the model has under that name",
+        ),
         (lambda model: [("model", model.model), ("model.norm", model.model.norm)], "overlap: model.norm"),
     ],
 )
@@ -155,12 +160,37 @@ def test_an_adapters_mistakes_are_named(parts, words):
 
 def test_all_of_them_by_name_on_the_command_line(monkeypatch, tmp_path, capsys):
     pattern = "tests.examples.blocks:Blocks(sparsity=0.25, height=4)"
-    arguments = ["--data", DEMO / "calibration.txt", "--nsamples", 4, "--seqlen", 64, "--save", tmp_path / "out"]
-    arguments += ["--pattern", pattern, "--targets", "*.0.*", "--adapter", "tests.examples.half_blocks:HalfBlocks"]
-    arguments += ["--objective", "0.5 reconstruction + 0.5 tests.examples.salient_inputs:SalientInputs(power=0.25)"]
-    arguments += ["--solver", "tests.examples.diagonal_saliency:DiagonalSaliency", "--solver-option", "power=0.5"]
+    arguments = [
+        "--data",
+        DEMO / "calibration.txt",
+        "--nsamples",
+        4,
+        "--seqlen",
+        64,
+        "--save",
+        tmp_path / "out",
+    ]
+    arguments += [
+        "--pattern",
+        pattern,
+        "--targets",
+        "*.0.*",
+        "--adapter",
+        "tests.examples.half_blocks:HalfBlocks",
+    ]
+    arguments += [
+        "--objective",
+        "0.5 reconstruction + 0.5 tests.examples.salient_inputs:SalientInputs(power=0.25)",
+    ]
+    arguments += [
+        "--solver",
+        "tests.examples.diagonal_saliency:DiagonalSaliency",
+        "--solver-option",
+        "power=0.5",
+    ]
     monkeypatch.setattr(sys, "argv", ["moonshot", "prune", *map(str, [DEMO / "model", *arguments])])
-    cli.main()
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["recipe"]["solver"] == "DiagonalSaliency(power=0.5)"
     assert report["recipe"]["objective"] == "0.5 Reconstruction + 0.5 SalientInputs(power=0.25)"

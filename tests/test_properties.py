@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import Phase, assume, given, settings
 
-from every_solver import SOLVERS, TABLES, each_solver, true_of
 from moonshot.bounds.certificate import lower_bound
 from moonshot.layer.patterns import NM, Unstructured
 from moonshot.layer.problem import Problem, Status
 from moonshot.solvers import ADMM, IHT, Exact, Swaps, solve
 from strategies import DEGENERATE, EXTREME, Layer, random_layer
+from tests.every_solver import SOLVERS, TABLES, each_solver, true_of
 
 # A counterexample is a seed, and a smaller one says no more.
 few = settings(max_examples=15, phases=(Phase.explicit, Phase.generate))

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from conftest import Backend
-from every_solver import SOLVERS, each_solver
 from moonshot.bounds import certificate
 from moonshot.bounds.certificate import lower_bound
 from moonshot.layer.objectives import Fisher, Reconstruction
@@ -27,6 +26,7 @@ from moonshot.solvers import (
     solve,
 )
 from strategies import Layer, random_layer
+from tests.every_solver import SOLVERS, each_solver
 
 PATTERNS = [
     *(Unstructured(s, scope) for s in (0, 0.3, 0.5, 0.9, 1) for scope in ("layer", "row")),

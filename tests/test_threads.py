@@ -11,12 +11,12 @@ import numba
 import numpy as np
 import pytest
 
-from every_solver import SOLVERS
 from moonshot.bounds.certificate import lower_bound
 from moonshot.layer.patterns import NM, Unstructured
 from moonshot.linalg.kernels import kernel
 from moonshot.solvers import solve
 from strategies import random_layer
+from tests.every_solver import SOLVERS
 
 ROWS = 200  # two tiles of 96 and part of a third
 FEW_ROWS = 7  # where every row is a search of its own

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moonshot as ms
-from every_solver import each_solver
 from moonshot.layer.objectives import quadratics_of
 from moonshot.linalg import hessian as hessian_module
 from moonshot.linalg.backend import like
 from moonshot.linalg.weighted import WeightedHessians
 from strategies import layers, random_layer
 from test_objectives import Pulled
+from tests.every_solver import each_solver
 from tests.examples.weightings import trade_off
 
 sweep_module = importlib.import_module(

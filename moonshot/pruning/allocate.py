@@ -73,7 +73,19 @@ def allocate(
     Raises what `prune` raises, and BudgetError where the choices cannot have that many zeros.
     """
     solver = ADMM() if solver is None else solver
-    recipe = Recipe(objective, solver, targets, ignore, factors, dampening_frac, seed, loss, unreached, scratch)
+    recipe = Recipe(
+        objective=objective,
+        solver=solver,
+        targets=targets,
+        ignore=ignore,
+        factors=factors,
+        dampening_frac=dampening_frac,
+        seed=seed,
+        loss=loss,
+        unreached=unreached,
+        scratch=scratch,
+        adapter=adapter,
+    )
     if isinstance(objective, str):
         raise TypeError('budgets are compared for one objective: name it, prune can choose another by "auto"')
     if not isinstance(rounds, int) or rounds < 0:

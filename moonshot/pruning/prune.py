@@ -80,7 +80,19 @@ def prune(
     Weights keep their dtype; everything is computed in float32 or better. If it fails, the weights are as they were.
     """
     solver = ADMM() if solver is None else solver
-    recipe = Recipe(objective, solver, targets, ignore, factors, dampening_frac, seed, loss, unreached, scratch)
+    recipe = Recipe(
+        objective=objective,
+        solver=solver,
+        targets=targets,
+        ignore=ignore,
+        factors=factors,
+        dampening_frac=dampening_frac,
+        seed=seed,
+        loss=loss,
+        unreached=unreached,
+        scratch=scratch,
+        adapter=adapter,
+    )
     return prune_by(
         recipe,
         model,

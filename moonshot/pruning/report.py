@@ -75,13 +75,16 @@ class Report:
 
     def __str__(self) -> str:
         width = max([len(name) for name in (*self.layers, *self.skipped)] + [5])
+        wide = max([len(layer.pattern) for layer in self.layers.values()] + [7])
         bounded = any(layer.gap is not None for layer in self.layers.values())
         gaps = "  gap <= %" if bounded else ""
-        lines = [f"{'layer':{width}}  {'shape':>13}  pattern  zeros %  relative{gaps}  seconds  status"]
+        lines = [
+            f"{'layer':{width}}  {'shape':>13}  {'pattern':>{wide}}  zeros %  relative{gaps}  seconds  status"
+        ]
         for layer in self.layers.values():
             gap = "" if not bounded else f"  {'' if layer.gap is None else f'{100 * layer.gap:.1f}':>8}"
             lines.append(
-                f"{layer.name:{width}}  {layer.shape[0]:>5} x {layer.shape[1]:<5}  {layer.pattern:>7}  "
+                f"{layer.name:{width}}  {layer.shape[0]:>5} x {layer.shape[1]:<5}  {layer.pattern:>{wide}}  "
                 f"{100 * layer.sparsity:7.2f}  {layer.relative:8.5f}{gap}  {layer.seconds:7.2f}  {layer.status}"
                 + (f", {layer.note}" if layer.note else "")
             )

@@ -17,7 +17,9 @@ class Blocks:
 
     def validate(self, shape):
         if shape[0] % self.height or shape[1] % self.width:
-            raise ms.PatternError(f"{self} do not divide a layer of {shape[0]} x {shape[1]}: leave it out with ignore")
+            raise ms.PatternError(
+                f"{self} do not divide a layer of {shape[0]} x {shape[1]}: leave it out with ignore"
+            )
 
     def zeros(self, shape):
         area = self.height * self.width
@@ -25,7 +27,9 @@ class Blocks:
 
     def keep(self, scores):
         xp, (m, d) = namespace(scores), scores.shape
-        by_block = xp.sum(scores.reshape(m // self.height, self.height, d // self.width, self.width), axis=(1, 3))
+        by_block = xp.sum(
+            scores.reshape(m // self.height, self.height, d // self.width, self.width), axis=(1, 3)
+        )
         pruned = smallest(by_block.reshape(1, -1), self.zeros((m, d)) // (self.height * self.width))
         mask = xp.broadcast_to(
             ~pruned.reshape(m // self.height, 1, d // self.width, 1),
