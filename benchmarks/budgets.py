@@ -21,7 +21,7 @@ from moonshot.files.load import load, load_classifier
 from moonshot.models.calibration import windows
 from moonshot.models.evaluation import accuracy, perplexity
 from moonshot.models.images import ImageBatches, find_pictures
-from moonshot.pruning.auto import DEFAULT_OBJECTIVE
+from moonshot.pruning.recipe import DEFAULT_OBJECTIVE
 from torch import nn
 
 SPARSITIES = {"vit": (0.9, 0.95, 0.96), "resnet": (0.9, 0.94, 0.96), "llama": (0.7, 0.8, 0.9)}

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 from moonshot.files.plan import Layer, count
-from moonshot.pruning.auto import DEFAULT_OBJECTIVE
+from moonshot.pruning.recipe import DEFAULT_OBJECTIVE
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -13,7 +13,7 @@ import time
 
 import moonshot as ms
 from moonshot.app.demo import compare
-from moonshot.pruning.auto import DEFAULT_OBJECTIVE
+from moonshot.pruning.recipe import DEFAULT_OBJECTIVE
 
 R, F, T = ms.Reconstruction(), ms.Fisher(), ms.TokenFisher()
 METHODS = [

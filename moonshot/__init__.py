@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moonshot import threads  # noqa: F401 - before what loads NumPy
 from moonshot.bounds.certificate import lower_bound
+from moonshot.layer.columns import Columns
 from moonshot.layer.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
 from moonshot.layer.patterns import NM, Pattern, PatternError, PatternMismatchError, Unstructured, as_pattern
 from moonshot.layer.problem import Problem, Result, Status
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from moonshot.models.chain import ChainAdapter
     from moonshot.models.graph import GraphAdapter
     from moonshot.models.layer_view import LayerView
+    from moonshot.models.shrink import shrink
+    from moonshot.models.units import column_patterns
     from moonshot.pruning.allocate import allocate
     from moonshot.pruning.allocation import Allocation
     from moonshot.pruning.prune import prune
@@ -36,6 +39,7 @@ __all__ = [
     "Allocation",
     "Answer",
     "ChainAdapter",
+    "Columns",
     "Exact",
     "Fisher",
     "GraphAdapter",
@@ -61,9 +65,11 @@ __all__ = [
     "Wanda",
     "allocate",
     "as_pattern",
+    "column_patterns",
     "front",
     "lower_bound",
     "prune",
+    "shrink",
     "solve",
     "weighting_sweep",
 ]
@@ -77,7 +83,9 @@ _WITH_TORCH = {
     "GraphAdapter": "models.graph",
     "LayerView": "models.layer_view",
     "allocate": "pruning.allocate",
+    "column_patterns": "models.units",
     "prune": "pruning.prune",
+    "shrink": "models.shrink",
 }
 
 

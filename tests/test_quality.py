@@ -6,7 +6,7 @@ import pytest
 
 import moonshot as ms
 from moonshot.app.demo import compare
-from moonshot.pruning.auto import DEFAULT_OBJECTIVE
+from moonshot.pruning.recipe import DEFAULT_OBJECTIVE
 
 METHODS = [
     ("SparseGPT", ms.SparseGPT(), ms.Reconstruction()),

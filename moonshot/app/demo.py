@@ -12,8 +12,8 @@ from moonshot.files.load import load
 from moonshot.layer.objectives import Objective, Reconstruction
 from moonshot.models.calibration import windows
 from moonshot.models.evaluation import Perplexity, perplexity
-from moonshot.pruning.auto import DEFAULT_OBJECTIVE
 from moonshot.pruning.prune import prune
+from moonshot.pruning.recipe import DEFAULT_OBJECTIVE
 from moonshot.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
 
 DEMO = Path(__file__).parent.parent / "demo"

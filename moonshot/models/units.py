@@ -1,0 +1,109 @@
+"""Units of a transformer's block that can be cut out whole: hidden units of its MLP, groups of its attention heads.
+
+A unit is read by some input columns of one layer, and made by some rows of others. Where the columns are zero, the rows
+are of no effect.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from moonshot.layer.columns import Columns
+from moonshot.models.blocks import find_blocks
+from moonshot.models.modules import ModelError
+
+# (layers that make the hidden units, the layer that reads them), by their names in a block's MLP
+_MLPS = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("w1", "w3"), "w2"),
+    (("fc1",), "fc2"),
+    (("up_proj",), "down_proj"),
+    (("c_fc",), "c_proj"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("intermediate.dense",), "output.dense"),
+)
+_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim")
+_ATTENTIONS = ((("q_proj", "k_proj", "v_proj"), "o_proj"), (("q_proj", "k_proj", "v_proj"), "out_proj"))
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units that one layer of a block reads.
+
+    reader: the name of that layer; columns: how many of its input columns are a unit.
+    makers: {name: rows of a unit} of the layers whose rows make the units.
+    sizes: {field of the model's configuration: how much of it a unit is}.
+    """
+
+    reader: str
+    columns: int
+    makers: dict[str, int]
+    sizes: dict[str, int]
+
+    def pattern(self, sparsity: float) -> Columns:
+        """The pattern that leaves whole units out of the reader."""
+        return Columns(sparsity, self.columns)
+
+
+def units_of(model: nn.Module) -> list[Units]:
+    """The units of every block of a transformers model that its configuration can do with fewer of.
+
+    Raises ModelError where there are none.
+    """
+    config = getattr(model, "config", None)
+    found = (
+        [] if config is None else [units for block in find_blocks(model) for units in _of_block(config, *block)]
+    )
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no units that can be cut out: known are the MLPs and attention heads of "
+            "transformers' models whose configuration has their number"
+        )
+    return found
+
+
+def column_patterns(model: nn.Module, sparsity: float) -> dict[str, Columns]:
+    """{layer name: pattern} that prunes this fraction of the units of every block; `prune` takes it as its pattern."""
+    return {units.reader: units.pattern(sparsity) for units in units_of(model)}
+
+
+def _of_block(config: Any, prefix: str, block: nn.Module) -> Iterator[Units]:
+    for name, module in block.named_modules(prefix=prefix):
+        for makers, reader in _MLPS:
+            layers = _named(module, (*makers, reader))
+            field = next((key for key in _WIDTHS if getattr(config, key, None) is not None), None)
+            if layers and field and {_outputs(layer) for layer in layers[:-1]} == {getattr(config, field)}:
+                yield Units(f"{name}.{reader}", 1, {f"{name}.{maker}": 1 for maker in makers}, {field: 1})
+                break
+        for makers, reader in _ATTENTIONS:
+            if _named(module, (*makers, reader)) and (units := _heads(config, name, module, makers, reader)):
+                yield units
+
+
+def _heads(config: Any, name: str, module: nn.Module, makers: tuple[str, ...], reader: str) -> Units | None:
+    """Groups of heads that share keys and values; None where the configuration ties their number to other sizes."""
+    width = getattr(config, "head_dim", None)
+    heads, groups = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if not (width and heads and groups) or _outputs(module.get_submodule(makers[0])) != heads * width:
+        return None
+    together = heads // groups
+    rows = dict(zip((f"{name}.{maker}" for maker in makers), (together * width, width, width), strict=True))
+    sizes = {"num_attention_heads": together, "num_key_value_heads": 1}
+    return Units(f"{name}.{reader}", together * width, rows, sizes)
+
+
+def _named(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
+    """The linear layers of these names in a module; [] unless all are there."""
+    modules = dict(module.named_modules())
+    layers = [modules.get(name) for name in names]
+    return (
+        [layer for layer in layers if isinstance(layer, nn.Linear)]
+        if all(type(layer) is nn.Linear for layer in layers)
+        else []
+    )
+
+
+def _outputs(layer: Any) -> int:
+    return layer.out_features

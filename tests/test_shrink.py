@@ -1,0 +1,120 @@
+"""Whole columns, and models that are really smaller."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import moonshot as ms
+from moonshot.checks import check_pattern
+from moonshot.models.modules import ModelError
+from strategies import random_layer
+from tests.models import SIZES, decoder, tokens
+
+FAMILIES = {
+    "Llama": (transformers.LlamaConfig, {}),
+    "Qwen3": (transformers.Qwen3Config, {}),
+    "Mistral": (transformers.MistralConfig, {}),
+    "Llama with biases": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "one group a head": (transformers.LlamaConfig, {"num_key_value_heads": 4}),
+}
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_columns_keep_the_promises_of_a_pattern(group):
+    check_pattern(ms.Columns(0.5, group))
+
+
+@pytest.mark.parametrize(
+    "solver", [ms.ADMM(), ms.IHT(), ms.Magnitude(), ms.Wanda()], ids=lambda solver: solver.name
+)
+def test_solvers_prune_whole_columns(solver):
+    problem = random_layer(0, 6, 16, 2, 1e2).problem
+    result = ms.solve(problem, ms.Columns(0.25, 2), solver)
+    zero = (np.asarray(result.weight) == 0).all(axis=0)
+    assert zero.sum() == 4 and (zero.reshape(-1, 2).sum(1) != 1).all() and result.sparsity == 0.25
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_columns_are_found_on_small_layers(seed):
+    """ADMM is no worse than magnitude, and both no better than the best of all choices."""
+    problem = random_layer(seed, 3, 6, 1, 1e2).problem
+    best = min(_refitted(problem, [a, b]) for a in range(6) for b in range(a))
+    found = [ms.solve(problem, ms.Columns(1 / 3), solver).value for solver in (ms.ADMM(), ms.Magnitude())]
+    assert best <= found[0] * (1 + 1e-6) and found[0] <= found[1] * (1 + 1e-6)
+
+
+def _refitted(problem, pruned):
+    """F of the best weight with these columns zero."""
+    total = 0.0
+    for i, centre in enumerate(np.asarray(problem.centre, np.float64)):
+        inverse = np.linalg.inv(problem.hessian.row(i))
+        c = centre[pruned]
+        total += c @ np.linalg.solve(inverse[np.ix_(pruned, pruned)], c)
+    return total
+
+
+def small(family):
+    config, changes = FAMILIES[family]
+    return decoder(config, **changes).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shrunk_model_is_smaller_and_gives_the_same(family, tmp_path):
+    model = small(family)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    patterns = ms.column_patterns(model, 0.5)
+    assert {name.rpartition(".")[2] for name in patterns} == {"down_proj", "o_proj"}
+    ms.prune(model, tokens(), patterns)
+    shrunk = ms.shrink(model)
+    assert type(shrunk) is type(model) and sum(p.numel() for p in shrunk.parameters()) < 0.8 * dense
+    assert shrunk.config.intermediate_size == SIZES["intermediate_size"] // 2
+    assert shrunk.config.num_attention_heads == SIZES["num_attention_heads"] // 2
+    with torch.no_grad():
+        torch.testing.assert_close(shrunk(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-5)
+    shrunk.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens()).logits, shrunk(tokens()).logits)
+
+
+def test_a_vits_hidden_units_can_go_and_its_heads_cannot():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+    batch = {"pixel_values": torch.randn(8, 3, 16, 16), "labels": torch.arange(8) % 2}
+    patterns = ms.column_patterns(model, 0.25)
+    assert len(patterns) == 2 and all(name.endswith("fc2") for name in patterns)
+    ms.prune(model, [batch], patterns)
+    shrunk = ms.shrink(model)
+    assert shrunk.config.intermediate_size == 48
+    with torch.no_grad():
+        torch.testing.assert_close(
+            shrunk(batch["pixel_values"]).logits, model(batch["pixel_values"]).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_what_cannot_be_shrunk_is_said():
+    model = decoder()
+    with pytest.raises(ModelError, match="no unit is zero as a whole"):
+        ms.shrink(model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[:, :3] = 0
+    with pytest.raises(
+        ModelError, match=r"layers.0.mlp.down_proj has 45 units left and model.layers.1.* 48, but"
+    ):
+        ms.shrink(model)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.down_proj.weight.zero_()
+    with pytest.raises(ModelError, match=r"nothing is left of model.layers.0.mlp.down_proj"):
+        ms.shrink(model)
+    with pytest.raises(ModelError, match="has no units that can be cut out"):
+        ms.shrink(torch.nn.Linear(3, 4))
