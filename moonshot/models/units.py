@@ -15,7 +15,7 @@ from moonshot.models.blocks import find_blocks
 from moonshot.models.modules import ModelError
 
 # (layers that make the hidden units, the layer that reads them), by their names in a block's MLP
-_MLPS = (
+_MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("w1", "w3"), "w2"),
     (("fc1",), "fc2"),
@@ -25,7 +25,10 @@ _MLPS = (
     (("intermediate.dense",), "output.dense"),
 )
 _WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim")
-_ATTENTIONS = ((("q_proj", "k_proj", "v_proj"), "o_proj"), (("q_proj", "k_proj", "v_proj"), "out_proj"))
+_ATTENTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("q_proj", "k_proj", "v_proj"), "o_proj"),
+    (("q_proj", "k_proj", "v_proj"), "out_proj"),
+)
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,11 @@ def _heads(config: Any, name: str, module: nn.Module, makers: tuple[str, ...], r
     return Units(f"{name}.{reader}", together * width, rows, sizes)
 
 
-def _named(module: nn.Module, names: tuple[str, ...]) -> list[nn.Linear]:
+def _named(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
     """The linear layers of these names in a module; [] unless all are there."""
     modules = dict(module.named_modules())
-    layers = [modules.get(name) for name in names]
-    return (
-        [layer for layer in layers if isinstance(layer, nn.Linear)]
-        if all(type(layer) is nn.Linear for layer in layers)
-        else []
-    )
+    linear = [modules[name] for name in names if isinstance(modules.get(name), nn.Linear)]
+    return linear if len(linear) == len(names) else []
 
 
 def _outputs(layer: Any) -> int:
