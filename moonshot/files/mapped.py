@@ -44,7 +44,7 @@ class MappedFile:
     def _tensor(self, begin: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
         kind = _DTYPES[dtype]
         if not prod(shape):
-            return torch.empty(shape, dtype=kind)
+            return torch.empty(shape, dtype=kind, device="cpu")
         start = begin + data_offsets[0]
         return torch.frombuffer(self._map, dtype=kind, count=prod(shape), offset=start).view(shape)
 

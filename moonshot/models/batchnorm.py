@@ -73,7 +73,7 @@ def estimate_in_one_pass(
     before = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
     try:
         for layer in layers:
-            layer.num_batches_tracked = torch.zeros((), dtype=torch.long)
+            layer.num_batches_tracked = torch.zeros((), dtype=torch.long, device=_running(layer)[0].device)
             layer.momentum = None  # torch's spelling of a plain mean over the batches
             layer.train()
         for batch in batches if layers else []:

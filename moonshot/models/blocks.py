@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from moonshot.models.calibration import Batch
 from moonshot.models.layers import layers_of
-from moonshot.models.losses import Loss, check_loss
+from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of
 from moonshot.models.modules import ModelError, patched
-from moonshot.models.precision import tensors_outside
+from moonshot.models.precision import tensors_outside, widened
+from moonshot.models.settings import without_cache
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ class Chain:
 
         def record(hidden, *args, **kwargs):
             if not calls:
-                first.append(hidden)
+                first.append(hidden.clone())
             elif not torch.equal(hidden, first[0] if len(calls) % 2 == 0 else -first[0]):
                 raise ModelError("a block does not read what the one before it returned")
-            calls.append(Call(args, _without_cache(kwargs)))
+            calls.append(Call(*without_cache(args, kwargs)))
             if (
                 len(calls) == len(self.blocks) > 1
             ):  # what reads the last of several is like what reads the others
@@ -78,14 +80,14 @@ class Chain:
 
         with suppress(_Entered), patched(self.blocks, [record] * len(self.blocks)):
             try:
-                self.loss(self.model, batch)
+                loss_of(self.loss, self.model, batch)
             except (TypeError, IndexError, AttributeError):
                 if self._returns_tuple or not calls:
                     raise
                 self._returns_tuple = True
                 first.clear()
                 calls.clear()
-                self.loss(self.model, batch)
+                loss_of(self.loss, self.model, batch)
         if len(calls) != len(self.blocks):
             raise ModelError(
                 f"the loss called {len(calls)} of {len(self.blocks)} blocks: it must run the whole model once"
@@ -94,23 +96,25 @@ class Chain:
 
     def leave(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
         """The loss of one batch from the last block's output, and its gradient there."""
-        leaf = hidden.detach().float().requires_grad_()
+        leaf = widened(hidden.detach()).requires_grad_()
 
         def replace(_hidden, *args, **kwargs):
             return (leaf,) if self._returns_tuple else leaf
 
         with patched(self.blocks, [replace] * len(self.blocks)):
-            loss = self.loss(self.model, batch)
+            loss = loss_of(self.loss, self.model, batch)
             check_loss(loss)
-            (gradient,) = torch.autograd.grad(loss, leaf)
+            (gradient,) = gradients_of(loss, [leaf])
+        if gradient is None:
+            raise ModelError("the loss does not depend on what the last block returns")
         return float(loss.detach()), gradient
 
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
-        """One block alone."""
-        output = self.blocks[index](hidden.float(), *call.args, **call.kwargs)
+        """One block alone. It may change in place what it reads, so it reads copies."""
+        args, kwargs = tree_map(_copied, (call.args, call.kwargs))
+        output = self.blocks[index](widened(hidden), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
-def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    cleaned = {name: value for name, value in kwargs.items() if "past_key_value" not in name}
-    return {**cleaned, "use_cache": False} if "use_cache" in cleaned else cleaned
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf

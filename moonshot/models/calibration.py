@@ -147,8 +147,8 @@ def set_aside(batches: list[Batch], seed: int, share: float = 0.25) -> tuple[lis
             f'to compare on samples set aside (objective="auto", allocate) at least 8 are needed, got {count}: '
             "give more, or choose yourself"
         )
-    generator = torch.Generator().manual_seed(seed)
-    chosen = set(torch.randperm(count, generator=generator)[: round(share * count)].tolist())
+    generator = torch.Generator("cpu").manual_seed(seed)
+    chosen = set(torch.randperm(count, generator=generator, device="cpu")[: round(share * count)].tolist())
     rest: list[Batch] = []
     aside: list[Batch] = []
     first = 0
@@ -181,7 +181,7 @@ def windows(tokenizer: Any, text: str, samples: int, length: int, seed: int | No
 
     Raises CalibrationError where the text is too short.
     """
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], device="cpu")
     if samples < 1 or length < 2:
         raise CalibrationError("at least one sample of at least two tokens is needed")
     needed = samples * length if seed is None else length + samples
@@ -192,6 +192,6 @@ def windows(tokenizer: Any, text: str, samples: int, length: int, seed: int | No
         )
     if seed is None:
         return ids[:needed].reshape(samples, length)
-    generator = torch.Generator().manual_seed(seed)
-    offsets = torch.randperm(len(ids) - length, generator=generator)[:samples]
-    return ids[offsets[:, None] + torch.arange(length)]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    offsets = torch.randperm(len(ids) - length, generator=generator, device="cpu")[:samples]
+    return ids[offsets[:, None] + torch.arange(length, device="cpu")]

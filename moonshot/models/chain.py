@@ -14,7 +14,7 @@ from moonshot.models.calibration import Batch, batch_samples, token_mask
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss
 from moonshot.models.offload import Offload, Offloaded
-from moonshot.models.precision import in_float32, tensors_of
+from moonshot.models.precision import activation_dtype, in_float32, narrowed, tensors_of, widened
 from moonshot.models.recording import Seen, gradient_dtype, output_gradients, recording
 from moonshot.models.replay import Replay
 from moonshot.models.statistics import LayerStatistics
@@ -56,13 +56,13 @@ class ChainReplay:
     ):
         self.parts, self.batches = blocks, batches
         self._chain = Chain(model, [block for _, block in blocks], loss)
-        dtype = next(model.parameters()).dtype
+        self._dtype = activation_dtype(model)
         self._pruned: list[Offloaded] = []
         self._calls: list[list[Call]] = []
         with in_float32(self._chain.outside):
             for batch in batches:
                 hidden, calls = self._chain.enter(batch)
-                self._pruned.append(offload.store(hidden.to(dtype)))
+                self._pruned.append(offload.store(narrowed(hidden, self._dtype)))
                 self._calls.append(calls)
         self._dense: list[Offloaded] = []
         self._gradients: list[list[Offloaded]] = []
@@ -88,21 +88,19 @@ class ChainReplay:
             return {}, {}
         inputs: Seen = {}
         outputs: Seen = {}
-        hidden = self._dense[b].read()
-        leaf = hidden.float().requires_grad_()
+        leaf = widened(self._dense[b].read()).requires_grad_()
         with torch.set_grad_enabled(bool(layers)), recording(layers, inputs, outputs):
             output = self._chain.run(index, leaf, self._calls[b][index])
-        self._dense[b].replace(output.detach().to(hidden.dtype))
+        self._dense[b].replace(narrowed(output.detach(), self._dtype))
         if not layers:
             return {}, {}
-        return inputs, output_gradients(output, [self._gradients[index][b].read().float()], outputs)
+        return inputs, output_gradients(output, [widened(self._gradients[index][b].read())], outputs)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Run the block as it is now, in float32, for the inputs of the next one."""
         for b, stored in enumerate(self._pruned):
-            hidden = stored.read()
-            stored.replace(self._chain.run(index, hidden, self._calls[b][index]).to(hidden.dtype))
+            stored.replace(narrowed(self._chain.run(index, stored.read(), self._calls[b][index]), self._dtype))
 
 
 def block_gradients(
@@ -114,14 +112,15 @@ def block_gradients(
     has samples. In the dtype of `hidden` (bfloat16 for float16, whose range is too small), one hidden state for each
     block and batch, all stored in `offload`.
     """
-    dtype = gradient_dtype(hidden[0].read().dtype)
+    hidden_dtype = activation_dtype(chain.model)
+    dtype = gradient_dtype(hidden_dtype)
     boundaries = [hidden]
     for k, block in enumerate(chain.blocks):
         boundaries.append([])
         with torch.no_grad(), in_float32(tensors_of(block)):
             for b, stored in enumerate(boundaries[k]):
-                h = stored.read()
-                boundaries[k + 1].append(offload.store(chain.run(k, h, calls[b][k]).to(h.dtype)))
+                output = chain.run(k, stored.read(), calls[b][k])
+                boundaries[k + 1].append(offload.store(narrowed(output, hidden_dtype)))
     with in_float32(chain.outside):
         for b, batch in enumerate(batches):
             _, gradient = chain.leave(batch, boundaries[-1][b].read())
@@ -129,8 +128,8 @@ def block_gradients(
     for k in range(len(chain.blocks) - 1, 0, -1):
         with in_float32(tensors_of(chain.blocks[k])):
             for b, stored in enumerate(boundaries[k]):
-                leaf = stored.read().float().requires_grad_()
+                leaf = widened(stored.read()).requires_grad_()
                 output = chain.run(k, leaf, calls[b][k])
-                (gradient,) = torch.autograd.grad(output, leaf, boundaries[k + 1][b].read().float())
+                (gradient,) = torch.autograd.grad(output, leaf, widened(boundaries[k + 1][b].read()))
                 stored.replace(gradient.to(dtype))
     return boundaries[1:]

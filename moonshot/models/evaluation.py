@@ -1,5 +1,6 @@
 """How good a model is: perplexity, always with its context length, and accuracy, with its number of images."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ def perplexity(model: nn.Module, ids: Tensor, batch_size: int = 8) -> Perplexity
     with evaluating(model):
         for part in ids.split(batch_size):
             total += float(model_loss(model, {"input_ids": part.to(device)})) * len(part)
-    return Perplexity(float(torch.tensor(total / len(ids)).exp()), ids.shape[1], len(ids))
+    return Perplexity(math.exp(total / len(ids)), ids.shape[1], len(ids))
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,13 @@ def watching_experts(experts: dict[str, ExpertView], record: Record) -> Iterator
     modules = list(dict.fromkeys(view.module for view in experts.values()))
 
     def watched(module: nn.Module) -> Callable:
-        forward = inspect.unwrap(type(module).forward)
+        loop = inspect.unwrap(type(module).forward)
+        own = vars(module).get("forward")  # such as a hook around the loop, or what is called in its place
+        forward = own if own is not None and inspect.unwrap(own) is not loop else loop.__get__(module)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with _Products({n: view for n, view in experts.items() if view.module is module}, record):
-                return forward(module, *args, **kwargs)
+                return forward(*args, **kwargs)
 
         return run
 

@@ -16,12 +16,20 @@ from torch.utils._pytree import tree_map
 
 from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.calibration import Batch, batch_samples, token_mask
-from moonshot.models.losses import Loss, check_loss
+from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of
 from moonshot.models.modules import ModelError, patched
 from moonshot.models.offload import Offload, read_all
-from moonshot.models.precision import in_float32, tensors_of, tensors_outside
+from moonshot.models.precision import (
+    activation_dtype,
+    in_float32,
+    narrowed,
+    tensors_of,
+    tensors_outside,
+    widened,
+)
 from moonshot.models.recording import Seen, differentiable, gradient_dtype, output_gradients, recording
 from moonshot.models.replay import Replay
+from moonshot.models.settings import without_cache
 from moonshot.models.statistics import LayerStatistics
 from moonshot.models.trial_run import TrialRun
 
@@ -94,7 +102,7 @@ class GraphReplay:
     ):
         self.parts, self.batches = parts, batches
         self._model, self._loss, self._offload = model, loss, offload
-        self._dtype = next(model.parameters()).dtype
+        self._dtype = activation_dtype(model)
         self._outside = tensors_outside(model, [part for _, part in parts])
         self._dense: list[list[_Arguments]] = []  # by batch and part
         self._gradients: list[list[Any]] = []  # by batch and part, of each result
@@ -111,17 +119,20 @@ class GraphReplay:
         results: list[list[Tensor]] = []
 
         def before(_part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Arguments:
-            arguments.append(self._stored((args, kwargs)))
+            arguments.append(self._stored(without_cache(args, kwargs)))
             return tree_map(_tracked, (args, kwargs))
 
         def after(_part: nn.Module, _args: tuple, output: Any) -> Any:
+            output = tree_map(
+                _tracked, output
+            )  # a part without gradients of its own, such as a frozen one, too
             results.append(differentiable(output))
             return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
 
         handles = [s.register_forward_pre_hook(before, with_kwargs=True) for _, s in self.parts]
         handles += [s.register_forward_hook(after) for _, s in self.parts]
         try:
-            loss = self._loss(self._model, batch)
+            loss = loss_of(self._loss, self._model, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -132,7 +143,7 @@ class GraphReplay:
                 "call the same ones once"
             )
         flat = [result for made in results for result in made if result.requires_grad]
-        found = iter(torch.autograd.grad(loss * batch_samples(batch), flat, allow_unused=True) if flat else ())
+        found = iter(gradients_of(loss * batch_samples(batch), flat))
         dtype = gradient_dtype(self._dtype)
         self._dense.append(arguments)
         self._gradients.append([])
@@ -180,7 +191,7 @@ class GraphReplay:
         found: list[_Arguments] = []
 
         def stop(*args: Any, **kwargs: Any) -> None:
-            found.append(self._stored((args, kwargs)))
+            found.append(self._stored(without_cache(args, kwargs)))
             raise _Reached
 
         def returned(k: int) -> Callable:
@@ -189,7 +200,7 @@ class GraphReplay:
         forwards = [returned(k) for k in range(index)] + [stop]
         replaced = patched([part for _, part in self.parts[: index + 1]], forwards)
         with in_float32(self._outside), replaced, suppress(_Reached):
-            self._loss(self._model, self.batches[b])
+            loss_of(self._loss, self._model, self.batches[b])
         if not found:
             raise ModelError(f"{self.parts[index][0]} did not run: every batch must call the same parts once")
         return found[0]
@@ -198,24 +209,14 @@ class GraphReplay:
         """A stored copy of whatever a module reads or returns, floating-point tensors in the model's dtype."""
 
         def copied(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            dtype = self._dtype if leaf.dtype == torch.float32 else leaf.dtype
-            return leaf.detach().to(dtype, copy=True)
+            return narrowed(leaf.detach(), self._dtype) if isinstance(leaf, Tensor) else leaf
 
         return self._offload.store_all(tree_map(copied, tree))
 
 
 def _in_float32(tree: Any) -> Any:
     """A copy of stored tensors, which a module may change in place; half precision as float32, which it reads."""
-    halves = (torch.float16, torch.bfloat16)
-
-    def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.to(torch.float32 if leaf.dtype in halves else leaf.dtype, copy=True)
-
-    return tree_map(copied, read_all(tree))
+    return tree_map(lambda leaf: widened(leaf) if isinstance(leaf, Tensor) else leaf, read_all(tree))
 
 
 def _tracked(leaf: Any) -> Any:

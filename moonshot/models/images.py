@@ -142,7 +142,8 @@ class ImageBatches:
         pictures, count = self.pictures, len(self.pictures.labels)
         order = list(range(count))
         if self.seed is not None:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
+            generator = torch.Generator("cpu").manual_seed(self.seed)
+            order = torch.randperm(count, generator=generator, device="cpu").tolist()
         self.skipped = []
         found = 0
         for index in order:
@@ -172,7 +173,7 @@ def _batch(pixels: list[Tensor], labels: list[int]) -> Batch:
         raise CalibrationError(
             "the processor returns images of different sizes: give it a size with height and width, or do_center_crop"
         )
-    return {"pixel_values": torch.stack(pixels), "labels": torch.tensor(labels)}
+    return {"pixel_values": torch.stack(pixels), "labels": torch.tensor(labels, device="cpu")}
 
 
 def _label_ids(pictures: Pictures, config: Any) -> dict[int, int]:

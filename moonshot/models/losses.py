@@ -1,13 +1,16 @@
 """The training loss: the model's own or a caller's, of a batch, of each sample, of many."""
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from moonshot.models.calibration import Batch, CalibrationError, batch_samples, take, token_mask
 from moonshot.models.modules import ModelError, evaluating
+from moonshot.models.precision import widened
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar, the mean over the batch
 
@@ -24,7 +27,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
         mask = token_mask(batch)
         ids = batch["input_ids"]
         batch["labels"] = ids if mask is None else ids.masked_fill(~mask, -100)
-    if hasattr(getattr(model, "config", None), "use_cache"):
+    if "use_cache" in signature(model.forward).parameters:
         batch["use_cache"] = False
     loss = getattr(model(**batch), "loss", None)
     if loss is None:
@@ -42,6 +45,23 @@ def _predicts_the_next_token(model: nn.Module) -> bool:
 
     known = isinstance(model, PreTrainedModel) and type(model).__module__.startswith("transformers.")
     return not known or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def loss_of(loss: Loss, model: nn.Module, batch: Batch) -> Any:
+    """What a loss says of a copy of the batch, which the model may change in place; half precision as float32."""
+    return loss(model, tree_map(lambda leaf: widened(leaf) if isinstance(leaf, Tensor) else leaf, batch))
+
+
+def gradients_of(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
+    """The gradients of a loss. Raises ModelError where it has none at any of the tensors."""
+    if loss.requires_grad and tensors:
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+        if any(gradient is not None for gradient in gradients):
+            return list(gradients)
+    raise ModelError(
+        "the loss has no gradient: it must be computed from what the model returns, without detach(), item() or "
+        "torch.no_grad()"
+    )
 
 
 def check_loss(loss: Any) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -24,11 +25,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def patched(blocks: list[nn.Module], forwards: list[Callable]) -> Iterator[None]:
-    """Modules that run other functions inside."""
+    """Modules that run other functions inside; a forward of their own, such as a hook, is theirs again outside."""
+    own: list[Any] = [vars(block).get("forward") for block in blocks]
     for block, forward in zip(blocks, forwards, strict=True):
         block.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward  # type: ignore[method-assign]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile, which share its weights.
+
+    Raises ModelError for a model with PEFT adapters.
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            break
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in model.modules()):
+        raise ModelError(
+            "the model has PEFT adapters beside its weights: merge them first (model = model.merge_and_unload())"
+        )
+    return model

@@ -68,7 +68,7 @@ class _InFile:
         self.replace(tensor)
 
     def read(self) -> Tensor:
-        tensor = torch.empty(self._shape, dtype=self._dtype)
+        tensor = torch.empty(self._shape, dtype=self._dtype, device="cpu")
         self._file.seek(self._offset)
         if self._file.readinto(_bytes(tensor)) != tensor.nbytes:
             raise OSError("the offload file is shorter than what was written to it")

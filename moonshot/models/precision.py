@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,30 @@ def in_float32(tensors: list[Tensor]) -> Iterator[None]:
             if not torch.equal(rounded, half):
                 half.copy_(rounded)
             tensor.data = half
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A copy, in float32 where it is in half precision: what modules read that compute `in_float32`."""
+    half = tensor.is_floating_point() and tensor.itemsize < 4
+    return tensor.to(torch.float32 if half else tensor.dtype, copy=True)
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in half precision, if that is `dtype` and the tensor wider: bfloat16 for what float16 cannot hold."""
+    if not tensor.is_floating_point() or tensor.itemsize <= dtype.itemsize:
+        return tensor.clone()
+    narrow = tensor.to(dtype)
+    if bool((narrow.isinf() & tensor.isfinite()).any()):
+        limit = torch.finfo(torch.bfloat16).max
+        return tensor.clamp(-limit, limit).to(torch.bfloat16)
+    return narrow
+
+
+def activation_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that holds whatever passes between a model's parts: the widest of its weights', 16 bits or more."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    wide = [dtype for dtype in dtypes if dtype.itemsize > 1]
+    return reduce(torch.promote_types, wide) if wide else torch.float32
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 from moonshot.models.expert_view import ExpertView
 from moonshot.models.experts import Record, watching_experts
 from moonshot.models.layer_view import LayerView
+from moonshot.models.precision import widened
 
 Seen = dict[str, list[Tensor]]  # by layer name, a tensor for each call
 
@@ -42,15 +43,23 @@ def watching(layers: dict[str, LayerView], record: Record) -> Iterator[None]:
 
 @contextmanager
 def recording(layers: dict[str, LayerView], inputs: Seen, outputs: Seen | None = None) -> Iterator[None]:
-    """Append what every layer reads, and returns, to `inputs` and `outputs` at each call.
+    """Append what every layer reads, and returns, to `inputs` and `outputs` at each call, in float32 or better.
 
-    An output stays what it was where the model goes on to change it in place.
+    Both stay what they were where the model goes on to change them in place. Layers that read the same tensor have one
+    copy of it.
     """
+    copies: dict[
+        tuple, tuple[Tensor, Tensor]
+    ] = {}  # by what was read: it, so that its memory is not used again
 
     def record(name: str, x: Tensor, output: Tensor) -> Tensor:
-        inputs.setdefault(name, []).append(x.detach())
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
+        _, copy = copies.setdefault(key, (x, widened(x.detach())))
+        inputs.setdefault(name, []).append(copy)
         if outputs is None:
             return output
+        if torch.is_grad_enabled() and not output.requires_grad:  # frozen, and read from what has no gradient
+            output = output.detach().requires_grad_()
         outputs.setdefault(name, []).append(output)
         return output.clone()
 
@@ -72,7 +81,7 @@ def output_gradients(results: Any, gradients: list[Tensor | None], outputs: Seen
     found = torch.autograd.grad(tops, [output for _, output in calls], seeds, allow_unused=True)
     deltas: Seen = {}
     for (name, output), delta in zip(calls, found, strict=True):
-        deltas.setdefault(name, []).append(torch.zeros_like(output) if delta is None else delta)
+        deltas.setdefault(name, []).append(torch.zeros_like(output) if delta is None else widened(delta))
     return deltas
 
 

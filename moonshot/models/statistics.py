@@ -111,7 +111,9 @@ class LayerStatistics:
         E over the signs of the sum over factors f of (f . v)^2 is the sum over samples of (g_s . v)^2.
         """
         if name not in self._gradients:
-            self._gradients[name] = torch.zeros((self._factors, view.groups, *view.shape), device=x.device)
+            self._gradients[name] = torch.zeros(
+                (self._factors, view.groups, *view.shape), dtype=x.dtype, device=x.device
+            )
         folded, rest = divmod(len(x), samples)  # other dimensions that the model has folded into the first
         if rest:
             raise ModelError(
@@ -135,7 +137,9 @@ class LayerStatistics:
         if name not in self._owner and not self.routed:
             raise ModelError(f"no calibration batch reached the layer {name}: leave it out with ignore")
         if gradients is None and self.routed:  # what the loss does not pass through has none
-            gradients = torch.zeros((1, view.groups, *view.shape), device=view.weight.device)
+            gradients = torch.zeros(
+                (1, view.groups, *view.shape), dtype=torch.float32, device=view.weight.device
+            )
         groups = []
         for group in range(view.groups):
             statistics = []
@@ -155,7 +159,7 @@ class LayerStatistics:
 def _nothing(view: LayerView) -> Observation:
     """One token that is zero."""
     m, d = view.shape
-    zeros = torch.zeros((1, m + d), device=view.weight.device)
+    zeros = torch.zeros((1, m + d), dtype=torch.float32, device=view.weight.device)
     return Observation(inputs=zeros[:, :d], output_gradients=zeros[:, d:])
 
 

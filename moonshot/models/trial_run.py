@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moonshot.models.calibration import Batch
 from moonshot.models.layer_view import LayerView
-from moonshot.models.losses import Loss, check_loss
+from moonshot.models.losses import Loss, check_loss, loss_of
 from moonshot.models.precision import running_in_float32
 from moonshot.models.recording import counting, watching
 
@@ -58,6 +58,6 @@ def trial_run(
 
     parts = [block for _, block in blocks]
     with counting(model.modules()) as calls, watching(views, record), running_in_float32(model, parts):
-        value = loss(model, batch)
+        value = loss_of(loss, model, batch)
     check_loss(value)
     return TrialRun(list(calls), {module for module, count in calls.items() if count == 1}, rows, float(value))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,13 @@ from moonshot.layer.problem import Problem
 from moonshot.models.adapter import Adapter
 from moonshot.models.batchnorm import estimate_in_one_pass
 from moonshot.models.calibration import Batch, set_aside
-from moonshot.models.losses import Loss, mean_loss, model_loss, sample_losses
+from moonshot.models.losses import Loss, loss_of, mean_loss, model_loss, sample_losses
 from moonshot.models.modules import evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.partition import partition_model
 from moonshot.models.precision import in_float32, tensors_of
 from moonshot.models.restore import restored_on_failure
+from moonshot.models.settings import with_model_ready
 from moonshot.pruning import budgets
 from moonshot.pruning.allocation import Allocation
 from moonshot.pruning.calibration_pass import CalibrationPass, in_layer
@@ -34,6 +36,7 @@ from moonshot.solvers.base import Solver, solve
 OnStep = Callable[[str, int], None]
 
 
+@with_model_ready
 def allocate(
     model: nn.Module,
     calibration: Any,
@@ -114,7 +117,9 @@ def allocate(
         offer = Offer(views, _solved(calibrated, menus, solver, advance), total, exact=patterns is None)
         del calibrated  # the hidden states it has offloaded
         with in_float32(tensors_of(model)):
-            candidates = _candidates(offer, _PrunedModel(offer, model, fitted, loss, advance), rounds)
+            candidates = _candidates(
+                offer, _PrunedModel(offer, model, fitted, partial(loss_of, loss), advance), rounds
+            )
         restore()
 
         def held_out_losses(choices: list[int]) -> Tensor:
@@ -126,7 +131,7 @@ def allocate(
                 on_layer=lambda layer, _: advance(layer.name),
             )
             with in_float32(tensors_of(model)):
-                losses = sample_losses(model, held_out, loss)
+                losses = sample_losses(model, held_out, partial(loss_of, loss))
             restore()
             return losses
 

@@ -116,5 +116,5 @@ def in_layer(name: str) -> Iterator[None]:
 
 
 def _random_signs(count: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, 2, (count,), generator=generator, device="cpu").to(torch.float32) * 2 - 1

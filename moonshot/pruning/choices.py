@@ -53,7 +53,7 @@ class SparseMatrix:
 
     def dense(self) -> Tensor:
         nonzero = np.unpackbits(self._bits, count=self._shape.numel()).astype(bool).reshape(self._shape)
-        matrix = torch.zeros(self._shape, dtype=self._values.dtype)
+        matrix = torch.zeros(self._shape, dtype=self._values.dtype, device="cpu")
         matrix[torch.from_numpy(nonzero)] = self._values
         return matrix
 

@@ -16,6 +16,7 @@ from moonshot.models.adapter import Adapter
 from moonshot.models.calibration import Batch, batch_tokens, count_samples
 from moonshot.models.losses import Loss, model_loss
 from moonshot.models.partition import partition_model
+from moonshot.models.settings import with_model_ready
 from moonshot.pruning.auto import CANDIDATES, best_objective
 from moonshot.pruning.checkpoint import Checkpoint, data_digest
 from moonshot.pruning.layer_patterns import PatternLike, layer_patterns
@@ -28,6 +29,7 @@ from moonshot.solvers.base import Solver
 OnLayer = Callable[[LayerReport, int], None]
 
 
+@with_model_ready
 def prune(
     model: nn.Module,
     calibration: Any,

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from moonshot.layer.problem import Problem
 from moonshot.models.batchnorm import reestimate, running_statistics
 from moonshot.models.calibration import Batch
 from moonshot.models.layer_view import LayerView
-from moonshot.models.losses import sample_losses
+from moonshot.models.losses import loss_of, sample_losses
 from moonshot.models.modules import evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
@@ -110,11 +111,15 @@ class PruningRun:
     def losses(self, batches: list[Batch]) -> Tensor:
         """The model's loss on each sample (samples,)."""
         with running_in_float32(self.model, self._modules):
-            return sample_losses(self.model, batches, self.recipe.loss)
+            return sample_losses(self.model, batches, self._loss)
 
     @property
     def estimates_batch_norm(self) -> bool:
         return self.batch_norm and bool(running_statistics(self.model))
+
+    @property
+    def _loss(self) -> Callable[[nn.Module, Batch], Any]:
+        return partial(loss_of, self.recipe.loss)
 
     @property
     def _modules(self) -> list[nn.Module]:
@@ -123,7 +128,7 @@ class PruningRun:
     def _estimate_batch_norm(self, batches: list[Batch]) -> None:
         if self.estimates_batch_norm:
             with in_float32(tensors_of(self.model)):
-                reestimate(self.model, batches, self.recipe.loss, self._modules)
+                reestimate(self.model, batches, self._loss, self._modules)
 
     def _solver(
         self, name: str, layer: LayerView, tokens: int, bound: bool
