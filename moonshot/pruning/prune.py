@@ -2,9 +2,9 @@
 
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -193,7 +193,8 @@ def _work(
 
 def _versions() -> dict[str, str]:
     packages = ("moonshot", "torch", "transformers", "numpy", "scipy", "numba")
-    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+    loaded = {name: str(sys.modules[name].__version__) for name in packages if sys.modules.get(name)}
+    return {"python": platform.python_version()} | loaded
 
 
 def _peak_memory() -> int:
