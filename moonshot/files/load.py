@@ -9,7 +9,10 @@ from moonshot.extras import from_extra
 
 
 def load(name: str) -> tuple[nn.Module, object]:
-    """(causal language model, tokenizer) of a folder or a hub name, in the dtype it was saved in."""
+    """(causal language model, tokenizer), in the dtype that the model was saved in.
+
+    name: a folder or a hub name. Raises ValueError for what does not load.
+    """
     with from_extra("cli"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +20,10 @@ def load(name: str) -> tuple[nn.Module, object]:
 
 
 def load_classifier(name: str) -> tuple[nn.Module, object]:
-    """(image classifier, image processor) of a folder or a hub name, in the dtype it was saved in."""
+    """(image classifier, image processor), in the dtype that the model was saved in.
+
+    name: a folder or a hub name. Raises ValueError for what does not load.
+    """
     with from_extra("vision"):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 

@@ -180,7 +180,10 @@ def open_dataset(data: str) -> Any:
 
 
 def windows(tokenizer: Any, text: str, samples: int, length: int, seed: int | None = 0) -> Tensor:
-    """Token ids (samples, length) of windows of a text: at seeded random offsets, or from its start on for None.
+    """Token ids (samples, length) of windows of a text.
+
+    tokenizer: of transformers. samples, length: how many windows, of how many tokens each.
+    seed: of their random places; None for one after the other, from the start on.
 
     Raises CalibrationError where the text is too short.
     """

@@ -14,6 +14,7 @@ from moonshot.pruning.report import Trial
 class LayerBudget:
     """What a layer gets.
 
+    shape: (m, d). pattern: its own.
     curve: (sparsity, F / F(0)) of every choice it had, on the dense model's statistics.
     """
 
@@ -31,7 +32,9 @@ class LayerBudget:
 class Allocation(Mapping[str, Pattern]):
     """A pattern for each layer: what `prune` takes as its pattern.
 
-    budget: the name of the trial that it comes from; trials: all that were compared, the even budget first.
+    layers: {name: what the layer gets}.
+    budget: the name of the trial that it comes from.
+    trials: all that were compared, the even budget first.
     """
 
     layers: dict[str, LayerBudget]
