@@ -21,7 +21,7 @@ help:
 
 $(ready): setup.cfg pyproject.toml constraints.txt
 	test -x $(bin)/python || python3 -m venv .venv
-	$(bin)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(bin)/python -m pip install --quiet -c constraints.txt -e ".[all]"
 	@touch $@
 
 demo: $(ready)
@@ -50,7 +50,7 @@ bench-large: $(ready)
 bench-growth: $(ready)
 	$(bin)/python -m benchmarks.speed.growth
 
-$(bench_ready): benchmarks/requirements.txt setup.cfg
+$(bench_ready): benchmarks/requirements.txt setup.cfg pyproject.toml
 	test -x $(bench)/python || python3 -m venv .venv-bench
 	$(bench)/python -m pip install --quiet -r benchmarks/requirements.txt -e .
 	@touch $@

@@ -11,19 +11,23 @@ import pytest
 import moonshot
 
 ROOT = Path(moonshot.__file__).parent
-HEAVY = {"torch", "cupy", "transformers", "datasets", "matplotlib"}
+HEAVY = {"torch", "cupy", "transformers", "datasets", "matplotlib", "PIL", "psutil"}
 
 # The folders of moonshot, from the ground up: each may import those before it, in functions too.
 FLOORS = ("linalg", "layer", "bounds", "solvers", "checks", "models", "pruning", "files", "app")
 # What has to be at the top level, and what it may import: what must be first, old names, and the way in.
 TOP_LEVEL = {
     "threads": (),
+    "extras": (),
     "evaluation": ("models",),
     "storage": ("files",),
     "__main__": ("app",),
 }
 MAY_IMPORT = {floor: {*FLOORS[:height]} for height, floor in enumerate(FLOORS)}
 MAY_IMPORT |= {name: set(below) for name, below in TOP_LEVEL.items()}
+# Everybody may say which extra brings what is missing.
+for allowed in MAY_IMPORT.values():
+    allowed.add("extras")
 # What does not need a floor below it although it could.
 MAY_IMPORT["models"] -= {"bounds", "solvers", "checks"}
 MAY_IMPORT["pruning"] -= {"checks"}
@@ -91,9 +95,7 @@ def complaints(parts, source, package=None):
         if inside and sibling and len(parts) > 1 and name[2:3] != (sibling,) and not own:
             found.append(f"imports its sibling {'.'.join(name)}")
     for name in imported(at_import_time(ast.parse(source)), package):
-        if name[0] in HEAVY and (
-            parts[0] not in TORCH or name[0] in ("cupy", "matplotlib", "datasets", "transformers")
-        ):
+        if name[0] in HEAVY and (parts[0] not in TORCH or name[0] != "torch"):
             found.append(f"imports {name[0]} when it is imported")
     return found
 

@@ -34,7 +34,10 @@ have factors they optimise another objective than they are graded by. llmcompres
 damped already; its Wanda has the same number of zeros in every row, as in the paper, where ours has one budget for
 the layer.
 
-![Time against gap](comparison.png)
+Each layer's loss in units of the lowest that any solver reached, and seconds, both as geometric means over the
+patterns; the nearer to the lower left corner, the better:
+
+![Seconds and loss of each solver, a panel for each layer](comparison.png)
 
 ## Small rows
 

@@ -60,19 +60,22 @@ def demo(
     save: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("moonshot-demo"), seed: Seed = 0
 ) -> None:
     """Prune a small trained Llama by every method and compare held-out perplexities."""
-    from moonshot.app.demo import compare
+    from moonshot.app.demo import IDEAS, setting
 
-    with console.status("loading") as status:
-        comparison = compare(samples=24, seed=seed, on_step=lambda step: status.update(step))
-    dense = comparison.dense
+    with console.status("loading"):
+        begin = setting(samples=24, seed=seed)
+    console.print(str(begin), highlight=False)
+    with console.status("pruning") as status:
+        comparison = begin.compare(seed=seed, on_step=lambda step: status.update(f"pruning: {step}"))
     patterns = list(comparison.rows[0].perplexities)
-    table = Table(title=f"Held-out perplexity, context {dense.context}, {dense.windows} windows")
+    table = Table(title=f"Held-out perplexity, dense {begin.dense}")
     table.add_column("method")
     for pattern in patterns:
         table.add_column(pattern, justify="right")
-    table.add_row("dense", *[f"{dense.value:.2f}"] * len(patterns))
+    table.add_column("what it does")
     for row in comparison.rows:
-        table.add_row(row.method, *(f"{row.perplexities[pattern]:.2f}" for pattern in patterns))
+        values = (f"{row.perplexities[pattern]:.2f}" for pattern in patterns)
+        table.add_row(row.method, *values, IDEAS[row.method])
     console.print(table)
     save.mkdir(parents=True, exist_ok=True)
     comparison.plot(save / "demo.png")
@@ -198,7 +201,7 @@ def main() -> None:
     sys.path.insert(0, "")  # one's own module:Class is found beside the working directory's files
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         notes = " ".join(getattr(error, "__notes__", ()))
         print(f"moonshot: {error} {notes}".rstrip(), file=sys.stderr)
         sys.exit(1)

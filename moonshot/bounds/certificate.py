@@ -12,8 +12,10 @@ _WORTHWHILE = 100  # nodes of one search
 
 
 def lower_bound(problem: Problem, pattern: Pattern | str | float, *, iterations: int = 60) -> float:
-    """A number that F(V) of no V with the pattern falls below, in the units of `Result.value`.
+    """A lower bound of F(V) over every V with the pattern, in the units of `Result.value`.
 
+    problem: made by `Objective.problem`, or from a Hessian of one's own.
+    pattern: such as "2:4", 0.5, "50%", or a pattern object.
     iterations: steps of the relaxation, where that is what proves it.
 
     Rows of at most 64 inputs are searched by branch and bound, some seconds long: up to some 30 inputs that is often

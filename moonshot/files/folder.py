@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from moonshot.extras import from_extra
 from moonshot.files.load import is_image_classifier, load, load_classifier
 from moonshot.files.mapped import MappedFile
 from moonshot.models.layers import layers_of
@@ -104,7 +105,8 @@ def opened(name: str, folder: str | Path) -> Iterator[Opened]:
 
 def _mapped(name: str, images: bool, draft: Path, final: Path) -> Opened | None:
     """None where what a model saves are not all tensors of its safetensors files."""
-    import transformers
+    with from_extra("cli"):
+        import transformers
 
     config = transformers.AutoConfig.from_pretrained(name)
     kinds: Any
@@ -135,7 +137,8 @@ def _mapped(name: str, images: bool, draft: Path, final: Path) -> Opened | None:
 
 def _safetensors(name: str) -> list[Path]:
     """The files that hold a model's weights, with their index if there is one; [] where they are of another kind."""
-    from huggingface_hub import snapshot_download
+    with from_extra("cli"):
+        from huggingface_hub import snapshot_download
 
     folder = Path(name)
     try:

@@ -5,17 +5,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from moonshot.extras import from_extra
+
 
 def load(name: str) -> tuple[nn.Module, object]:
-    """(causal language model, tokenizer) of a folder or a hub name, in the dtype it was saved in."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """(causal language model, tokenizer), in the dtype that the model was saved in.
+
+    name: a folder or a hub name. Raises ValueError for what does not load.
+    """
+    with from_extra("cli"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return _load(name, "a causal language model", AutoModelForCausalLM, AutoTokenizer)
 
 
 def load_classifier(name: str) -> tuple[nn.Module, object]:
-    """(image classifier, image processor) of a folder or a hub name, in the dtype it was saved in."""
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    """(image classifier, image processor), in the dtype that the model was saved in.
+
+    name: a folder or a hub name. Raises ValueError for what does not load.
+    """
+    with from_extra("vision"):
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     return _load(name, "an image classifier", AutoModelForImageClassification, AutoImageProcessor)
 
@@ -38,7 +48,8 @@ def is_image_classifier(name: str) -> bool:
 
     Raises ValueError where there is none.
     """
-    from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
+    with from_extra("cli"):
+        from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(name)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor, nn
 
+from moonshot.extras import from_extra
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Unstructured
 from moonshot.layer.problem import Problem
@@ -254,11 +254,19 @@ def free_memory(device: torch.device, most: float | None = None) -> int:
     free = torch.cuda.mem_get_info(device)[0] if cuda else _free_on_host()
     if most is None:
         return free
-    taken = torch.cuda.memory_reserved(device) if cuda else psutil.Process().memory_info().rss
+    taken = torch.cuda.memory_reserved(device) if cuda else _process_memory()
     return max(min(free, int(most * 2**30) - taken), 0)
 
 
+def _process_memory() -> int:
+    with from_extra("cli"):
+        import psutil
+    return psutil.Process().memory_info().rss
+
+
 def _free_on_host() -> int:
+    with from_extra("cli"):
+        import psutil
     free = psutil.virtual_memory().available
     try:
         limit = int((_CGROUP / "memory.max").read_text())

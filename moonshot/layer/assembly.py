@@ -16,7 +16,9 @@ _DAMPING_STEPS = 6
 class Quadratic:
     """A term on one layer: `coefficient * sum_i (v_i - c_i)' (shared + F_i F_i') (v_i - c_i)`.
 
-    shared: (d, d) or None; factors F: (m, d, n) or None; centre c: (m, d), None for the weight itself.
+    shared: (d, d) or None.
+    factors: (m, d, n), F_i of every row i, or None.
+    centre: (m, d), c; None for the weight itself.
     coefficient: of the whole form, which saves a scaled copy.
     """
 

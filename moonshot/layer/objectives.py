@@ -32,7 +32,8 @@ OBSERVATIONS = ("inputs", "output_gradients", "gradients")
 class Observation:
     """What was seen of a layer in one batch. Token k of `inputs` is token k of `output_gradients`.
 
-    inputs: (tokens, d); output_gradients: (tokens, m), of the training loss;
+    inputs: (tokens, d), what the layer read.
+    output_gradients: (tokens, m), of the training loss at what the layer returned.
     gradients: (n, m, d), of the loss with respect to the weight, one for each calibration sample.
     """
 
@@ -115,8 +116,9 @@ class Objective:
     ) -> Problem:
         """The pruning problem of one layer from everything seen of it at once.
 
-        weight: (m, d); inputs: (tokens, d); gradients: (n, m, d); output_gradients: (tokens, m), each only
-        where a term needs it. dampening_frac: the ridge, as a fraction of the Hessians' mean diagonal.
+        weight: (m, d).
+        inputs, gradients, output_gradients: (tokens, d), (n, m, d) and (tokens, m), where a term needs them.
+        dampening_frac: the ridge, as a fraction of the Hessians' mean diagonal.
         """
         observation = Observation(inputs, output_gradients, gradients)
         for _, term in self.weighted_terms:
@@ -197,6 +199,7 @@ class Fisher(Objective):
     """Second-order Taylor term of the training loss through the empirical Fisher, one block a row.
 
     `1/n sum_s sum_i (g_si . (v_i - w_i))^2`, g_s (m, d) the gradient of calibration sample s.
+
     Source: MOONSHOT (arXiv 2604.13287); WoodFisher (Singh and Alistarh, 2020) for the row blocks.
     """
 

@@ -106,7 +106,10 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class NM:
-    """At most n nonzeros in every m consecutive inputs of a row; "2:4" is NM(2, 4)."""
+    """At most n nonzeros in every m consecutive inputs of a row; "2:4" is NM(2, 4).
+
+    n, m: integers, 0 <= n <= m. Raises TypeError or PatternError for others.
+    """
 
     n: int
     m: int
@@ -177,7 +180,9 @@ def lacks_groups(pattern: Pattern, shape: tuple[int, int], who: str) -> str | No
 
 
 def as_pattern(pattern: "Pattern | str | float") -> Pattern:
-    """Read a pattern: 0.5, "0.5", "50%" or "2:4"; a pattern object is returned as it is.
+    """A pattern from what users write.
+
+    pattern: 0.5, "0.5", "50%" or "2:4"; a pattern object is returned as it is.
 
     Raises PatternError, or TypeError for what is neither number, text nor pattern.
     """

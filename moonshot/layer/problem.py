@@ -84,6 +84,7 @@ class Problem:
     weight: (m, d) real array, NumPy, CuPy or torch; results come back as the same kind and dtype.
     hessian: RowHessian for d columns and, if it has factors, m rows.
     centre: (m, d), the unconstrained minimiser c; the weight itself unless terms pull elsewhere.
+    constant: what F is at the centre.
     terms, damping: what the objective that built the problem records for reports.
     ridge: that of an objective, for which `F(V) = sum_t weight_t loss_t(V) + ridge ||V - W||^2`; None for what was not
     built from terms.
@@ -188,13 +189,15 @@ class Result:
     """A pruned layer and how good it is. Every figure is recomputed by `solve` from `weight`.
 
     weight: (m, d), zero outside the mask, the kind, dtype and device of the problem's weight.
-    mask: (m, d) booleans, True where a weight is kept.
+    mask: (m, d) booleans, False where a weight is pruned.
     value: F(weight) of the damped problem, float64.
     relative: value / F(0).
     terms: each term's undamped `q_t(weight) / q_t(0)`.
+    status, iterations: how the solver ended, and after how many iterations.
+    solver, pattern: their names.
     seconds: wall-clock time of `init` (if it was not given a state) and `compute`.
-    bound: what no weight with the pattern can be below, in units of `value`, if one was asked for or the solver
-    proved one.
+    bound: a proven lower bound of F over all weights with the pattern, in units of `value`, if one was asked for or
+    the solver proved one.
     """
 
     weight: Array

@@ -40,6 +40,7 @@ def weighting_sweep(
 
     objectives: with different weights on the same terms, as `(1 - b) * Reconstruction() + b * Fisher()` for many b.
     weight, inputs, gradients, output_gradients: see `Objective.problem`.
+    dampening_frac: the ridge, as a fraction of the mean diagonal of the terms that rows share.
 
     Terms that rows share must keep their ratio along the sweep, and so must terms with factors. Every objective needs
     a shared term. Every problem has all terms, so that `Result.terms` has those of weight 0 too. Problems are made one

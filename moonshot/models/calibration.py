@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from moonshot.extras import from_extra
+
 Batch = Any  # a mapping or a sequence of tensors, or one tensor: what `loss(model, batch)` takes
 
 
@@ -166,7 +168,8 @@ def open_dataset(data: str) -> Any:
 
     Raises CalibrationError where it does not load.
     """
-    from datasets import load_dataset
+    with from_extra("cli"):
+        from datasets import load_dataset
 
     name, configuration, split = [*data.split(":"), "", ""][:3]
     try:
@@ -177,7 +180,10 @@ def open_dataset(data: str) -> Any:
 
 
 def windows(tokenizer: Any, text: str, samples: int, length: int, seed: int | None = 0) -> Tensor:
-    """Token ids (samples, length) of windows of a text: at seeded random offsets, or from its start on for None.
+    """Token ids (samples, length) of windows of a text.
+
+    tokenizer: of transformers. samples, length: how many windows, of how many tokens each.
+    seed: of their random places; None for one after the other, from the start on.
 
     Raises CalibrationError where the text is too short.
     """

@@ -26,7 +26,10 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, ids: Tensor, batch_size: int = 8) -> Perplexity:
-    """Perplexity of a causal language model on token ids (windows, context)."""
+    """Perplexity of a causal language model.
+
+    ids: token ids (windows, context). batch_size: windows at once.
+    """
     if ids.ndim != 2 or ids.numel() == 0 or ids.shape[1] < 2:
         raise ValueError(f"ids must be (windows, context) with a context of 2 or more, got {tuple(ids.shape)}")
     device = next(model.parameters()).device

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from moonshot.extras import from_extra
 from moonshot.models.calibration import Batch, CalibrationError, open_dataset
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Pictures:
     classes: list[str] | None
     labels: Sequence[int]
     names: Sequence[str]
-    read: Callable[[int], Image.Image]
+    read: Callable[[int], "Image.Image"]
 
 
 def find_pictures(data: str) -> Pictures:
@@ -34,6 +37,8 @@ def find_pictures(data: str) -> Pictures:
     A dataset has a column of images and one of labels: a ClassLabel, or integers in `label` or `labels`.
     Raises CalibrationError where there are none.
     """
+    with from_extra("vision"):
+        import PIL  # noqa: F401 - datasets decodes images with it too
     path = Path(data)
     if path.is_file():
         raise CalibrationError(
@@ -43,6 +48,8 @@ def find_pictures(data: str) -> Pictures:
 
 
 def _in_folder(path: Path) -> Pictures:
+    from PIL import Image
+
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     if not folders:
         raise CalibrationError(
@@ -57,7 +64,7 @@ def _in_folder(path: Path) -> Pictures:
         if file.suffix.lower() in suffixes and file.is_file()
     ]
 
-    def read(index: int) -> Image.Image:
+    def read(index: int) -> "Image.Image":
         with Image.open(found[index][0]) as image:
             image.load()
         return image
@@ -72,7 +79,8 @@ def _in_folder(path: Path) -> Pictures:
 
 
 def _in_dataset(data: str) -> Pictures:
-    import datasets
+    with from_extra("vision"):
+        import datasets
 
     dataset = open_dataset(data)
     kinds = dataset.features
@@ -137,7 +145,7 @@ class ImageBatches:
         if pixels:
             yield _batch(pixels, labels)
 
-    def _examples(self) -> Iterator[tuple[Image.Image, int]]:
+    def _examples(self) -> Iterator[tuple["Image.Image", int]]:
         """(image, label) of as many images as are asked for."""
         pictures, count = self.pictures, len(self.pictures.labels)
         order = list(range(count))

@@ -1,5 +1,6 @@
 """The training loss: the model's own or a caller's, of a batch, of each sample, of many."""
 
+import sys
 from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
@@ -40,6 +41,8 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def _predicts_the_next_token(model: nn.Module) -> bool:
     """Whether a model is a causal language model, by transformers' own table; one it doesn't know is taken for one."""
+    if sys.modules.get("transformers") is None:  # then no model is one of its own
+        return True
     from transformers import PreTrainedModel
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -59,12 +59,13 @@ def allocate(
 ) -> Allocation:
     """Patterns with a fraction `sparsity` of zeros over all layers together, for `prune`; the model stays as it is.
 
+    sparsity: the fraction of zeros, 0 to 1, or text such as "80%".
     patterns: what each layer can have, such as ["1:4", "2:4", 0]; those that do not fit a layer are not offered to it.
     By default any fraction of zeros, from a grid that is geometric in the weights kept.
     rounds: how often the layers' curves are weighed by the model's true loss (budgets.measured), 2 passes a layer each.
-    unreached: as in `prune`; layers that are skipped have no part in the budget.
+    unreached: as in `prune`; the budget is that of the layers that are not skipped.
     on_step: called with what was just done and the number of steps in all, at most.
-    The other arguments are those of `prune`.
+    model, calibration, objective, solver, targets, ignore, factors, dampening_frac, seed, loss, scratch: as in `prune`.
 
     A quarter of the samples is set aside. On the rest every layer is solved at every choice, as if it alone were
     pruned, which gives its loss as a curve. The curves are handed out (budgets.hand_out) in several units, the answers

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moonshot.layer.patterns import Pattern
+from moonshot.pruning.picture import blank, draw_bars
 from moonshot.pruning.report import Trial
 
 
@@ -13,6 +14,7 @@ from moonshot.pruning.report import Trial
 class LayerBudget:
     """What a layer gets.
 
+    shape: (m, d). pattern: its own.
     curve: (sparsity, F / F(0)) of every choice it had, on the dense model's statistics.
     """
 
@@ -30,7 +32,9 @@ class LayerBudget:
 class Allocation(Mapping[str, Pattern]):
     """A pattern for each layer: what `prune` takes as its pattern.
 
-    budget: the name of the trial that it comes from; trials: all that were compared, the even budget first.
+    layers: {name: what the layer gets}.
+    budget: the name of the trial that it comes from.
+    trials: all that were compared, the even budget first.
     """
 
     layers: dict[str, LayerBudget]
@@ -65,19 +69,32 @@ class Allocation(Mapping[str, Pattern]):
         return "\n".join(lines)
 
     def plot(self, path: Path) -> None:
-        """A bar for each layer, its share of kept weights on a logarithmic scale, and a line at their mean; as PNG."""
-        import matplotlib
+        """A bar for each layer, from the share of weights that an even budget leaves it to the share it got; as PNG."""
+        even = 100 * (1 - self.sparsity)
+        shares = [100 * (1 - layer.sparsity) for layer in self.layers.values()]
+        figure = blank(7, 1.2 + 0.2 * len(self))
+        axis = figure.subplots()
+        draw_bars(
+            axis,
+            dict(zip(_short(list(self)), shares, strict=True)),
+            even,
+            numbers=[f"{share:.1f}" for share in shares],
+            colours=["#1f5fa8" if share >= even else "#d19a4e" for share in shares],
+            size=7.5,
+        )
+        axis.set_xlabel("weights that are not zero, %, log scale", fontsize=8)
+        axis.set_title(
+            f"{100 * self.sparsity:.3g} % zeros in all; an even budget leaves {even:.3g} % of every layer",
+            fontsize=9,
+        )
+        figure.savefig(path)
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
 
-        figure, axis = pyplot.subplots(figsize=(6, 1 + 0.18 * len(self)))
-        axis.barh(list(self), [100 * (1 - layer.sparsity) for layer in self.layers.values()])
-        axis.axvline(100 * (1 - self.sparsity), color="black", linestyle="--", label="the same everywhere")
-        axis.set(xscale="log", xlabel="weights kept, %", title=f"{100 * self.sparsity:g} % zeros")
-        axis.tick_params(axis="y", labelsize=7)
-        axis.invert_yaxis()
-        axis.legend()
-        figure.tight_layout()
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
+def _short(names: list[str]) -> list[str]:
+    """The names without what they all begin with, up to the last common part between dots, and all end with."""
+    parts = [name.split(".") for name in names]
+    while min(map(len, parts)) > 2 and len({tuple(each[:2]) for each in parts}) == 1:
+        parts = [each[1:] for each in parts]
+    while min(map(len, parts)) > 1 and len({each[-1] for each in parts}) == 1:
+        parts = [each[:-1] for each in parts]
+    return [".".join(each) for each in parts]

@@ -2,9 +2,9 @@
 
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,12 +53,15 @@ def prune(
 ) -> Report:
     """Prune the linear and convolutional layers of a model in place, and say how good every layer's answer is.
 
+    model: of transformers or any other torch module; its weights keep their dtype.
     calibration: token ids (samples, tokens), a list of batches, or a DataLoader (models.calibration.as_batches).
     pattern: one for all layers, or {layer name: pattern} for those to prune.
     objective: what the layers' answers are judged by; "auto" tries those in pruning.auto.CANDIDATES on three quarters
     of the samples, in one pass through the model, and takes the one that does best on the rest.
+    solver: of the layers' problems; `ADMM()` unless given.
     targets, ignore: names, globs or `re:` expressions of layers (models.targets.select).
     factors: per-sample gradients are reduced to this many by random signs, without bias, for terms that need them.
+    dampening_frac: the ridge of every problem, as a fraction of its Hessians' mean diagonal.
     seed: of the signs and of the samples set aside; the same seed gives the same model.
     loss: (model, batch) -> scalar, the mean over the batch; the model's own by default, for which batches other
     than a causal language model's have labels.
@@ -195,7 +198,8 @@ def _work(
 
 def _versions() -> dict[str, str]:
     packages = ("moonshot", "torch", "transformers", "numpy", "scipy", "numba")
-    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+    loaded = {name: str(sys.modules[name].__version__) for name in packages if sys.modules.get(name)}
+    return {"python": platform.python_version()} | loaded
 
 
 def _peak_memory() -> int:

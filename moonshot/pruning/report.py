@@ -7,8 +7,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: pattern and achieved sparsity, the objective relative to an empty layer, each term's share.
+    """How one layer was pruned.
 
+    name: in the model. shape: (m, d), as a matrix.
+    pattern, sparsity: what was asked for, and the fraction of zeros there is.
+    relative: the objective, in units of that of an empty layer.
+    terms: each term's loss, in units of that of an empty layer.
+    damping: the ridge that was needed, as a fraction of the Hessians' mean diagonal.
+    status, seconds: how the solver ended, and its time.
     gap: how far the objective is from the optimum at most, (value - bound) / value, if bounds were asked for.
     note: what the answer rests on, where that is little.
     """
@@ -28,9 +34,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Trial:
-    """An objective or a budget tried: the mean held-out loss after pruning by it, and its gain over the first's.
+    """An objective or a budget that was tried.
 
-    gain: mean over held-out samples of the first trial's loss minus this one's; error: its standard error.
+    name: of the objective or budget. loss: the mean held-out loss after pruning by it.
+    gain, error: mean over held-out samples of the first trial's loss minus this one's, and its standard error.
     """
 
     name: str
@@ -46,10 +53,13 @@ class Trial:
 class Report:
     """A pruned model: its layers by name, the recipe that made it, and what that took.
 
+    recipe: what was asked for. versions: of Python and the packages that did it.
+    layers: {name: its report}.
     skipped: the layers that were to be pruned and are as they were, with the reason.
     resumed: how many layers' answers an earlier run had left in a checkpoint.
     trials: what objective="auto" tried (selection.best_on_held_out), empty otherwise.
-    sparsity: fraction of zeros over the pruned layers. seconds: wall-clock; peak_memory: bytes resident at most.
+    seconds: wall-clock time. peak_memory: the most bytes that were resident at once.
+    `sparsity` is the fraction of zeros over the pruned layers.
     """
 
     recipe: dict[str, str | int | float]

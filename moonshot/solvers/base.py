@@ -21,10 +21,13 @@ class NotSupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a solver returns: the weight (m, d), its mask, and how the method ended.
+    """What a solver returns.
 
+    weight: (m, d), zero outside the mask.
+    mask: (m, d) booleans, False where a weight is pruned.
+    status, iterations: how the method ended, and after how many iterations.
     start: (m, d), where the method began, if it promises never to do worse.
-    bound: what F of no weight with the pattern can be below, if the method proves one.
+    bound: a lower bound of F over all weights with the pattern, if the method proves one.
     """
 
     weight: Array
@@ -62,9 +65,12 @@ def solve(
 ) -> Result:
     """Prune one layer to a pattern and say how good the answer is.
 
+    problem: made by `Objective.problem`, or from a Hessian of one's own.
+    pattern: such as "2:4", 0.5, "50%", or a pattern object.
+    solver: such as `ADMM()`.
     state: what `solver.init(problem)` returned, to share one factorisation among patterns.
-    bound: whether to find a lower bound too (certificate.lower_bound, or the solver's own where that is higher), from
-    which `Result.gap` follows. Its time is not in `seconds`.
+    bound: whether to find a lower bound too (`lower_bound`, or the solver's own where that is higher), from which
+    `Result.gap` follows. Its time is not in `seconds`.
 
     The mask is checked against the pattern and every figure is recomputed in float64 from the weight as it is
     returned, in the dtype of `problem.weight`. Raises NotSupportedError, PatternError, or SolverError where the
