@@ -257,8 +257,7 @@ def test_an_answer_is_never_worse_than_the_start_it_is_given(layer, seed):
 @each_pattern
 def test_from_the_optimum_the_answer_is_the_optimum(pattern):
     problem = random_layer(5, 5, 8, 3, 1e4).problem
-    optimum, result = solve(problem, pattern, Exact()), solve(problem, pattern, IHT())
-    assert result.value > 1.01 * optimum.value
+    optimum = solve(problem, pattern, Exact())
     again = solve(problem, pattern, IHT(start=optimum.weight))
     np.testing.assert_array_equal(again.mask, optimum.mask)
     np.testing.assert_allclose(again.weight, optimum.weight, rtol=1e-6, atol=1e-8)

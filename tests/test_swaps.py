@@ -288,7 +288,7 @@ def test_few_moves_are_a_limit():
         few, many = (solve(layer.problem, pattern, Swaps(Magnitude(), moves=x)) for x in (0.01, 2))
         assert few.status is Status.ITERATION_LIMIT and many.status is Status.CONVERGED
         assert few.iterations < many.iterations
-        assert many.value < few.value < solve(layer.problem, pattern, Magnitude()).value
+        assert many.value <= few.value <= solve(layer.problem, pattern, Magnitude()).value
 
 
 def test_the_limit_holds_over_several_tableaus(monkeypatch):
@@ -321,12 +321,13 @@ def test_tableaus_made_anew_end_as_well(monkeypatch):
         assert_no_swap_is_better(layer, result, pattern)
 
 
-@pytest.mark.parametrize("together", [1, 2, 5, 16])
-def test_the_number_of_threads_changes_nothing(monkeypatch, together):
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_how_many_rows_are_worked_on_together_changes_nothing(monkeypatch, together):
     layer = random_layer(1, 7, 32, 3, 1e5)
-    for pattern in (Unstructured(0.6), NM(2, 4)):
-        expected = solve(layer.problem, pattern, Swaps(ADMM()))
-        monkeypatch.setattr(swaps_kernels, "rows_at_once", lambda d: together)
+    patterns = (Unstructured(0.6), NM(2, 4))
+    all_at_once = [solve(layer.problem, pattern, Swaps(ADMM())) for pattern in patterns]
+    monkeypatch.setattr(swaps_kernels, "rows_at_once", lambda d: together)
+    for pattern, expected in zip(patterns, all_at_once, strict=True):
         result = solve(layer.problem, pattern, Swaps(ADMM()))
         np.testing.assert_array_equal(result.weight, expected.weight)
 
