@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.calibration import Batch, batch_samples, token_mask
+from moonshot.models.left_out import shared_between
 from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of
 from moonshot.models.modules import ModelError, patched
 from moonshot.models.offload import Offload, read_all
@@ -44,8 +45,12 @@ class GraphAdapter(Adapter):
 
     def parts(self, model: nn.Module, run: TrialRun) -> Parts:
         views = dict(self.layers("", model))
-        running = {views[name].module for name in run.reached(views)}
+        running = {module for name in run.reached(views) for module in views[name].modules}
         parts = self._divided("", model, running, run.once)
+        if shared := shared_between(self.layers(*part) for part in parts):
+            raise ModelError(
+                f"{', '.join(shared)} have one weight and run apart from each other: the loss must call the model once"
+            )
         if repeated := [name or "the model" for name, part in parts if part not in run.once]:
             raise ModelError(
                 f"{', '.join(repeated)} ran more than once for one loss, or not for every batch: it must call the "
@@ -76,7 +81,9 @@ class GraphAdapter(Adapter):
         if not children or (module in once and count(module) <= _LAYERS):
             return [(name, module)] if count(module) else []
         parts = [part for child in children for part in self._divided(*child, running, once)]
-        divided = all(part in once for _, part in parts)
+        divided = all(part in once for _, part in parts) and not shared_between(
+            self.layers(*part) for part in parts
+        )
         return parts if divided or module not in once else [(name, module)]
 
 

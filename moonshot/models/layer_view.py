@@ -45,6 +45,7 @@ class LayerView:
 
     def __init__(self, module: Any):
         self.module = module
+        self.modules = [module]  # that have this weight: a layer under two names is used as both
         self.groups, m, *kernel, self.channels = self.weight_view().shape
         self.shape = (m, prod(kernel) * self.channels)
 

@@ -12,13 +12,14 @@ from moonshot.models.calibration import Batch, batch_samples, one_by_one, take
 from moonshot.models.chain import ChainAdapter
 from moonshot.models.graph import GraphAdapter
 from moonshot.models.layer_view import LayerView
+from moonshot.models.left_out import left_out, shared_between
 from moonshot.models.losses import Loss
 from moonshot.models.modules import ModelError, evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.precision import in_float32, tensors_of
 from moonshot.models.replay import Replay
 from moonshot.models.roles import routers
-from moonshot.models.targets import select
+from moonshot.models.targets import TargetError, select
 from moonshot.models.trial_run import TrialRun, trial_run
 
 _CHAIN = 0.8  # the share of all prunable weights that a chain of blocks must hold
@@ -32,6 +33,7 @@ class Partition:
     heads: names of the layers that the adapter leaves alone, such as what is on top of a transformers model.
     routers: names of the layers that choose among experts, or weigh them.
     unreached: the layers that no sample of any batch reached, in a part or not.
+    left_out: {name: why it stays as it is} of layers and other weights that cannot be pruned (models.left_out).
     routed: some layers do not read the same number of rows for every sample, such as experts; samples are then
     replayed one by one, so that all that a layer reads in a batch belongs to one sample, and none of it is padding.
     """
@@ -42,10 +44,12 @@ class Partition:
     routers: frozenset[str] = frozenset()
     unreached: dict[str, LayerView] = field(default_factory=dict)
     routed: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def layers(self) -> dict[str, LayerView]:
-        """{name in the model: layer} of all in the parts, and of those that were not reached."""
-        return self.unreached | {name: view for part in self.parts for name, view in self.layers_in(*part)}
+        """{name in the model: layer} of all in the parts that can be pruned, and of those that were not reached."""
+        found = self.unreached | {name: view for part in self.parts for name, view in self.layers_in(*part)}
+        return {name: view for name, view in found.items() if name not in self.left_out}
 
     def layers_in(self, name: str, module: nn.Module) -> Iterator[tuple[str, LayerView]]:
         """(name in the model, layer) of the layers in a part."""
@@ -54,11 +58,21 @@ class Partition:
     def select(self, targets: str | Iterable[str] | None, ignore: str | Iterable[str]) -> list[str]:
         """The names of the layers to prune (`targets.select`); without targets, all but heads and routers.
 
-        Raises TargetError for an expression that matches nothing.
+        Raises TargetError for an expression that matches nothing, and where all that match are left out.
         """
+        matching = self._matching(targets, ignore)
+        if found := [name for name in matching if name not in self.left_out]:
+            return found
+        raise TargetError(f"no layer is left to prune: {_reasons(self.skipped(targets, ignore))}")
+
+    def skipped(self, targets: str | Iterable[str] | None, ignore: str | Iterable[str]) -> dict[str, str]:
+        """{name: why it stays as it is} of those that `select` would give and that cannot be pruned."""
+        return {name: self.left_out[name] for name in self._matching(targets, ignore) if name in self.left_out}
+
+    def _matching(self, targets: str | Iterable[str] | None, ignore: str | Iterable[str]) -> list[str]:
         left_alone = self.heads | self.routers
-        names = [name for name in self.layers() if targets is not None or name not in left_alone]
-        return select(names, targets, ignore)
+        names = [*self.layers(), *self.left_out]
+        return select([n for n in names if targets is not None or n not in left_alone], targets, ignore)
 
     def check_reached(self, names: Iterable[str]) -> None:
         """Raises ModelError for a layer that no sample reached."""
@@ -85,9 +99,13 @@ def partition_model(
     _check(model)
     trials = _Trials(model, loss, adapter or GraphAdapter())
     views, head = trials.views, trials.adapter.left_alone(model)
-    weights = {name: view.weight.numel() for name, view in views.items() if name not in head}
+    reasons = left_out(model, views)
+    weights = {n: view.weight.numel() for n, view in views.items() if n not in head and n not in reasons}
     if not weights:
-        raise ModelError(f"{type(model).__name__} has no Linear or convolutional layer to prune")
+        raise ModelError(
+            f"{type(model).__name__} has no Linear or convolutional layer to prune"
+            + (f": {_reasons(reasons)}" if reasons else "")
+        )
     with evaluating(model):
         run = trials.run(take(batches[0], [0]))
         if not run.rows:
@@ -109,9 +127,20 @@ def partition_model(
     unreached = {
         name: view
         for name, view in views.items()
-        if name not in reached and (adapter.whole_model or name in inside)
+        if name not in reached and (adapter.whole_model or name in inside) and name not in reasons
     }
-    return Partition(adapter, parts, head, routers(model) if routed else frozenset(), unreached, routed)
+    if not adapter.whole_model:
+        reasons = {
+            name: reason
+            for name, reason in reasons.items()
+            if any(f"{name}.".startswith(f"{part}.") for part, _ in parts)
+        }
+    found = routers(model) if routed else frozenset()
+    return Partition(adapter, parts, head, found, unreached, routed, reasons)
+
+
+def _reasons(left_out: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
 
 
 def _check(model: nn.Module) -> None:
@@ -166,9 +195,10 @@ def _samples(model: nn.Module, batches: list[Batch]) -> list[Batch]:
 
 
 def _holds_most(adapter: Adapter, blocks: Parts, weights: Mapping[str, int]) -> bool:
-    """Whether the blocks hold most of the weights. weights: how many each layer has."""
-    share = sum(weights[name] for block in blocks for name, _ in adapter.layers(*block) if name in weights)
-    return share >= _CHAIN * sum(weights.values())
+    """Whether the blocks hold most of the weights, each its own. weights: how many each layer has."""
+    layers = [list(adapter.layers(*block)) for block in blocks]
+    share = sum(weights[name] for block in layers for name, _ in block if name in weights)
+    return share >= _CHAIN * sum(weights.values()) and not shared_between(layers)
 
 
 @torch.no_grad()

@@ -56,6 +56,13 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def zeros(model: nn.Module) -> float:
+    """The fraction of all parameters of a model, those that share a weight counted once, that are zero."""
+    parameters = list(model.parameters())
+    nonzero = sum(int(torch.count_nonzero(parameter)) for parameter in parameters)
+    return 1 - nonzero / max(sum(parameter.numel() for parameter in parameters), 1)
+
+
 def tensors_outside(model: nn.Module, parts: list[nn.Module]) -> list[Tensor]:
     """The parameters and buffers of a model that none of its parts holds."""
     inside = {id(tensor) for part in parts for tensor in tensors_of(part)}

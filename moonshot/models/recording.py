@@ -29,9 +29,10 @@ def watching(layers: dict[str, LayerView], record: Record) -> Iterator[None]:
 
     experts = {name: view for name, view in layers.items() if isinstance(view, ExpertView)}
     handles = [
-        view.module.register_forward_hook(hook(name), with_kwargs=True)
+        module.register_forward_hook(hook(name), with_kwargs=True)
         for name, view in layers.items()
         if name not in experts
+        for module in view.modules
     ]
     try:
         with watching_experts(experts, record):

@@ -21,6 +21,8 @@ def layer_patterns(
     """
     layers = partition.layers()
     if isinstance(pattern, Mapping):
+        if named := [name for name in pattern if name in partition.left_out]:
+            raise TargetError(f"{named[0]} cannot be pruned: {partition.left_out[named[0]]}")
         if unknown := [name for name in pattern if name not in layers]:
             raise TargetError(
                 f"no such layer: {', '.join(unknown)}; layers are {', '.join(list(layers)[:4])}, ..."

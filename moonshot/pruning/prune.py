@@ -16,6 +16,7 @@ from moonshot.models.adapter import Adapter
 from moonshot.models.calibration import Batch, batch_tokens, count_samples
 from moonshot.models.losses import Loss, model_loss
 from moonshot.models.partition import partition_model
+from moonshot.models.precision import zeros
 from moonshot.models.settings import with_model_ready
 from moonshot.pruning.auto import CANDIDATES, best_objective
 from moonshot.pruning.checkpoint import Checkpoint, data_digest
@@ -127,6 +128,8 @@ def prune_by(
     patterns = layer_patterns(partition, pattern, recipe)
     skipped = {name: "no calibration sample reached it" for name in patterns if name in partition.unreached}
     patterns = {name: chosen for name, chosen in patterns.items() if name not in skipped}
+    if not isinstance(pattern, Mapping):
+        skipped |= partition.skipped(recipe.targets, recipe.ignore)
     report = Report(_described(recipe, pattern, batches), _versions(), skipped=skipped)
     stored = None
     if checkpoint is not None:
@@ -150,6 +153,7 @@ def prune_by(
         report.layers = run.prune([objective], batches, bound=bound, checkpoint=stored)
     if run.estimates_batch_norm:
         report.recipe["batch_norm"] = "estimated again"
+    report.model_sparsity = zeros(model)
     report.seconds = time.perf_counter() - begin
     report.peak_memory = _peak_memory()
     return report

@@ -59,7 +59,7 @@ class Report:
     resumed: how many layers' answers an earlier run had left in a checkpoint.
     trials: what objective="auto" tried (selection.best_on_held_out), empty otherwise.
     seconds: wall-clock time. peak_memory: the most bytes that were resident at once.
-    `sparsity` is the fraction of zeros over the pruned layers.
+    model_sparsity: the fraction of zeros over all weights of the model, `sparsity` that over the pruned layers.
     """
 
     recipe: dict[str, str | int | float]
@@ -68,6 +68,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
     resumed: int = 0
+    model_sparsity: float = 0.0
     seconds: float = 0.0
     peak_memory: int = 0
 
@@ -104,7 +105,8 @@ class Report:
             lines.append(f"batch norm: {self.recipe['batch_norm']}")
         resumed = f" ({self.resumed} from the checkpoint)" if self.resumed else ""
         lines.append(
-            f"{len(self.layers)} layers{resumed}, {100 * self.sparsity:.2f} % zeros, {self.seconds:.1f} s, "
+            f"{len(self.layers)} layers{resumed}, {100 * self.sparsity:.2f} % zeros, "
+            f"{100 * self.model_sparsity:.2f} % of all weights, {self.seconds:.1f} s, "
             f"peak memory {self.peak_memory / 2**20:.0f} MiB"
         )
         return "\n".join(lines)
