@@ -10,9 +10,10 @@ import pytest
 from hypothesis import Phase, assume, given, settings
 
 from moonshot.bounds.certificate import lower_bound
+from moonshot.layer.objectives import Fisher, Reconstruction
 from moonshot.layer.patterns import NM, Unstructured
 from moonshot.layer.problem import Problem, Status
-from moonshot.solvers import ADMM, IHT, Exact, Swaps, solve
+from moonshot.solvers import ADMM, IHT, Exact, Magnitude, Swaps, solve
 from strategies import DEGENERATE, EXTREME, Layer, random_layer
 from tests.every_solver import SOLVERS, TABLES, each_solver, true_of
 
@@ -73,7 +74,7 @@ def assert_same_answer(solver, pattern, layer, other, back=lambda x: x, unit=1.0
 
 
 def test_every_table_names_every_solver():
-    assert len(TABLES) == 17
+    assert len(TABLES) == 18
     for test, names in TABLES.items():
         assert names == sorted(SOLVERS), test
 
@@ -161,6 +162,42 @@ def test_swaps_are_never_worse_than_their_start(solver, case):
     layer, pattern, _ = case
     before, after = (solve(layer.problem, pattern, s) for s in (solver, Swaps(solver)))
     assert after.value <= before.value
+
+
+@st.composite
+def repeated_inputs(draw):
+    """(problem, pattern): inputs that are copies, multiples or sums of others, at every damping."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    m, d = draw(st.integers(1, 8)), 4 * draw(st.integers(1, 4))
+    x = rng.normal(size=(2 * d, d)) @ (np.eye(d) + rng.normal(size=(d, d)) / d)
+    for _ in range(draw(st.integers(1, d // 2))):
+        j, k, l = rng.choice(d, 3, replace=False)
+        x[:, j] = {"copy": x[:, k], "multiple": 10 ** rng.uniform(-2, 2) * x[:, k], "sum": x[:, k] + x[:, l]}[
+            draw(st.sampled_from(["copy", "multiple", "sum"]))
+        ]
+    weight = rng.normal(size=(m, d)).astype(draw(st.sampled_from([np.float32, np.float64])))
+    objective = draw(st.sampled_from([Reconstruction(), 0.7 * Reconstruction() + 0.3 * Fisher()]))
+    patterns = ["2:4", "1:4", *(Unstructured(s, scope) for s in (0.3, 0.5, 0.8) for scope in ("layer", "row"))]
+    problem = objective.problem(
+        weight,
+        inputs=x,
+        gradients=rng.normal(size=(3, m, d)),
+        dampening_frac=10 ** draw(st.floats(-8, 0)),
+    )
+    return problem, draw(st.sampled_from(patterns))
+
+
+@true_of(
+    "ADMM OBS IHT Swaps Exact Magnitude",
+    Wanda="it does not know that the other of two equal inputs goes as well",
+    SparseGPT="what it has pruned it cannot take back when the last input that could make up for it goes",
+)
+@settings(max_examples=60, phases=(Phase.explicit, Phase.generate))
+@given(repeated_inputs())
+def test_nothing_is_worse_than_magnitude_where_inputs_repeat_each_other(solver, case):
+    problem, pattern = case
+    answer, plain = (solve(problem, pattern, s) for s in (solver, Magnitude()))
+    assert answer.value <= plain.value * (1 + 1e-6) + 1e-9 * problem.zero_value()
 
 
 # invariances

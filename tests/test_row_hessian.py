@@ -61,15 +61,10 @@ def test_inverse_diagonal(layer):
 
 
 @given(layers(max_condition=1e6))
-def test_the_saliency_scale_makes_the_diagonal_of_the_inverse_one(layer):
-    hessian = RowHessian(layer.A, layer.U)
-    scale = hessian.saliency_scale
-    inverse = np.linalg.inv(layer.A)
-    np.testing.assert_allclose(np.diag(inverse) * scale**2, 1, rtol=1e-8)
-    scaled = layer.A / np.outer(scale, scale)
-    assert np.trace(np.linalg.inv(scaled)) == pytest.approx(
-        len(scaled), rel=1e-6
-    )  # eigenvalues' harmonic mean is 1
+def test_the_saliency_scale_makes_the_diagonal_of_the_inverse_one_or_that_of_a_a_twentieth(layer):
+    scale = RowHessian(layer.A, layer.U).saliency_scale
+    saliency = 1 / np.diag(np.linalg.inv(layer.A))
+    np.testing.assert_allclose(scale**2, np.maximum(saliency, np.diag(layer.A) / 20), rtol=1e-8)
 
 
 @pytest.mark.parametrize("m", [1, 5, 300])  # 300 rows are more than are multiplied at once

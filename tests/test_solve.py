@@ -213,6 +213,20 @@ def test_what_is_graded_is_the_weight_as_it_comes_back():
     assert result.value != pytest.approx(explicit_value(coarse, unrounded), rel=1e-6)
 
 
+@pytest.mark.parametrize("solver", [ADMM(), SparseGPT()], ids=lambda solver: solver.name)
+def test_what_float16_cannot_hold_is_an_error(solver):
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(20, 1)) + 0.1 * rng.normal(size=(20, 16))
+    weight = 6e4 * rng.uniform(0.5, 1, (8, 16))
+    for dtype, fits in (("float16", False), ("float32", True)):
+        problem = Reconstruction().problem(weight.astype(dtype), inputs=shared)
+        if fits:
+            assert abs(solve(problem, "1:4", solver).weight).max() > 65504
+        else:
+            with pytest.raises(SolverError, match="beyond the largest float16: convert the model to bfloat16"):
+                solve(problem, "1:4", solver)
+
+
 def test_terms_are_reported_without_damping():
     rng = np.random.default_rng(0)
     weight, x, g = rng.normal(size=(3, 8)), rng.normal(size=(30, 8)), rng.normal(size=(5, 3, 8))

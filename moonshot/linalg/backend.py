@@ -5,6 +5,7 @@ a CUDA torch tensor stays torch where CuPy is not installed. Conversions share m
 wherever the dtype allows it. torch and CuPy are never imported for somebody who did not bring them.
 """
 
+import math
 import sys
 from typing import Any
 
@@ -77,11 +78,15 @@ def like(result: Array, original: Array) -> Array:
 
 
 def cast_like(result: Array, original: Array) -> Array:
-    """`result` as the kind, device and, where `original` is floating, the dtype of `original`."""
+    """`result` as the kind, device and, where `original` is floating, the dtype of `original`.
+
+    What that dtype cannot hold becomes infinite.
+    """
     converted = like(result, original)
     if array_api_compat.is_torch_array(original):
         return converted.to(original.dtype) if original.is_floating_point() else converted
-    return converted.astype(original.dtype) if original.dtype.kind == "f" else converted
+    with np.errstate(over="ignore"):
+        return converted.astype(original.dtype) if original.dtype.kind == "f" else converted
 
 
 def is_numpy(array: Array) -> bool:
@@ -99,7 +104,7 @@ def as_dtype(array: Array, dtype: str) -> Array:
 
 
 def dtype_name(array: Array) -> str:
-    """ "float32" or "float64"."""
+    """ "float32", or what else the dtype is called."""
     return str(array.dtype).removeprefix("torch.")
 
 
@@ -129,6 +134,12 @@ def contiguous(array: Array) -> Array:
     if array_api_compat.is_torch_array(array):
         return array.contiguous()
     return namespace(array).asarray(array, order="C")
+
+
+def squares(x: Array) -> Array:
+    """x^2 in a unit in which the largest is between a quarter and one: no square of a float32 is too large or small."""
+    largest = float(namespace(x).max(abs(x)))
+    return (x / 2.0 ** math.frexp(largest)[1]) ** 2
 
 
 def transposed(array: Array) -> Array:

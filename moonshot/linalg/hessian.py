@@ -31,6 +31,7 @@ _SYMMETRY = {"float32": 1e-4, "float64": 1e-9}  # largest |A - A'| accepted, rel
 _REFINEMENTS = 10
 _ROWS = 256  # whose factors are multiplied at once, and then no longer needed
 _LOST = 1e-12  # the backward error at which a row is solved densely
+_ALONE = 0.05  # the least share of A_jj in the squared saliency scale
 
 
 class RowHessian:
@@ -108,10 +109,14 @@ class RowHessian:
     def saliency_scale(self) -> Array:
         """`s_j = (A^-1)_jj^-1/2`, (d,), float64: pruning v_j alone, the rest compensating, costs `(s_j v_j)^2` by A.
 
-        Source: Hassibi and Stork, Second order derivatives for network pruning (1992).
+        At least `sqrt(0.05 A_jj)`. Where inputs repeat one another each is free to prune by s_j, since the others make
+        up for it, but all of them are not.
+
+        Source: Hassibi and Stork, Second order derivatives for network pruning (1992), for s_j.
         """
         xp = namespace(self.A)
-        return 1 / xp.sqrt(xp.sum(self.inverse_factor**2, axis=0))
+        squares = 1 / xp.sum(self.inverse_factor**2, axis=0)
+        return xp.sqrt(xp.maximum(squares, _ALONE * xp.linalg.diagonal(self.A)))
 
     def half_product(self, dtype: str, lanes: int) -> tuple[Array, float]:
         """P and a share s with `R U_i = sqrt(s) P_i`, in tiles of `lanes` rows: (d, tiles, n, lanes). Needs factors.
@@ -125,7 +130,7 @@ class RowHessian:
         """`B = (S^-1 A S^-1 + shift I)^-1`, (d, d), S = diag(saliency_scale), and `U_i' S^-1 B S^-1 U_i`, (m, n, n).
 
         The latter is None unless grams are asked for, which needs factors. The harmonic mean of the eigenvalues of
-        `S^-1 A S^-1` is 1.
+        `S^-1 A S^-1` is 1, or less where inputs nearly repeat one another.
         """
         scale = self.saliency_scale
         a = rescaled(self.A, scale)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem, Status
-from moonshot.linalg.backend import namespace
+from moonshot.linalg.backend import Array, namespace, squares
 from moonshot.linalg.cache import FirstFewCache
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.linalg.shifted import ShiftedInverse
@@ -19,8 +19,9 @@ _LARGEST = 1e12  # rho, at which nothing moves any more
 
 @dataclass(frozen=True)
 class _State:
-    """The problem in the coordinates in which A^-1 has a unit diagonal."""
+    """The problem in units of the weights' saliency (`RowHessian.saliency_scale`)."""
 
+    centre: Array  # (m, d), in its own units
     quadratic: ScaledQuadratic
     inverse: FirstFewCache  # of the shifted matrix, and the factors' grams in it
 
@@ -32,10 +33,12 @@ class ADMM:
         x <- c_i + (H_i + rho I)^-1 (rho (z - c_i) - dual)      z <- the best pattern of x + dual / rho
         dual <- dual + rho (x - z)
 
-    in the coordinates in which A^-1 has a unit diagonal: there x_j^2 is what pruning weight j alone costs by A.
+    in the coordinates in which A^-1 has a unit diagonal: there x_j^2 is what pruning weight j alone costs by A. Where
+    inputs nearly repeat one another that is nothing, and they have coordinates by the diagonal of A.
 
     rho is multiplied by `growth` in every iteration, and the method stops when no more than `tolerance` of the
     weights have come or gone in the last five. The weights are then refitted on the support by conjugate gradients.
+    The answer is never worse than the largest |x_j|, where it starts, nor than the largest weights (Magnitude).
     A few inverses of A, shifted, serve every rho and every pattern; see `linalg.shifted`.
 
     rho: the first penalty, relative to the harmonic mean of the eigenvalues of A. Much above 1, weights are chosen
@@ -72,15 +75,14 @@ class ADMM:
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
         quadratic = ScaledQuadratic.of(hessian, problem.centre, hessian.saliency_scale)
-        return _State(quadratic, FirstFewCache(hessian.shifted_inverse))
+        return _State(problem.centre, quadratic, FirstFewCache(hessian.shifted_inverse))
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         quadratic = state.quadratic
         target = quadratic.target
         xp = namespace(target)
-        started = mask = pattern.keep(target * target)
-        start = xp.where(mask, target, xp.zeros_like(target))
-        point, moved = xp.asarray(start, copy=True), deque[int](maxlen=_WINDOW)
+        first = mask = pattern.keep(target * target)
+        point, moved = target * mask, deque[int](maxlen=_WINDOW)
         inverse = ShiftedInverse(state.inverse, quadratic.factors, quadratic.units)
         status, done, rho, shrink = Status.ITERATION_LIMIT, 0, self.rho, 1.0
         for done in range(1, self.iterations + 1):
@@ -95,6 +97,9 @@ class ADMM:
             larger = min(rho * self.growth, _LARGEST)
             rho, shrink = larger, rho / larger
         weight = quadratic.refit(point * mask, mask, self.refits)
-        if quadratic.loss(start) < quadratic.loss(weight):  # never worse than where it started
-            weight, mask = quadratic.refit(start, started, self.refits), started
-        return Answer(weight / quadratic.scale, mask, status, done, start=start / quadratic.scale)
+        plain = pattern.keep(squares(state.centre))
+        losses = [quadratic.loss(target * start) for start in (first, plain)]
+        start = plain if losses[1] < losses[0] else first
+        if min(losses) < quadratic.loss(weight):
+            weight, mask = quadratic.refit(target * start, start, self.refits), start
+        return Answer(weight / quadratic.scale, mask, status, done, start=target * start / quadratic.scale)

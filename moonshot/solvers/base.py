@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from moonshot.bounds.certificate import lower_bound
 from moonshot.layer.patterns import Pattern, PatternMismatchError, as_pattern
 from moonshot.layer.problem import Problem, Result, Status
-from moonshot.linalg.backend import Array, all_finite, cast_like, like, namespace, native
+from moonshot.linalg.backend import Array, all_finite, cast_like, dtype_name, like, namespace, native
 
 
 class SolverError(ValueError):
@@ -94,6 +94,11 @@ def solve(
     weight, mask = _checked(answer, problem, pattern, solver)
     returned = cast_like(weight, problem.weight)
     graded = native(returned)
+    if not all_finite(graded):
+        raise SolverError(
+            f"{solver.name} compensates with weights beyond the largest {dtype_name(returned)}: "
+            "convert the model to bfloat16 or float32 first"
+        )
     (value, losses), zero_value = problem.graded(graded), problem.zero_value()
     if answer.start is not None:
         start_value = problem.value(answer.start)

@@ -1,11 +1,10 @@
 """Magnitude and Wanda: one score a weight, no compensation of the weights that stay."""
 
-import math
 from dataclasses import dataclass
 
 from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem
-from moonshot.linalg.backend import Array, as_dtype, namespace, native
+from moonshot.linalg.backend import Array, as_dtype, namespace, native, squares
 from moonshot.solvers.base import Answer
 
 
@@ -19,7 +18,7 @@ class Magnitude:
         return None
 
     def init(self, problem: Problem) -> tuple[Array, Array]:
-        return problem.centre, _squares(problem.centre)
+        return problem.centre, squares(problem.centre)
 
     def compute(self, state: tuple[Array, Array], pattern: Pattern) -> Answer:
         return _keep_best(*state, pattern)
@@ -31,7 +30,8 @@ class Wanda:
 
     Source: Sun et al., A Simple and Effective Pruning Approach for Large Language Models
     (arXiv 2306.11695), with the diagonal of the joint Hessian in place of X'X. The paper compares
-    within rows: Unstructured(..., scope="row").
+    within rows: Unstructured(..., scope="row"). Nothing is promised beyond the score: where inputs differ much in size
+    and repeat one another, Magnitude can be better.
     """
 
     name = "Wanda"
@@ -42,16 +42,10 @@ class Wanda:
     def init(self, problem: Problem) -> tuple[Array, Array]:
         xp = namespace(problem.centre)
         scale = as_dtype(xp.sqrt(native(problem.hessian.diagonal())), problem.dtype)
-        return problem.centre, _squares(problem.centre * scale)
+        return problem.centre, squares(problem.centre * scale)
 
     def compute(self, state: tuple[Array, Array], pattern: Pattern) -> Answer:
         return _keep_best(*state, pattern)
-
-
-def _squares(x: Array) -> Array:
-    """x^2 in a unit in which the largest is between a quarter and one: no square of a float32 is too large or small."""
-    largest = float(namespace(x).max(abs(x)))
-    return (x / 2.0 ** math.frexp(largest)[1]) ** 2
 
 
 def _keep_best(weight: Array, scores: Array, pattern: Pattern) -> Answer:

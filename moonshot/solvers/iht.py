@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from moonshot.layer.patterns import Pattern, equal_groups
 from moonshot.layer.problem import Problem, Status, check_weight
-from moonshot.linalg.backend import Array, as_dtype, namespace, native
+from moonshot.linalg.backend import Array, as_dtype, namespace, native, squares
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.solvers.base import Answer
 
@@ -39,7 +39,7 @@ class IHT:
 
     A row has settled, and is left out from then on, when it is refitted and the step no longer changes its support;
     a budget over the layer has one tau for all rows. F never rises, and the answer is never worse than the start:
-    the largest `D_ij c_ij^2`, refitted.
+    the largest `D_ij c_ij^2`, refitted; nor than the largest weights as they are (Magnitude).
 
     iterations: the limit. steps: conjugate-gradient steps for each y. refits: those of a full refit, at most.
     start: weights (m, d) whose largest `D_ij start_ij^2` are the start instead, as the answer for a neighbouring
@@ -117,6 +117,13 @@ class IHT:
         weight, start = x / state.quadratic.scale, start / state.quadratic.scale
         if problem.value(start) < problem.value(weight):
             weight, mask = start, started  # float32 can lose the last digits of a descent
+        plain = pattern.keep(squares(problem.centre))
+        if problem.value(problem.centre * plain) < problem.value(weight):
+            quadratic = state.quadratic
+            weight, mask = (
+                quadratic.refit(quadratic.target * plain, plain, self.refits) / quadratic.scale,
+                plain,
+            )
         return Answer(weight, mask, status, done, start=start)
 
 

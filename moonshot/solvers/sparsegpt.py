@@ -44,6 +44,9 @@ class SparseGPT:
     that of SparseGPT on each row's explicit Hessian, for n d / 2 + 2 n^2
     multiply-adds a weight more; without, it is SparseGPT.
 
+    What it has pruned it never takes back: where inputs nearly repeat one another it can prune all of them, and be
+    worse than Magnitude, which ADMM, OBS and IHT never are.
+
     Source: Frantar and Alistarh, SparseGPT (arXiv 2301.00774), algorithm 1; the recursion for the low-rank part is
     ours, see docs/solvers/sparsegpt.md.
     """
