@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moonshot.pruning.allocate import allocate
     from moonshot.pruning.allocation import Allocation
     from moonshot.pruning.prune import prune
+    from moonshot.pruning.refit import Refit
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "Problem",
     "Quadratic",
     "Reconstruction",
+    "Refit",
     "Result",
     "RowHessian",
     "Solver",
@@ -82,6 +84,7 @@ _WITH_TORCH = {
     "ChainAdapter": "models.chain",
     "GraphAdapter": "models.graph",
     "LayerView": "models.layer_view",
+    "Refit": "pruning.refit",
     "allocate": "pruning.allocate",
     "column_patterns": "models.units",
     "prune": "pruning.prune",

@@ -45,9 +45,11 @@ class Adapter(ABC):
         loss: Loss,
         gradients: bool,
         offload: Offload,
+        dense: bool = False,
     ) -> Replay:
         """What runs the parts one after the other. gradients: whether statistics need those of the loss.
 
+        dense: whether what the dense parts return is wanted (Replay.dense_output).
         offload: where hidden states and gradients are stored until they are wanted.
         """
 

@@ -89,6 +89,11 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [buffer for layer in model.modules() for buffer in _running(layer)]
 
 
+def has_running_statistics(layer: nn.Module) -> bool:
+    """Whether a layer is a batch norm with a running mean and variance."""
+    return bool(_running(layer))
+
+
 def _running(layer: nn.Module) -> list[Tensor]:
     """A batch norm's running mean and variance; empty for one without, and for other layers."""
     if not isinstance(layer, _BatchNorm) or layer.running_mean is None or layer.running_var is None:

@@ -163,6 +163,17 @@ def set_aside(batches: list[Batch], seed: int, share: float = 0.25) -> tuple[lis
     return rest, aside
 
 
+def split(batches: list[Batch], size: int) -> list[Batch]:
+    """The same samples in the same order, at most `size` in a batch."""
+    return [
+        batch
+        if batch_samples(batch) <= size
+        else take(batch, list(range(first, min(first + size, batch_samples(batch)))))
+        for batch in batches
+        for first in range(0, batch_samples(batch), size)
+    ]
+
+
 def open_dataset(data: str) -> Any:
     """A dataset by its datasets name[:config[:split]], the split "train" if none is given.
 

@@ -6,7 +6,7 @@ gradient, so that one block's statistics and activations are in memory at a time
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.blocks import Call, Chain, find_blocks
@@ -35,14 +35,16 @@ class ChainAdapter(Adapter):
         loss: Loss,
         gradients: bool,
         offload: Offload,
+        dense: bool = False,
     ) -> Replay:
-        return ChainReplay(model, parts, batches, loss, gradients, offload)
+        return ChainReplay(model, parts, batches, loss, gradients, offload, dense)
 
 
 class ChainReplay:
     """The blocks' inputs in the partly pruned model and in the dense one, as far as the replay has come.
 
-    gradients: whether the statistics need gradients. What waits for its turn does so in `offload`.
+    gradients: whether the statistics need gradients; dense: whether `dense_output` is wanted. What waits for its turn
+    does so in `offload`.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class ChainReplay:
         loss: Loss,
         gradients: bool,
         offload: Offload,
+        dense: bool = False,
     ):
         self.parts, self.batches = blocks, batches
         self._chain = Chain(model, [block for _, block in blocks], loss)
@@ -68,6 +71,7 @@ class ChainReplay:
         self._gradients: list[list[Offloaded]] = []
         if gradients:
             self._gradients = block_gradients(self._chain, batches, self._pruned, self._calls, offload)
+        if gradients or dense:
             self._dense = [offload.store(hidden.read()) for hidden in self._pruned]
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
@@ -84,23 +88,30 @@ class ChainReplay:
 
     def _differentiate(self, index: int, b: int, layers: dict[str, LayerView]) -> tuple[Seen, Seen]:
         """Run the dense block on a batch: what its layers read, and the gradients at what they return."""
-        if not self._gradients:
+        if not self._dense:
             return {}, {}
         inputs: Seen = {}
         outputs: Seen = {}
+        differentiated = bool(layers and self._gradients)
         leaf = widened(self._dense[b].read()).requires_grad_()
-        with torch.set_grad_enabled(bool(layers)), recording(layers, inputs, outputs):
+        with torch.set_grad_enabled(differentiated), recording(layers, inputs, outputs):
             output = self._chain.run(index, leaf, self._calls[b][index])
         self._dense[b].replace(narrowed(output.detach(), self._dtype))
-        if not layers:
+        if not differentiated:
             return {}, {}
         return inputs, output_gradients(output, [widened(self._gradients[index][b].read())], outputs)
+
+    def output(self, index: int, b: int) -> Tensor:
+        return self._chain.run(index, self._pruned[b].read(), self._calls[b][index])
+
+    def dense_output(self, index: int, b: int) -> Tensor:
+        return widened(self._dense[b].read())
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Run the block as it is now, in float32, for the inputs of the next one."""
         for b, stored in enumerate(self._pruned):
-            stored.replace(narrowed(self._chain.run(index, stored.read(), self._calls[b][index]), self._dtype))
+            stored.replace(narrowed(self.output(index, b), self._dtype))
 
 
 def block_gradients(

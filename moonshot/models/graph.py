@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from moonshot.models.adapter import Adapter, Parts
+from moonshot.models.batchnorm import has_running_statistics
 from moonshot.models.calibration import Batch, batch_samples, token_mask
+from moonshot.models.layer_view import LayerView
 from moonshot.models.left_out import shared_between
 from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of
 from moonshot.models.modules import ModelError, patched
-from moonshot.models.offload import Offload, read_all
+from moonshot.models.offload import Offload, Offloaded, read_all
 from moonshot.models.precision import (
     activation_dtype,
     in_float32,
@@ -28,7 +30,14 @@ from moonshot.models.precision import (
     tensors_outside,
     widened,
 )
-from moonshot.models.recording import Seen, differentiable, gradient_dtype, output_gradients, recording
+from moonshot.models.recording import (
+    Seen,
+    differentiable,
+    gradient_dtype,
+    main_output,
+    output_gradients,
+    recording,
+)
 from moonshot.models.replay import Replay
 from moonshot.models.settings import without_cache
 from moonshot.models.statistics import LayerStatistics
@@ -56,6 +65,12 @@ class GraphAdapter(Adapter):
                 f"{', '.join(repeated)} ran more than once for one loss, or not for every batch: it must call the "
                 "model once"
             )
+        inside = {module for _, part in parts for module in part.modules()}
+        parts += [  # batch norms between them take their turns too, for their running statistics
+            (name, module)
+            for name, module in model.named_modules()
+            if module in run.once and module not in inside and has_running_statistics(module)
+        ]
         return sorted(parts, key=lambda part: run.order.index(part[1]))
 
     def replay(
@@ -66,8 +81,9 @@ class GraphAdapter(Adapter):
         loss: Loss,
         gradients: bool,
         offload: Offload,
+        dense: bool = False,
     ) -> Replay:
-        return GraphReplay(model, parts, batches, loss, gradients, offload)
+        return GraphReplay(model, parts, batches, loss, gradients, offload, dense)
 
     def _divided(self, name: str, module: nn.Module, running: set[nn.Module], once: set[nn.Module]) -> Parts:
         """A module divided until a part has few layers that run, or what is in it does not run exactly once."""
@@ -94,8 +110,8 @@ class _Reached(Exception):
 class GraphReplay:
     """What every part returns in the partly pruned model, as far as the replay has come.
 
-    gradients: whether the statistics need gradients. The inputs, outputs and output gradients of all parts wait in
-    `offload`, in the model's dtype.
+    gradients: whether the statistics need gradients; dense: whether `dense_output` is wanted. The inputs, outputs and
+    output gradients of all parts wait in `offload`, in the model's dtype.
     """
 
     def __init__(
@@ -106,6 +122,7 @@ class GraphReplay:
         loss: Loss,
         gradients: bool,
         offload: Offload,
+        dense: bool = False,
     ):
         self.parts, self.batches = parts, batches
         self._model, self._loss, self._offload = model, loss, offload
@@ -115,13 +132,15 @@ class GraphReplay:
         self._gradients: list[list[Any]] = []  # by batch and part, of each result
         self._results: list[list[Any]] = [[] for _ in batches]  # by batch and part
         self._arguments: list[_Arguments] = []  # of the part whose turn it is, by batch
-        if gradients:
-            with in_float32(tensors_of(model)):
+        self._wants_dense = dense
+        self._dense_outputs: list[Offloaded] = []  # of the part whose turn it is, by batch
+        if gradients or dense:
+            with in_float32(tensors_of(model)), torch.set_grad_enabled(gradients):
                 for batch in batches:
-                    self._differentiate(batch)
+                    self._run_dense(batch, gradients)
 
-    def _differentiate(self, batch: Batch) -> None:
-        """One dense pass, forward and backward."""
+    def _run_dense(self, batch: Batch, gradients: bool) -> None:
+        """One dense pass, forward and, for gradients, backward."""
         arguments: list[_Arguments] = []
         results: list[list[Tensor]] = []
 
@@ -149,33 +168,26 @@ class GraphReplay:
                 f"{len(arguments)} of {len(self.parts)} parts of the model ran in a batch: every batch must "
                 "call the same ones once"
             )
+        self._dense.append(arguments)
+        if not gradients:
+            return
         flat = [result for made in results for result in made if result.requires_grad]
         found = iter(gradients_of(loss * batch_samples(batch), flat))
         dtype = gradient_dtype(self._dtype)
-        self._dense.append(arguments)
         self._gradients.append([])
         for made in results:
-            gradients = [next(found) if result.requires_grad else None for result in made]
+            at_results = [next(found) if result.requires_grad else None for result in made]
             self._gradients[-1].append(
-                self._offload.store_all([None if g is None else g.to(dtype) for g in gradients])
+                self._offload.store_all([None if g is None else g.to(dtype) for g in at_results])
             )
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
         """Run a part, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
         _, part = self.parts[index]
         layers = statistics.layers
-        self._arguments = []
+        self._arguments, self._dense_outputs = [], []
         for b, batch in enumerate(self.batches):
-            dense_inputs: Seen = {}
-            deltas: Seen = {}
-            if self._gradients and layers:
-                args, kwargs = tree_map(_tracked, _in_float32(self._dense[b][index]))
-                outputs: Seen = {}
-                with torch.enable_grad(), recording(layers, dense_inputs, outputs):
-                    result = part(*args, **kwargs)
-                deltas = output_gradients(result, read_all(self._gradients[b][index]), outputs)
-                self._dense[b][index] = ((), {})
-                self._gradients[b][index] = []
+            dense_inputs, deltas = self._differentiate(index, b, layers)
             self._arguments.append(self._reach(index, b))
             if layers:
                 args, kwargs = _in_float32(self._arguments[b])
@@ -183,6 +195,34 @@ class GraphReplay:
                 with torch.no_grad(), recording(layers, inputs):
                     part(*args, **kwargs)
                 statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, token_mask(batch))
+
+    def _differentiate(self, index: int, b: int, layers: dict[str, LayerView]) -> tuple[Seen, Seen]:
+        """Run the dense part on a batch: what its layers read, and the gradients at what they return."""
+        differentiated = bool(self._gradients and layers)
+        if not (differentiated or self._wants_dense):
+            return {}, {}
+        _, part = self.parts[index]
+        inputs: Seen = {}
+        outputs: Seen = {}
+        args, kwargs = tree_map(_tracked, _in_float32(self._dense[b][index]))
+        with torch.set_grad_enabled(differentiated), recording(layers, inputs, outputs):
+            result = part(*args, **kwargs)
+        self._dense[b][index] = ((), {})
+        if self._wants_dense:
+            self._dense_outputs.append(self._stored(main_output(result)))
+        if not differentiated:
+            return {}, {}
+        deltas = output_gradients(result, read_all(self._gradients[b][index]), outputs)
+        self._gradients[b][index] = []
+        return inputs, deltas
+
+    def output(self, index: int, b: int) -> Tensor:
+        _, part = self.parts[index]
+        args, kwargs = _in_float32(self._arguments[b])
+        return main_output(part(*args, **kwargs))
+
+    def dense_output(self, index: int, b: int) -> Tensor:
+        return widened(self._dense_outputs[b].read())
 
     @torch.no_grad()
     def advance(self, index: int) -> None:

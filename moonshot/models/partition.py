@@ -83,10 +83,16 @@ class Partition:
             )
 
     def replay(
-        self, model: nn.Module, batches: list[Batch], loss: Loss, gradients: bool, offload: Offload
+        self,
+        model: nn.Module,
+        batches: list[Batch],
+        loss: Loss,
+        gradients: bool,
+        offload: Offload,
+        dense: bool = False,
     ) -> Replay:
         batches = _samples(model, batches) if self.routed else batches
-        return self.adapter.replay(model, self.parts, batches, loss, gradients, offload)
+        return self.adapter.replay(model, self.parts, batches, loss, gradients, offload, dense)
 
 
 def partition_model(

@@ -92,6 +92,12 @@ def differentiable(results: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
+def main_output(results: Any) -> Tensor:
+    """The hidden states in whatever a module returned: the first floating-point tensor that is no vector."""
+    found = differentiable(results)
+    return next((result for result in found if result.ndim > 1), found[0])
+
+
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     """What gradients are kept in for a model in this dtype: the range of float16 is too small."""
     return torch.bfloat16 if dtype == torch.float16 else dtype

@@ -2,24 +2,35 @@
 
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
+from moonshot.models.calibration import Batch
 from moonshot.models.statistics import LayerStatistics
 
 
 class Replay(Protocol):
     """A model run part by part: `observe` each while it is dense, prune its layers, then `advance`.
 
-    parts: (name, module), in the order in which the model runs them.
+    parts: (name, module), in the order in which the model runs them; batches: what it is run on.
     """
 
     parts: list[tuple[str, nn.Module]]
+    batches: list[Batch]
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
         """Run part `index`, still dense and in float32, on every batch; hand what its layers see to `statistics`.
 
         Inputs are those that the pruned parts before it give, gradients those of the dense model.
         """
+
+    def output(self, index: int, b: int) -> Tensor:
+        """What part `index`, observed before, returns as it is now on batch b of the partly pruned model, in float32.
+
+        Of several results the hidden states (`recording.main_output`).
+        """
+
+    def dense_output(self, index: int, b: int) -> Tensor:
+        """As `output`, of the dense part in the dense model; for a replay that was made with `dense`."""
 
     def advance(self, index: int) -> None:
         """Run part `index` as it is now, in float32, for the inputs of those after it."""

@@ -23,16 +23,23 @@ from moonshot.pruning.recipe import Recipe
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model, and those of its layers that are wanted, by name."""
+    """A part of the model, and those of its layers that are wanted, by name.
+
+    others: its other layers; dtypes: of its parameters and buffers, outside of `observed`.
+    """
 
     index: int
+    name: str
     module: nn.Module
     layers: dict[str, LayerView]
+    others: dict[str, LayerView]
+    dtypes: dict[Tensor, torch.dtype]
 
 
 class CalibrationPass:
     """Statistics and problems of the layers with these names, by one or more objectives.
 
+    dense: whether what the dense parts return is wanted (Replay.dense_output).
     parts: all of the model's, in the order in which it runs them. Their turns come one after the other::
 
         for part in calibration.parts:
@@ -53,21 +60,22 @@ class CalibrationPass:
         batches: list[Batch],
         objectives: Sequence[Objective],
         recipe: Recipe,
+        dense: bool = False,
     ):
         wanted = set(names)
         self._objectives, self._recipe, self._routed = objectives, recipe, partition.routed
         self._union = reduce(add, objectives)
         self._signs = _random_signs(count_samples(batches), recipe.seed)
         gradients = bool(self._union.needed & {"gradients", "output_gradients"})
-        self._replay = partition.replay(model, batches, recipe.loss, gradients, Offload(recipe.scratch))
-        self.parts = [
-            Part(
-                index,
-                module,
-                {name: view for name, view in partition.layers_in(prefix, module) if name in wanted},
-            )
-            for index, (prefix, module) in enumerate(self._replay.parts)
-        ]
+        offload = Offload(recipe.scratch)
+        self.replay = partition.replay(model, batches, recipe.loss, gradients, offload, dense)
+        self.parts = []
+        for index, (prefix, module) in enumerate(self.replay.parts):
+            views = dict(partition.layers_in(prefix, module))
+            layers = {name: view for name, view in views.items() if name in wanted}
+            others = {name: view for name, view in views.items() if name not in wanted}
+            dtypes = {tensor: tensor.dtype for tensor in tensors_of(module)}
+            self.parts.append(Part(index, prefix, module, layers, others, dtypes))
         self._dtypes = {name: view.weight.dtype for part in self.parts for name, view in part.layers.items()}
 
     @contextmanager
@@ -76,9 +84,9 @@ class CalibrationPass:
         layers = {name: view for name, view in part.layers.items() if name not in done}
         with in_float32(tensors_of(part.module)):
             statistics = LayerStatistics(layers, self._union, self._recipe.factors, self._signs, self._routed)
-            self._replay.observe(part.index, statistics)
+            self.replay.observe(part.index, statistics)
             yield statistics
-            self._replay.advance(part.index)
+            self.replay.advance(part.index)
 
     def problems(self, name: str, layer: LayerView, statistics: LayerStatistics) -> Iterator[Problem]:
         """A layer's problem by each objective, made as it is asked for, with a weight in the layer's own dtype.

@@ -16,13 +16,13 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from moonshot.pruning.report import LayerReport, Trial
+from moonshot.pruning.report import LayerReport, PartReport, Trial
 
 _WORK, _TRIALS = "work.json", "trials.json"
 
 
 class Checkpoint:
-    """A folder with the answers of the layers that are done, a file each, and the work they belong to.
+    """A folder with the answers of the layers that are done and the refits of parts, a file each, and their work.
 
     work: what the answers depend on apart from the model's weights, in JSON's types. A folder not there yet is made.
     done: the layers whose answers it has. Each is stored with the digest of the weight it was found for.
@@ -67,19 +67,38 @@ class Checkpoint:
 
         Raises ValueError where `dense` is not what the answer was found for, or the file cannot be read.
         """
-        path = self.folder / _file_name(name)
-        try:
-            with safe_open(path, "pt") as file:
-                about, weight = file.metadata(), file.get_tensor("weight")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"cannot read {path}: {error}; remove it to do the layer again") from error
+        about, tensors = _read(self.folder / _file_name(name), "do the layer again")
         if about["dense"] != _digest([dense]):
             raise ValueError(
                 f"{self.folder} has the answers of another model, whose {name} has other weights: choose another "
                 "folder, or remove it to begin again"
             )
         report = json.loads(about["report"])
-        return weight, LayerReport(**{**report, "shape": tuple(report["shape"])})
+        return tensors["weight"], LayerReport(**{**report, "shape": tuple(report["shape"])})
+
+    def store_part(
+        self, name: str, pruned: Iterable[Tensor], fitted: Iterable[Tensor], report: PartReport
+    ) -> None:
+        """Write a part's refit: its tensors and report, and that they are for the part with these `pruned` tensors."""
+        about = {"report": json.dumps(asdict(report)), "pruned": _digest(pruned)}
+        tensors = {str(k): tensor.detach().cpu().contiguous() for k, tensor in enumerate(fitted)}
+        self._write(_part_name(name), save(tensors, about))
+
+    def part(self, name: str, pruned: Iterable[Tensor]) -> tuple[list[Tensor], PartReport] | None:
+        """What `store_part` was given, None if it was not.
+
+        Raises ValueError where the part was another before, or the file cannot be read.
+        """
+        path = self.folder / _part_name(name)
+        if not path.exists():
+            return None
+        about, tensors = _read(path, "refit the part again")
+        if about["pruned"] != _digest(pruned):
+            raise ValueError(
+                f"{self.folder} has a refit of another model, whose {name} has other weights: choose another folder, "
+                "or remove it to begin again"
+            )
+        return [tensors[str(k)] for k in range(len(tensors))], PartReport(**json.loads(about["report"]))
 
     def store_trials(self, best: str, trials: list[Trial]) -> None:
         """Write the name of the best objective, and what all of them gave."""
@@ -113,6 +132,19 @@ class Checkpoint:
 
 def _file_name(layer: str) -> str:
     return f"{quote(layer, safe='')}.safetensors"
+
+
+def _part_name(part: str) -> str:
+    return f"{quote(part, safe='')}.refit"
+
+
+def _read(path: Path, purpose: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path}: {error}; remove it to {purpose}") from error
 
 
 def data_digest(batches: Iterable[Any]) -> str:

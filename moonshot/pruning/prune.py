@@ -22,6 +22,7 @@ from moonshot.pruning.auto import CANDIDATES, best_objective
 from moonshot.pruning.checkpoint import Checkpoint, data_digest
 from moonshot.pruning.layer_patterns import PatternLike, layer_patterns
 from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
+from moonshot.pruning.refit import Refit
 from moonshot.pruning.report import LayerReport, Report, Trial
 from moonshot.pruning.run import PruningRun
 from moonshot.solvers.admm import ADMM
@@ -49,6 +50,7 @@ def prune(
     unreached: Literal["error", "skip"] = "error",
     scratch: Path | None = None,
     adapter: Adapter | None = None,
+    refit: bool | Refit = False,
     checkpoint: Path | str | None = None,
     on_layer: OnLayer | None = None,
 ) -> Report:
@@ -69,9 +71,11 @@ def prune(
     bound: whether to prove for every layer how far from the optimum its answer is at most (LayerReport.gap); it can
     take several times as long as pruning.
     batch_norm: whether running statistics are estimated again on the calibration data (models.batchnorm), where there
-    are any; the report's recipe says so.
+    are any, as each part is finished; the report's recipe says so.
     unreached: what becomes of layers that no calibration sample reached: "skip" leaves them as they are, and
     Report.skipped names them.
+    refit: whether, and how, the surviving weights of each part, its norms and biases are fitted to the dense part once
+    its layers are pruned; True for the defaults of Refit. Masks do not change.
     scratch: a folder to offload to, in files that are gone afterwards: the layers' weights as they were, and the hidden
     states and gradients between the model's parts. In memory unless given.
     adapter: how the model is divided into parts, and what its layers are (models.adapter); found out unless given.
@@ -106,6 +110,7 @@ def prune(
         pattern,
         bound=bound,
         batch_norm=batch_norm,
+        refit=refit,
         checkpoint=checkpoint,
         on_layer=on_layer,
     )
@@ -119,10 +124,12 @@ def prune_by(
     *,
     bound: bool = False,
     batch_norm: bool = True,
+    refit: bool | Refit = False,
     checkpoint: Path | str | None = None,
     on_layer: OnLayer | None = None,
 ) -> Report:
     """`prune`, with what else it takes as a recipe."""
+    fit = _as_refit(refit)
     batches = recipe.batches(model, calibration)
     partition = partition_model(model, batches, recipe.loss, recipe.adapter)
     patterns = layer_patterns(partition, pattern, recipe)
@@ -130,10 +137,10 @@ def prune_by(
     patterns = {name: chosen for name, chosen in patterns.items() if name not in skipped}
     if not isinstance(pattern, Mapping):
         skipped |= partition.skipped(recipe.targets, recipe.ignore)
-    report = Report(_described(recipe, pattern, batches), _versions(), skipped=skipped)
+    report = Report(_described(recipe, pattern, batches, fit), _versions(), skipped=skipped)
     stored = None
     if checkpoint is not None:
-        stored = Checkpoint(checkpoint, _work(recipe, report, patterns, batches, bound))
+        stored = Checkpoint(checkpoint, _work(recipe, report, patterns, batches, bound, batch_norm))
         report.resumed = len(stored.done)
     trials = len(CANDIDATES) if isinstance(recipe.objective, str) else 0
     total = (trials + 1) * len(patterns)
@@ -150,13 +157,21 @@ def prune_by(
             objective, report.trials = _best_objective(run, batches, stored)
             restore()
         report.recipe["objective"] = objective.name
-        report.layers = run.prune([objective], batches, bound=bound, checkpoint=stored)
+        report.layers, report.parts = run.prune([objective], batches, bound=bound, refit=fit, checkpoint=stored)
     if run.estimates_batch_norm:
         report.recipe["batch_norm"] = "estimated again"
     report.model_sparsity = zeros(model)
     report.seconds = time.perf_counter() - begin
     report.peak_memory = _peak_memory()
     return report
+
+
+def _as_refit(refit: bool | Refit) -> Refit | None:
+    if isinstance(refit, bool):
+        return Refit() if refit else None
+    if not isinstance(refit, Refit):
+        raise TypeError(f"refit must be True, False or such as moonshot.Refit(epochs=6), got {refit!r}")
+    return refit
 
 
 def _best_objective(
@@ -172,7 +187,7 @@ def _best_objective(
     return objective, found
 
 
-def _described(recipe: Recipe, pattern: Any, batches: list[Batch]) -> dict[str, Any]:
+def _described(recipe: Recipe, pattern: Any, batches: list[Batch], refit: Refit | None) -> dict[str, Any]:
     """The recipe as the report has it."""
     return {
         "pattern": "per layer" if isinstance(pattern, Mapping) else str(pattern),
@@ -182,11 +197,16 @@ def _described(recipe: Recipe, pattern: Any, batches: list[Batch]) -> dict[str, 
         "factors": recipe.factors,
         "dampening_frac": recipe.dampening_frac,
         "seed": recipe.seed,
-    }
+    } | ({} if refit is None else {"refit": repr(refit)})
 
 
 def _work(
-    recipe: Recipe, report: Report, patterns: Mapping[str, Pattern], batches: Iterable[Any], bound: bool
+    recipe: Recipe,
+    report: Report,
+    patterns: Mapping[str, Pattern],
+    batches: Iterable[Any],
+    bound: bool,
+    batch_norm: bool,
 ) -> dict[str, Any]:
     """What a layer's answer depends on, apart from the model's weights."""
     loss, objective = recipe.loss, recipe.objective
@@ -196,6 +216,7 @@ def _work(
         "calibration": data_digest(batches),
         "loss": f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}",
         "bound": bound,
+        "batch_norm": batch_norm,
         "moonshot": report.versions["moonshot"],
     }
 

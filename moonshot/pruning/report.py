@@ -33,6 +33,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """A part that was refitted: the error of its output against the dense one, before and after.
+
+    Errors are squared, relative to the dense output, over the samples that were fitted and over those set aside. Where
+    those set aside got no better, the part is as it was before.
+    """
+
+    name: str
+    before: float
+    after: float
+    aside_before: float
+    aside_after: float
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Trial:
     """An objective or a budget that was tried.
 
@@ -57,6 +74,7 @@ class Report:
     layers: {name: its report}.
     skipped: the layers that were to be pruned and are as they were, with the reason.
     resumed: how many layers' answers an earlier run had left in a checkpoint.
+    parts: those that were refitted, by name; empty unless that was asked for.
     trials: what objective="auto" tried (selection.best_on_held_out), empty otherwise.
     seconds: wall-clock time. peak_memory: the most bytes that were resident at once.
     model_sparsity: the fraction of zeros over all weights of the model, `sparsity` that over the pruned layers.
@@ -66,6 +84,7 @@ class Report:
     versions: dict[str, str]
     layers: dict[str, LayerReport] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, PartReport] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
     resumed: int = 0
     model_sparsity: float = 0.0
@@ -100,6 +119,7 @@ class Report:
                 + (f", {layer.note}" if layer.note else "")
             )
         lines += [f"{name:{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
+        lines += self._refitted()
         lines += [str(trial) for trial in self.trials]
         if "batch_norm" in self.recipe:
             lines.append(f"batch norm: {self.recipe['batch_norm']}")
@@ -110,3 +130,16 @@ class Report:
             f"peak memory {self.peak_memory / 2**20:.0f} MiB"
         )
         return "\n".join(lines)
+
+    def _refitted(self) -> list[str]:
+        """The refitted parts as a table."""
+        if not self.parts:
+            return []
+        width = max([len(name) for name in self.parts] + [5])
+        lines = [f"{'refit':{width}}  {'error':>8}  {'after':>8}  {'aside':>8}  {'after':>8}  steps  seconds"]
+        lines += [
+            f"{name:{width}}  {part.before:8.5f}  {part.after:8.5f}  {part.aside_before:8.5f}  "
+            f"{part.aside_after:8.5f}  {part.steps:>5}  {part.seconds:7.2f}"
+            for name, part in self.parts.items()
+        ]
+        return lines

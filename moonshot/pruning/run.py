@@ -19,11 +19,13 @@ from moonshot.models.modules import evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
 from moonshot.models.precision import in_float32, running_in_float32, tensors_of
+from moonshot.models.replay import Replay
 from moonshot.models.restore import restored_on_failure
-from moonshot.pruning.calibration_pass import CalibrationPass, in_layer
+from moonshot.pruning.calibration_pass import CalibrationPass, Part, in_layer
 from moonshot.pruning.checkpoint import Checkpoint
 from moonshot.pruning.recipe import Recipe
-from moonshot.pruning.report import LayerReport
+from moonshot.pruning.refit import PartFit, Refit, shared_parameters
+from moonshot.pruning.report import LayerReport, PartReport
 from moonshot.solvers.base import solve
 
 
@@ -68,17 +70,21 @@ class PruningRun:
         bound: bool = False,
         checkpoint: Checkpoint | None = None,
         on_answers: Callable[[str, list[Tensor]], None] | None = None,
-    ) -> dict[str, LayerReport]:
-        """Prune the model by the first objective; {layer name: report}.
+        refit: Refit | None = None,
+    ) -> tuple[dict[str, LayerReport], dict[str, PartReport]]:
+        """Prune the model by the first objective; {layer name: report} and, of those refitted, {part name: report}.
 
         on_answers: called with a layer's name and its answers by all objectives, on the inputs that the first one's
         give.
+        refit: how each part is fitted once its layers are pruned; not at all unless given.
         checkpoint: where answers by one objective are stored; those that it has are not looked for again.
         """
-        reports = {}
+        reports: dict[str, LayerReport] = {}
+        refitted: dict[str, PartReport] = {}
+        batches = batches if refit is None else refit.split(batches)
         done = checkpoint.done if checkpoint else frozenset()
         calibration = CalibrationPass(
-            self.model, self.partition, self.patterns, batches, objectives, self.recipe
+            self.model, self.partition, self.patterns, batches, objectives, self.recipe, dense=refit is not None
         )
         for part in calibration.parts:
             with calibration.observed(part, done) as statistics:
@@ -98,8 +104,12 @@ class PruningRun:
                     for answer in answers:
                         self.on_layer(answer.report)
                     reports[name] = answers[0].report
-        self._estimate_batch_norm(batches)
-        return reports
+                self._estimate_part(part, calibration.replay)
+                if refit and part.layers:
+                    refitted[part.name] = self._refitted(part, calibration.replay, refit, checkpoint)
+        if len(running_statistics(self.model)) > sum(len(running_statistics(m)) for m in self._modules):
+            self._estimate_batch_norm(batches)  # some lie outside of all parts
+        return reports, refitted
 
     def assign(self, answers: Iterable[tuple[str, Tensor]], batches: list[Batch]) -> None:
         """Give layers stored answers, as if the model had been pruned by them on these samples."""
@@ -129,6 +139,24 @@ class PruningRun:
         if self.estimates_batch_norm:
             with in_float32(tensors_of(self.model)):
                 reestimate(self.model, batches, self._loss, self._modules)
+
+    def _estimate_part(self, part: Part, replay: Replay) -> None:
+        """Estimate the running statistics of a part on what it reads in the pruned model."""
+        if self.batch_norm:
+            batches = list(range(len(replay.batches)))
+            reestimate(part.module, batches, lambda _, b: replay.output(part.index, b))
+
+    def _refitted(self, part: Part, replay: Replay, refit: Refit, checkpoint: Checkpoint | None) -> PartReport:
+        """Fit a part whose layers are pruned, or put in what a checkpoint has of it."""
+        fit = PartFit(part, replay, refit, self.recipe.seed, shared_parameters(self.model))
+        pruned = fit.values()
+        if checkpoint and (stored := checkpoint.part(part.name, pruned)):
+            fit.assign(stored[0])
+            return stored[1]
+        report = fit.run(partial(self._estimate_part, part, replay))
+        if checkpoint:
+            checkpoint.store_part(part.name, pruned, fit.values(), report)
+        return report
 
     def _solver(
         self, name: str, layer: LayerView, tokens: int, bound: bool

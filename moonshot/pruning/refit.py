@@ -1,0 +1,236 @@
+"""What is left of a part, fitted to what the dense part returned.
+
+The surviving weights of a part's layers, with its norms and biases, are fitted by Adam so that the part's output on
+the hidden states of the pruned model comes near the dense part's output on those of the dense model. Masks never
+change, no labels are needed, and one part is in memory at a time.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moonshot.models.batchnorm import running_statistics
+from moonshot.models.calibration import (
+    Batch,
+    CalibrationError,
+    batch_samples,
+    count_samples,
+    split,
+    token_mask,
+)
+from moonshot.models.expert_view import ExpertView
+from moonshot.models.replay import Replay
+from moonshot.pruning.calibration_pass import Part
+from moonshot.pruning.report import PartReport
+
+_BETAS = (0.9, 0.95)  # of Adam
+_PATIENCE = 2  # epochs without gain on the samples set aside, after which a part is done
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How each part is fitted once its layers are pruned.
+
+    epochs: passes over the samples that are fitted, at most.
+    lr: the step of a tensor, as a fraction of the root mean square of its nonzero values; it decays along a cosine.
+    batch: samples in a step.
+    share: of the samples that is set aside, to stop early and to see whether the part got better.
+    """
+
+    epochs: int = 6
+    lr: float = 0.01
+    batch: int = 8
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive, got {self.lr!r}")
+        if not 0 < self.share < 1:
+            raise ValueError(f"share must be between 0 and 1, got {self.share!r}")
+
+    def split(self, batches: list[Batch]) -> list[Batch]:
+        """The batches made so small that a step, and what is set aside, can be made of whole ones.
+
+        Raises CalibrationError for a single sample.
+        """
+        count = count_samples(batches)
+        if count < 2:
+            raise CalibrationError("a refit sets samples aside and needs at least 2: give more, or do without")
+        return split(batches, min(self.batch, max(int(self.share * count), 1)))
+
+
+class PartFit:
+    """The fit of an observed part whose layers are pruned, while it is in float32.
+
+    shared: parameters that others than the part use too, which are left alone.
+    """
+
+    def __init__(self, part: Part, replay: Replay, refit: Refit, seed: int, shared: set[nn.Parameter]):
+        self._part, self._refit = part, refit
+        self._supports = {p: support for p, support in _supports(part).items() if p not in shared}
+        self._tensors = [*self._supports, *running_statistics(part.module)]
+        self._data = _Data(part.index, replay, refit, seed)
+
+    def values(self) -> list[Tensor]:
+        """What is fitted, and what running statistics go with it, in the model's dtype."""
+        return [tensor.detach().to(self._part.dtypes[tensor], copy=True) for tensor in self._tensors]
+
+    @torch.no_grad()
+    def assign(self, values: list[Tensor]) -> None:
+        for tensor, value in zip(self._tensors, values, strict=True):
+            tensor.copy_(value)
+
+    def run(self, estimate: Callable[[], None]) -> PartReport:
+        """Fit in place; the part is as it was unless its error on the samples set aside gets smaller.
+
+        estimate: estimates the running statistics of the part's batch norms, if it has any.
+        """
+        begin = time.perf_counter()
+        data, before, original = self._data, self._errors(), self.values()
+        least, best, since, steps = before[1], original, 0, 0
+        with _adam(self._part.module, self._supports) as adam:
+            for epoch in range(self._refit.epochs):
+                groups = data.groups()
+                for k, group in enumerate(groups):
+                    decay = (1 + math.cos(math.pi * (epoch + k / len(groups)) / self._refit.epochs)) / 2
+                    self._step(adam, group, decay)
+                steps += len(groups)
+                estimate()
+                error = data.error(data.aside)
+                since += 1
+                if error < least:
+                    least, best, since = error, self.values(), 0
+                if since == _PATIENCE:
+                    break
+        self.assign(best)
+        after = self._errors()
+        if not after[1] < before[1]:
+            self.assign(original)
+            after = before
+        seconds = time.perf_counter() - begin
+        return PartReport(self._part.name, before[0], after[0], before[1], after[1], steps, seconds)
+
+    def _step(self, adam: torch.optim.Adam, group: list[int], decay: float) -> None:
+        for options in adam.param_groups:
+            options["lr"] = self._refit.lr * decay * options["size"]
+        self._data.differentiate(group)
+        for parameter, support in self._supports.items():
+            if parameter.grad is not None:
+                parameter.grad.mul_(support)
+        adam.step()
+        adam.zero_grad()
+
+    def _errors(self) -> tuple[float, float]:
+        return self._data.error(self._data.fitted), self._data.error(self._data.aside)
+
+
+def shared_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a model that more than one of its modules holds."""
+    holders = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    return {parameter for parameter, count in holders.items() if count > 1}
+
+
+def _supports(part: Part) -> dict[nn.Parameter, Tensor]:
+    """{parameter to fit: True where it may change}: pruned layers where they are not zero, their biases, and norms."""
+    supports: dict[nn.Parameter, Tensor] = {}
+    for view in part.layers.values():
+        parameter = getattr(view.module, view.parameter)
+        at = view.expert if isinstance(view, ExpertView) else ...
+        supports.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))[at] = parameter[at] != 0
+    pruned = {view.module for view in part.layers.values()}
+    others = {view.module for view in part.others.values()} - pruned
+    for module in part.module.modules():
+        for parameter in module.parameters(recurse=False) if module not in others else ():
+            if parameter.ndim < 2 and parameter.is_floating_point():
+                supports.setdefault(parameter, torch.ones_like(parameter, dtype=torch.bool))
+    return supports
+
+
+class _Data:
+    """What a part reads and should return, in batches to fit and batches set aside."""
+
+    def __init__(self, index: int, replay: Replay, refit: Refit, seed: int):
+        self._index, self._replay, self._size = index, replay, refit.batch
+        self._generator = torch.Generator().manual_seed(seed)
+        self._samples = [batch_samples(batch) for batch in replay.batches]
+        self.fitted = torch.randperm(len(self._samples), generator=self._generator).tolist()
+        self.aside: list[int] = []
+        wanted = refit.share * sum(self._samples)
+        while len(self.fitted) > 1 and sum(self._samples[b] for b in self.aside) < wanted:
+            self.aside.append(self.fitted.pop())
+        self._energy = [
+            float(self._real(replay.dense_output(index, b), b).double().square().sum())
+            for b in range(len(self._samples))
+        ]
+
+    def groups(self) -> list[list[int]]:
+        """The batches to fit in random order, as many together as a step has samples."""
+        groups: list[list[int]] = [[]]
+        for k in torch.randperm(len(self.fitted), generator=self._generator).tolist():
+            if sum(self._samples[b] for b in groups[-1]) >= self._size:
+                groups.append([])
+            groups[-1].append(self.fitted[k])
+        return groups
+
+    def differentiate(self, group: list[int]) -> None:
+        """Add up the gradients of the error of a group, relative to what outputs are in the mean."""
+        mean = self._total(self._energy, self.fitted) / self._total(self._samples, self.fitted) or 1.0
+        for b in group:
+            with torch.enable_grad():
+                error = self._difference(b).square().sum() / (mean * self._total(self._samples, group))
+                if error.requires_grad:
+                    error.backward()
+
+    @torch.no_grad()
+    def error(self, batches: list[int]) -> float:
+        """The squared error over batches, relative to the dense outputs."""
+        squares = sum(float(self._difference(b).double().square().sum()) for b in batches)
+        return squares / (self._total(self._energy, batches) or 1.0)
+
+    def _difference(self, b: int) -> Tensor:
+        dense = self._replay.dense_output(self._index, b)
+        return self._real(self._replay.output(self._index, b) - dense, b)
+
+    def _real(self, output: Tensor, b: int) -> Tensor:
+        """An output without padded tokens."""
+        mask = token_mask(self._replay.batches[b])
+        return output if mask is None or output.shape[:2] != mask.shape else output[mask]
+
+    @staticmethod
+    def _total(values: list[Any], batches: list[int]) -> Any:
+        return sum(values[b] for b in batches)
+
+
+@contextmanager
+def _adam(part: nn.Module, fitted: Iterable[nn.Parameter]) -> Iterator[torch.optim.Adam]:
+    """An Adam on some parameters of a part, the only ones that gradients are computed for inside."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in part.parameters()]
+    groups = []
+    try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for parameter in fitted:
+            parameter.requires_grad_(True)
+            groups.append({"params": [parameter], "size": _size(parameter.detach())})
+        yield torch.optim.Adam(groups, betas=_BETAS)
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
+
+def _size(tensor: Tensor) -> float:
+    """The root mean square of what is not zero."""
+    values = tensor[tensor != 0].double()
+    return float(values.square().mean().sqrt()) if len(values) else 0.0
