@@ -1,8 +1,11 @@
 """What pruning is said to take, against what it takes."""
 
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import numba
 import psutil
 import pytest
 import torch
@@ -14,6 +17,7 @@ from moonshot.files.plan import Plan, ResourceError, check_disk, free_memory, pl
 from moonshot.models.calibration import as_batches, batch_samples
 from moonshot.models.offload import Offload
 from tests.models import JOINT, block_layers, decoder, tokens
+from tests.processes import new_process
 
 CPU = torch.device("cpu")
 
@@ -82,6 +86,57 @@ def test_a_plan_of_a_real_solver(solver):
     found = planned(decoder(), tokens(), solver=solver)
     assert found.seconds > 0 and found.memory > 0
     assert "about" in str(found) and "MiB of memory" in str(found)
+
+
+def resident(figure):
+    """Bytes of memory that this process has now ("VmRSS"), or has had at most ("VmHWM")."""
+    return 1024 * int(re.search(rf"{figure}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def planned_and_taken(objective, solver, scratch):
+    """Bytes of memory that pruning a wide block is said to take, and takes."""
+    ms.prune(decoder(), tokens(), "2:4", objective=objective, solver=solver)  # what is imported and compiled
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    model = decoder(vocab_size=2000, num_hidden_layers=1, **sizes)
+    ids = torch.randint(1, 2000, (16, 128), generator=torch.Generator().manual_seed(1))
+    said = planned(model, ids, objective, solver).memory
+    Path("/proc/self/clear_refs").write_text("5")  # the most so far is what there is now
+    before = resident("VmRSS")
+    ms.prune(model, ids, "2:4", objective=objective, solver=solver, scratch=scratch)
+    return said, resident("VmHWM") - before
+
+
+@pytest.fixture(scope="module")
+def elsewhere():
+    """Call a function of this module in a process of its own."""
+    with new_process(threads=2) as call:
+        yield call
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the most memory taken is not known here"
+)
+@pytest.mark.parametrize(
+    ("objective", "solver"),
+    [
+        (ms.Reconstruction(), ms.SparseGPT()),
+        (JOINT, ms.SparseGPT()),
+        (JOINT, ms.Swaps(ms.Magnitude(), moves=0.01)),
+    ],
+    ids=["reconstruction", "joint", "Swaps"],
+)
+def test_memory_is_at_most_what_is_said(elsewhere, objective, solver, tmp_path):
+    said, taken = elsewhere(planned_and_taken, objective, solver, tmp_path)
+    assert said / 4 < taken <= said, f"{taken / 2**20:.0f} MiB of {said / 2**20:.0f}"
+
+
+@pytest.mark.parametrize("solver", [ms.OBS(), ms.Swaps(ms.OBS()), ms.Swaps(ms.ADMM())], ids=lambda s: s.name)
+def test_what_a_solvers_threads_work_on_counts(solver):
+    """A d x d matrix of float64 for each thread, and no more of them than the layer has rows."""
+    assert solver.working_memory((10**6, 4096)) >= numba.get_num_threads() * 8 * 4096**2
+    assert solver.working_memory((1, 4096)) == 8 * 4096**2
+    model = decoder()
+    assert planned(model, tokens(), solver=solver).memory > planned(model, tokens()).memory
 
 
 def test_the_time_is_said_in_words():

@@ -3,9 +3,8 @@
 Other tests run with one thread in each process, so these have a process of their own.
 """
 
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import numba
 import numpy as np
@@ -17,6 +16,7 @@ from moonshot.linalg.kernels import kernel
 from moonshot.solvers import solve
 from strategies import random_layer
 from tests.every_solver import SOLVERS
+from tests.processes import new_process
 
 ROWS = 200  # two tiles of 96 and part of a third
 FEW_ROWS = 7  # where every row is a search of its own
@@ -25,13 +25,9 @@ PATTERNS = [Unstructured(0.6), Unstructured(0.6, "row"), NM(2, 4)]
 
 @pytest.fixture(scope="module")
 def elsewhere():
-    """Call a function of this module in a process whose kernels have two threads, and BLAS one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NUMBA_NUM_THREADS", "2")
-        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            patch.setenv(variable, "1")
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            yield lambda function, *arguments: pool.submit(function, *arguments).result()
+    """Call a function of this module in a process whose kernels have two threads."""
+    with new_process(threads=2) as call:
+        yield call
 
 
 def which_threads():

@@ -111,7 +111,7 @@ def plan(
     device = next(model.parameters()).device
     seconds = counts.multiplications / _multiplication_rate(device)
     seconds += _solver_seconds(solver, counts.rank, counts.layers, device) * (1 + trials)
-    return Plan(seconds, counts.memory, counts.offloaded)
+    return Plan(seconds, counts.memory + _working_memory(solver, counts.layers), counts.offloaded)
 
 
 def count(
@@ -199,6 +199,12 @@ def _solving(block: list[Layer], objective: Objective, rank: int, trials: int) -
         for k, (m, d, _) in enumerate(block)
     ]
     return statistics + max(peaks, default=0)
+
+
+def _working_memory(solver: Solver, layers: list[Layer]) -> int:
+    """Bytes that a solver says it holds beside a problem, `working_memory(shape)`: one that is of any size."""
+    of = getattr(solver, "working_memory", None)
+    return max((of((m, d)) for m, d, _ in layers), default=0) if of else 0
 
 
 def _multiplication_rate(device: torch.device, size: int = 1024) -> float:

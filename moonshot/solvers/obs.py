@@ -85,6 +85,13 @@ class OBS:
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         return lacks_groups(pattern, problem.shape, "a trace of removals")
 
+    def working_memory(self, shape: tuple[int, int]) -> int:
+        """Bytes of the inverses that threads work on, one each."""
+        from numba import get_num_threads
+
+        m, d = shape
+        return 8 * d**2 * min(m, get_num_threads())
+
     def init(self, problem: Problem) -> _State:
         hessian, centre = problem.hessian, contiguous(as_dtype(problem.centre, "float64"))
         if is_numpy(centre):

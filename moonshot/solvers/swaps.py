@@ -69,6 +69,14 @@ class Swaps:
             return "swaps run on the CPU: move the weight and the Hessian there"
         return None
 
+    def working_memory(self, shape: tuple[int, int]) -> int:
+        """Bytes of the tableaus, or of what the inner solver works on where that is more."""
+        from moonshot.solvers import swaps_kernels as kernels
+
+        m, d = shape
+        inner = self.inner.working_memory(shape) if hasattr(self.inner, "working_memory") else 0
+        return max(8 * d**2 * min(m, kernels.rows_at_once(d)), inner)
+
     def init(self, problem: Problem) -> _State:
         return _State(self.inner.init(problem), problem)
 
@@ -137,6 +145,7 @@ class _Layer:
             self.weight[here] = np.where(inside, u, 0)
             self.moves[part] += moves
             self.columns[:, part] = np.take_along_axis(order[None], columns, axis=2)
+            del tableaus, tableau  # before there are others
 
     def trade(self) -> Array:
         """Take weights out of some rows and as many in others, while that lowers the objective: the rows changed.
