@@ -14,6 +14,7 @@ exclude_patterns = ["_build"]
 default_role = "code"
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 
 
 def setup(app):

@@ -367,7 +367,7 @@ def test_a_run_that_was_cut_short_goes_on(monkeypatch, tmp_path, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(pruning_run, "solve", interrupted)
         assert run(patch, "prune", DEMO / "model", *options) == 130
-    assert "nothing was saved but what --checkpoint has" in capsys.readouterr().err
+    assert "nothing was saved, except in the folder of --checkpoint" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["answers"]
     assert len(list((tmp_path / "answers").glob("*.safetensors"))) == 2
     assert run(monkeypatch, "prune", DEMO / "model", *options) == 0

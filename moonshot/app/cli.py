@@ -207,5 +207,8 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:  # what typer makes of Control-C
-            print("moonshot: interrupted, nothing was saved but what --checkpoint has", file=sys.stderr)
+            print(
+                "moonshot: interrupted: nothing was saved, except in the folder of --checkpoint",
+                file=sys.stderr,
+            )
         raise

@@ -1,4 +1,4 @@
-"""The demo: methods side by side on the small Llama that comes along."""
+"""The demo: methods side by side on the small Llama that comes with the package."""
 
 import copy
 from collections.abc import Callable, Sequence

@@ -1,1 +1,1 @@
-"""What no answer can beat: branch and bound on small rows, a relaxation on all others."""
+"""Lower bounds of what any answer can reach: branch and bound on small rows, a relaxation on all others."""

@@ -19,7 +19,7 @@ _RESERVE = 1e-7  # the share of D that pays for rounding in the gradient
 
 
 def relaxation_bound(problem: Problem, size: int, zeros: int, iterations: int) -> float:
-    """A number that F(V) of no V falls below that has `zeros` zeros in every `size` consecutive weights.
+    """A lower bound of F(V) over every V with `zeros` zeros in every `size` consecutive weights.
 
     iterations: steps in p; every third is followed by one in D.
 

@@ -1,4 +1,4 @@
-"""What can be had at all on a layer of a few weights, by trying everything."""
+"""The best there is on a layer of a few weights, by trying everything."""
 
 import numpy as np
 

@@ -43,8 +43,8 @@ class ChainAdapter(Adapter):
 class ChainReplay:
     """The blocks' inputs in the partly pruned model and in the dense one, as far as the replay has come.
 
-    gradients: whether the statistics need gradients; dense: whether `dense_output` is wanted. What waits for its turn
-    does so in `offload`.
+    gradients: whether the statistics need gradients; dense: whether `dense_output` is wanted. What is not
+    needed yet is stored in `offload`.
     """
 
     def __init__(

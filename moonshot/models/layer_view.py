@@ -32,6 +32,7 @@ class LayerView:
     the weight has another name, `weight_view` where it lies in memory another way, and the last four methods where the
     rows that it multiplies are not its inputs as they come.
 
+    module: the layer, such as a Linear.
     channels: the inputs at one kernel position (in a Linear all d). They are consecutive columns of the matrix, so
     that the groups of an N:M pattern run along the input channels, and stay within a position where M divides this.
 

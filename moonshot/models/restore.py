@@ -17,7 +17,7 @@ def restored_on_failure(
 ) -> Iterator[Callable[[], None]]:
     """Put weights, vectors and batch-norm statistics back if what runs inside fails; yields a function that does so.
 
-    The layers' weights as they were wait in `offload`.
+    The layers' weights as they were are stored in `offload`.
     """
     layers = list(layers)
     originals = [offload.store(view.matrices()) for view in layers]

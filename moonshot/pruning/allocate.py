@@ -65,7 +65,8 @@ def allocate(
     rounds: how often the layers' curves are weighed by the model's true loss (budgets.measured), 2 passes a layer each.
     unreached: as in `prune`; the budget is that of the layers that are not skipped.
     on_step: called with what was just done and the number of steps in all, at most.
-    model, calibration, objective, solver, targets, ignore, factors, dampening_frac, seed, loss, scratch: as in `prune`.
+    model, calibration, objective, solver, targets, ignore, factors, dampening_frac, seed, loss, scratch,
+    adapter: as in `prune`.
 
     A quarter of the samples is set aside. On the rest every layer is solved at every choice, as if it alone were
     pruned, which gives its loss as a curve. The curves are handed out (budgets.hand_out) in several units, the answers

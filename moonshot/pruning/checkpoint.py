@@ -1,4 +1,4 @@
-"""Layers' answers on disk as soon as there are any, so that a run that was cut short can be taken up again."""
+"""Layers' answers on disk as soon as there are any, so that an interrupted run can continue."""
 
 import hashlib
 import json

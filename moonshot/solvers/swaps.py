@@ -25,7 +25,7 @@ class _State:
 
 @dataclass(frozen=True)
 class Swaps:
-    """Another solver's answer, bettered by exact exchanges on the support, all weights refitted.
+    """Another solver's answer, improved by exact exchanges on the support, all weights refitted.
 
     An exchange takes one weight of a row out of the support and another in. All pairs are tried until none lowers the
     objective. Then chains are: a weight goes and the best one comes, the cheapest goes and the best comes, up to four
