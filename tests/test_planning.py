@@ -29,8 +29,8 @@ def planned(model, calibration, objective=JOINT, solver=None, **more):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("objective", [JOINT, ms.Reconstruction()], ids=["joint", "reconstruction"])
-@pytest.mark.parametrize("targets", [None, "*.mlp.*"])
-def test_what_waits_is_what_the_scratch_file_takes(tmp_path, monkeypatch, dtype, objective, targets):
+@pytest.mark.parametrize(("targets", "refit"), [(None, None), (None, ms.Refit(epochs=1)), ("*.mlp.*", None)])
+def test_what_waits_is_what_the_scratch_file_takes(tmp_path, monkeypatch, dtype, objective, targets, refit):
     kept = []
 
     class Counting(Offload):
@@ -41,10 +41,9 @@ def test_what_waits_is_what_the_scratch_file_takes(tmp_path, monkeypatch, dtype,
     monkeypatch.setattr("moonshot.pruning.run.Offload", Counting)
     monkeypatch.setattr("moonshot.pruning.calibration_pass.Offload", Counting)
     model = decoder(dtype=dtype)
-    expected = planned(model, tokens(), objective, targets=targets).offloaded
-    ms.prune(
-        model, tokens(), "2:4", objective=objective, solver=ms.Magnitude(), targets=targets, scratch=tmp_path
-    )
+    expected = planned(model, tokens(), objective, targets=targets, refit=refit).offloaded
+    options = dict(objective=objective, targets=targets, refit=refit or False)
+    ms.prune(model, tokens(), "2:4", solver=ms.Magnitude(), scratch=tmp_path, **options)
     assert sum(kept) == expected
 
 
@@ -69,6 +68,17 @@ def test_trials_take_more(monkeypatch):
     pruned = sum(module.weight.nbytes for module in block_layers(model).values())
     assert some.offloaded - none.offloaded == 6 * pruned
     assert some.memory > none.memory and 2 * none.seconds < some.seconds < 7 * none.seconds
+
+
+def test_a_refit_takes_more(monkeypatch):
+    monkeypatch.setattr(planning, "_multiplication_rate", lambda device: 1e9)
+    monkeypatch.setattr(planning, "_seconds", lambda device, run: 1.0)
+    none, some, longer = (
+        planned(decoder(), tokens(12), ms.Reconstruction(), refit=refit)
+        for refit in (None, ms.Refit(epochs=2), ms.Refit(epochs=20))
+    )
+    assert none.seconds < some.seconds < longer.seconds
+    assert none.memory < some.memory == longer.memory and none.offloaded < some.offloaded == longer.offloaded
 
 
 def test_a_solver_takes_as_long_as_it_does_on_small_problems(monkeypatch):

@@ -120,6 +120,12 @@ def prune(
             help="With --allocate: a pattern that a layer may have, such as 2:4, or 0 for none; repeat."
         ),
     ] = None,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit", help="Fit what is left of each part to the dense part once its layers are pruned."
+        ),
+    ] = False,
     bound: Annotated[
         bool, typer.Option("--bound", help="Prove how far from the optimum each layer is at most.")
     ] = False,
@@ -157,6 +163,7 @@ def prune(
         ignore=ignore or [],
         allocate=allocate,
         choices=choice,
+        refit=refit,
         bound=bound,
         memory=memory,
         checkpoint=checkpoint,

@@ -23,6 +23,7 @@ from moonshot.models.calibration import as_batches, tokens_at_once
 from moonshot.models.images import ImageBatches
 from moonshot.pruning.auto import CANDIDATES
 from moonshot.pruning.recipe import DEFAULT_OBJECTIVE
+from moonshot.pruning.refit import Refit
 from moonshot.pruning.report import Report
 from moonshot.solvers import Solver
 
@@ -48,6 +49,7 @@ class PruneCommand:
     ignore: list[str] = field(default_factory=list)
     allocate: bool = False
     choices: list[str] | None = None
+    refit: bool = False
     bound: bool = False
     memory: float | None = None
     checkpoint: Path | None = None
@@ -99,6 +101,7 @@ class PruneCommand:
             ignore=self.ignore,
             factors=self.factors,
             trials=len(CANDIDATES) if auto else 0,
+            refit=Refit() if self.refit else None,
         )
         if plan is None:
             return None
@@ -107,7 +110,8 @@ class PruneCommand:
         on_disk = plan.needs_offload(planning.free_memory(device, self.memory))
         needed = {source.draft: source.unwritten + plan.offloaded * on_disk}
         if self.checkpoint is not None:
-            needed[self.checkpoint] = sum(parameter.nbytes for parameter in source.model.parameters())
+            weights = sum(parameter.nbytes for parameter in source.model.parameters())
+            needed[self.checkpoint] = weights * (1 + self.refit)
         planning.check_disk(needed)
         return source.draft if on_disk else None
 
@@ -142,6 +146,7 @@ class PruneCommand:
                 calibration,
                 self.pattern if allocation is None else allocation,
                 objective=self.objective,
+                refit=self.refit,
                 bound=self.bound,
                 checkpoint=self.checkpoint,
                 on_layer=lambda layer, total: advance(layer.name, total),

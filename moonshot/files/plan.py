@@ -26,9 +26,11 @@ from moonshot.models.calibration import Batch, batch_tokens, count_samples
 from moonshot.models.layers import layers_of
 from moonshot.models.precision import tensors_outside
 from moonshot.models.targets import select
+from moonshot.pruning.refit import Refit
 from moonshot.solvers.base import Solver
 
 _FACTORS, _SHARED, _WEIGHTS = 4, 6, 14  # arrays of each kind that a problem and its solver are, at most
+_FITTED = 5  # arrays of a part's size in its refit: gradients, two moments, supports, and the best so far
 _LOGITS = 4  # arrays of the size of a batch's logits in the loss and its gradient
 _PROBES = 256, 512  # sizes of the problems solved to time a solver
 _CGROUP = Path("/sys/fs/cgroup")
@@ -98,13 +100,21 @@ def plan(
     ignore: str | Iterable[str] = (),
     factors: int = 16,
     trials: int = 0,
+    refit: Refit | None = None,
 ) -> Plan | None:
     """What `prune` takes with these arguments; None for what is no transformer on tokens (batches with input_ids).
 
-    trials: how many objectives on the same terms are tried first.
+    trials: how many objectives on the same terms are tried first; refit: how parts are fitted afterwards, if at all.
     """
     counts = count(
-        model, batches, objective=objective, targets=targets, ignore=ignore, factors=factors, trials=trials
+        model,
+        batches,
+        objective=objective,
+        targets=targets,
+        ignore=ignore,
+        factors=factors,
+        trials=trials,
+        refit=refit,
     )
     if counts is None:
         return None
@@ -123,6 +133,7 @@ def count(
     ignore: str | Iterable[str] = (),
     factors: int = 16,
     trials: int = 0,
+    refit: Refit | None = None,
 ) -> Counts | None:
     """What can be said of `plan` for a model without weights, on the meta device."""
     tokens = [batch_tokens(batch) for batch in batches]
@@ -142,18 +153,22 @@ def count(
     length = max(batch["input_ids"].shape[1] for batch in batches)
 
     offloaded = sum(m * d for m, d, _ in layers) * itemsize * (1 + trials)
-    offloaded += total * hidden * itemsize * (2 + len(blocks) if replayed else 1)
+    offloaded += total * hidden * itemsize * (2 + len(blocks) if replayed else 1 + (refit is not None))
     weights = [sum(p.numel() for p in block.parameters()) for _, block in parts]
     outside = sum(tensor.numel() for tensor in tensors_outside(model, [block for _, block in parts]))
     memory = max(
         4 * outside + 4 * at_once * vocabulary * _LOGITS,
         *(
-            4 * own + _running(block, at_once, length, replayed) + _solving(block, objective, rank, trials)
+            4 * own
+            + _running(block, at_once, length, replayed or refit is not None)
+            + max(_solving(block, objective, rank, trials), _FITTED * 4 * own * (refit is not None))
             for own, block in zip(weights, blocks, strict=True)
         ),
     )
     multiplications = float(total) * sum(weights) * (7 if replayed else 3)
     multiplications += 3.0 * total * hidden * vocabulary * replayed
+    if refit is not None:  # a step is three passes of a sample, and those set aside are run after each epoch
+        multiplications += total * sum(weights) * (refit.epochs * (3 - 2 * refit.share) + 2 + (not replayed))
     for block in blocks:
         multiplications += sum(float(total) * d * d * matrices for d, matrices in _grams(block, objective))
         multiplications += sum(float(total) * m * d for m, d, _ in block) * (rank > 0)
