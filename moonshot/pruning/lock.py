@@ -34,7 +34,8 @@ def locked(file: Path, what: str | Path) -> Iterator[bool]:
 
 def _opened(file: Path, what: str | Path) -> tuple[IO[str], bool]:
     while True:
-        handle = open(os.open(file, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8", errors="replace")
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        handle = os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
