@@ -1,4 +1,7 @@
-"""Small random decoders with their calibration data, and a convolutional network."""
+"""Small random decoders, alone and in folders, with their calibration data, and a convolutional network."""
+
+import shutil
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ import moonshot as ms
 from moonshot.models.blocks import find_blocks
 from moonshot.models.layers import layers_of
 
+DEMO = Path(ms.__file__).parent / "demo"
 SIZES = dict(
     vocab_size=61,
     hidden_size=32,
@@ -25,6 +29,14 @@ JOINT = 0.5 * ms.Reconstruction() + 0.3 * ms.Fisher() + 0.2 * ms.TokenFisher()
 def decoder(config=LlamaConfig, dtype=torch.float32, **changes):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config(**(SIZES | changes)), dtype=dtype)
+
+
+def model_folder(path, **changes):
+    """A decoder in bfloat16 in a folder, with the tokenizer of the shipped Llama."""
+    decoder(dtype=torch.bfloat16, vocab_size=2048, **changes).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / "model" / name, path / name)
+    return path
 
 
 def network():

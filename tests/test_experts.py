@@ -322,10 +322,6 @@ def test_half_precision_and_saving(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     with torch.no_grad():
         assert torch.equal(model(tokens()).logits, loaded(tokens()).logits)
-    from safetensors.torch import load_file
-
-    masks, name = load_file(folder / "masks.safetensors"), "model.layers.1.mlp.experts.down_proj"
-    assert torch.equal(masks[f"{name}.2"], model.get_parameter(name)[2] != 0)
 
 
 def test_a_failure_halfway_restores_the_experts():

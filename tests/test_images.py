@@ -12,6 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import moonshot
 from moonshot.files.load import is_image_classifier, load_classifier
+from moonshot.models import images as reading
 from moonshot.models.calibration import CalibrationError
 from moonshot.models.evaluation import accuracy
 from moonshot.models.images import ImageBatches, find_pictures
@@ -101,6 +102,26 @@ def test_a_broken_image_is_skipped_and_named(tmp_path):
         list(batches(data, samples=8))
 
 
+def test_an_image_of_too_many_pixels_is_never_read(tmp_path, monkeypatch):
+    data = folder(tmp_path / "images")
+    monkeypatch.setattr(reading, "_PIXELS", 64)
+    picture(10, size=(65, 1)).save(tmp_path / "images" / "cat" / "0.png")
+    images = batches(data, seed=None)
+    assert len(shades(images)) == 8 and images.skipped == [str(tmp_path / "images" / "cat" / "0.png")]
+    images = batches(dataset(tmp_path, size=(65, 1)), seed=None)
+    with pytest.raises(CalibrationError, match="3 images, 3 of them broken"):
+        list(images)
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    (tmp_path / "cat").mkdir()
+    for name in ("0.png", "1.eps"):
+        picture(10).save(tmp_path / "cat" / name, format="eps")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("run"))
+    with pytest.raises(CalibrationError, match="2 of them broken"):
+        list(batches(tmp_path))
+
+
 def test_a_folder_with_broken_images_alone(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "0.jpg").write_bytes(b"no image")
@@ -130,10 +151,10 @@ def test_images_of_every_mode(tmp_path, mode):
     assert accuracy(classifier, [batch]).images == 1
 
 
-def dataset(path, *, classes=NAMES, labels=(0, 1, 2), column="label", name="test", broken=()):
+def dataset(path, *, classes=NAMES, labels=(0, 1, 2), column="label", name="test", broken=(), size=(8, 8)):
     kind = datasets.ClassLabel(names=classes) if classes else datasets.Value("int64")
     features = datasets.Features({"image": datasets.Image(), column: kind})
-    images = [picture(10 * (k + 1)) for k in labels]
+    images = [picture(10 * (k + 1), size=size) for k in labels]
     made = datasets.Dataset.from_dict({"image": images, column: list(labels)}, features)
     if broken:
         undecoded = made.cast_column("image", datasets.Image(decode=False)).to_dict()
@@ -289,7 +310,7 @@ def test_a_classifier_round_trips(tmp_path):
     processor().save_pretrained(tmp_path / "model")
     name = str(tmp_path / "model")
     assert is_image_classifier(name) and not is_image_classifier(str(DEMO / "model"))
-    with pytest.raises(ValueError, match="cannot load a model from .*missing"):
+    with pytest.raises(ValueError, match="no such folder: .*missing"):
         is_image_classifier(str(tmp_path / "missing"))
     loaded, preprocessor = load_classifier(name)
     data = find_pictures(folder(tmp_path / "images"))

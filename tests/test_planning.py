@@ -191,15 +191,42 @@ def test_folders_on_one_disk_need_it_together(tmp_path, monkeypatch):
         check_disk({tmp_path: 51, tmp_path / "new": 50})
 
 
-def test_memory_within_the_limit_of_a_control_group(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning, "_CGROUP", tmp_path)
+def group(folder, names, values):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, values, strict=True):
+        (folder / name).write_text(f"{value}\n")
+
+
+V2 = ("memory.max", "memory.current", "memory.stat")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+
+
+@pytest.mark.parametrize(
+    ("membership", "groups", "left"),
+    [
+        ("0::/", {"": (V2, 1000, 300, "")}, 700),
+        ("0::/a/b", {"a": (V2, 1000, 300, ""), "a/b": (V2, "max", 100, "")}, 700),
+        ("0::/a/b", {"a": (V2, 1000, 300, ""), "a/b": (V2, 500, 100, "")}, 400),
+        ("0::/a/b", {"": (V2, 900, 300, ""), "a/b": (V2, 800, 100, "")}, 600),
+        ("0::/not/seen/here", {"": (V2, 1000, 300, "")}, 700),
+        ("0::/../of/another", {"": (V2, 1000, 300, "")}, 700),
+        ("0::/", {"": (V2, 1000, 900, "anon 700\ninactive_file 200\nfile 200")}, 300),
+        ("0::/", {"": (V2, 1000, 1300, "")}, 0),
+        ("5:cpu,memory:/a\n0::/", {"memory": (V1, 1000, 300, ""), "memory/a": (V1, 600, 100, "")}, 500),
+        ("5:memory:/docker/x", {"memory": (V1, 1000, 900, "total_inactive_file 100")}, 200),
+        ("0::/", {"": (V2, "max", 300, "")}, None),
+        ("3:cpu:/a", {"": (V2, 1000, 300, "")}, None),
+    ],
+)
+def test_memory_within_the_limits_of_control_groups(tmp_path, monkeypatch, membership, groups, left):
     free = free_memory(CPU)
-    assert free > 0
-    (tmp_path / "memory.current").write_text("300\n")
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert free_memory(CPU) == 700
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory(CPU) == pytest.approx(free, rel=0.5)
+    assert free > 2000
+    for name, (names, *values) in groups.items():
+        group(tmp_path / name, names, values)
+    (tmp_path / "membership").write_text(membership)
+    monkeypatch.setattr(planning, "_CGROUP", tmp_path)
+    monkeypatch.setattr(planning, "_MEMBERSHIP", tmp_path / "membership")
+    assert free_memory(CPU) == left if left is not None else free_memory(CPU) > 2000
 
 
 def test_memory_within_a_limit_of_ones_own():

@@ -1,6 +1,7 @@
 """The command line: `moonshot demo`, `moonshot prune`, `moonshot eval`."""
 
 import os
+import shlex
 import sys
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moonshot
+from moonshot.app.terminal import ENDS, ending_cleanly, one_line, say, unbroken_output
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,7 +38,13 @@ Data = Annotated[
         "class; or a datasets name[:config[:split]]."
     ),
 ]
-Seqlen = Annotated[int | None, typer.Option(help="Tokens a sample of text; 2048 unless given.")]
+Seqlen = Annotated[
+    int | None,
+    typer.Option(help="Tokens a sample of text; 2048 unless given, or all positions of a model of fewer."),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model: read it first.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration samples and random signs.")]
 
 
@@ -79,7 +87,7 @@ def demo(
     console.print(table)
     save.mkdir(parents=True, exist_ok=True)
     comparison.plot(save / "demo.png")
-    console.print(f"picture: {save / 'demo.png'}")
+    say(console, f"picture: {save / 'demo.png'}")
 
 
 @app.command()
@@ -87,6 +95,9 @@ def prune(
     model: Model,
     data: Data,
     save: Annotated[Path, typer.Option(help="Folder to write, which must not exist.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that moonshot wrote before.")
+    ] = False,
     pattern: Annotated[str | None, typer.Option(help='"2:4", "50%", 0.5, or your own as module:Class.')] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros, 0 to 1.")] = None,
     objective: Annotated[
@@ -139,11 +150,12 @@ def prune(
     unreached: Annotated[
         Unreached, typer.Option(help="What becomes of layers that no calibration sample reaches.")
     ] = Unreached.error,
+    trust_remote_code: Trust = False,
     adapter: Annotated[
         str | None, typer.Option(help="How the model is divided, if it needs one of your own: module:Class.")
     ] = None,
 ) -> None:
-    """Prune a causal language model or an image classifier and save it with its mask, recipe and report."""
+    """Prune a causal language model or an image classifier and save it with its recipe and report."""
     from moonshot.app.parse import parse_adapter, parse_objective, parse_pattern, parse_solver
     from moonshot.app.prune import PruneCommand
 
@@ -167,6 +179,9 @@ def prune(
         bound=bound,
         memory=memory,
         checkpoint=checkpoint,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        command=shlex.join(["moonshot", *sys.argv[1:]]),
         unreached=unreached.value,  # type: ignore[arg-type]
         adapter=parse_adapter(adapter),
     ).run(console)
@@ -180,42 +195,44 @@ def evaluate(
     nsamples: Annotated[
         int, typer.Option(help="Windows from the start of the text, or images; 0 for all.")
     ] = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Print the perplexity of a causal language model on a text, or the accuracy of an image classifier."""
     from moonshot.app.data import pictures, text_windows
     from moonshot.app.prune import print_skipped
-    from moonshot.files.load import is_image_classifier, load, load_classifier
+    from moonshot.files.load import Source
     from moonshot.files.text import read_text
     from moonshot.models.evaluation import accuracy, perplexity
     from moonshot.models.images import ImageBatches
 
-    if is_image_classifier(model):
+    source = Source(model, trust_remote_code)
+    if source.is_image_classifier:
         found = pictures(data, seqlen)
-        network, processor = load_classifier(model)
-        images = ImageBatches(network, processor, found, nsamples or None, 0)
-        console.print(f"accuracy {accuracy(network, images)}", highlight=False)
+        images = ImageBatches(source.skeleton(), source.processor, found, nsamples or None, 0)
+        say(console, f"accuracy {accuracy(source.load(), images)}")
         print_skipped(console, images.skipped)
     else:
-        text = read_text(data)
-        network, tokenizer = load(model)
-        ids = text_windows(tokenizer, text, nsamples or None, seqlen, None)
-        console.print(f"perplexity {perplexity(network, ids)}", highlight=False)
+        ids = text_windows(source, read_text(data), nsamples or None, seqlen, None)
+        say(console, f"perplexity {perplexity(source.load(), ids)}")
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 1."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads sleep too: see moonshot.threads
     sys.path.insert(0, "")  # one's own module:Class is found beside the working directory's files
-    try:
-        app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        notes = " ".join(getattr(error, "__notes__", ()))
-        print(f"moonshot: {error} {notes}".rstrip(), file=sys.stderr)
-        sys.exit(1)
-    except SystemExit as stop:
-        if stop.code == 130:  # what typer makes of Control-C
-            print(
-                "moonshot: interrupted: nothing was saved, except in the folder of --checkpoint",
-                file=sys.stderr,
-            )
-        raise
+    with unbroken_output():
+        try:
+            with ending_cleanly():
+                app()
+        except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+            _complain(str(error) or "out of memory", error)
+            sys.exit(1)
+        except SystemExit as stop:
+            if stop.code in ENDS:
+                _complain(ENDS[stop.code], stop)
+            raise
+
+
+def _complain(what: str, error: BaseException) -> None:
+    """One line on standard error, with what was noted on the way."""
+    print(f"moonshot: {one_line(' '.join([what, *getattr(error, '__notes__', ())]))}", file=sys.stderr)

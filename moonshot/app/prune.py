@@ -1,6 +1,6 @@
 """`moonshot prune`: a model from a folder or hub name to a pruned folder."""
 
-import shutil
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,20 +9,29 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
 from moonshot import pruning
 from moonshot.app.data import pictures, text_windows
+from moonshot.app.terminal import one_line, say, visible
 from moonshot.files import plan as planning
+from moonshot.files.draft import check_free
 from moonshot.files.folder import Opened, opened
-from moonshot.files.load import is_image_classifier
+from moonshot.files.load import Source
 from moonshot.files.text import read_text
 from moonshot.layer.objectives import Objective
-from moonshot.layer.patterns import Pattern
+from moonshot.layer.patterns import Pattern, as_pattern
 from moonshot.models.adapter import Adapter
+from moonshot.models.blocks import find_blocks
 from moonshot.models.calibration import as_batches, tokens_at_once
 from moonshot.models.images import ImageBatches
+from moonshot.models.layers import layers_of
+from moonshot.models.roles import heads, routers
+from moonshot.models.targets import select
+from moonshot.pruning import checkpoint
 from moonshot.pruning.auto import CANDIDATES
-from moonshot.pruning.recipe import DEFAULT_OBJECTIVE
+from moonshot.pruning.layer_patterns import check_fits
+from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
 from moonshot.pruning.refit import Refit
 from moonshot.pruning.report import Report
 from moonshot.solvers import Solver
@@ -53,38 +62,130 @@ class PruneCommand:
     bound: bool = False
     memory: float | None = None
     checkpoint: Path | None = None
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    command: str = ""
     unreached: Literal["error", "skip"] = "error"
     adapter: Adapter | None = None
 
     def run(self, console: Console) -> None:
-        """Load, plan, prune, save, and say so. Raises ValueError, TypeError or OSError with what to do about it."""
-        if self.choices and not self.allocate:
-            raise ValueError("--choice is what --allocate chooses from: add --allocate")
-        if self.save.exists():
-            raise FileExistsError(f"{self.save} exists: choose another folder, or remove it first")
-        images = is_image_classifier(self.model)
-        found: Any = pictures(self.data, self.seqlen) if images else read_text(self.data)
-        with opened(self.model, self.save) as source:
-            calibration, broken = self._calibration(source, found, images)
-            if broken:
-                print_skipped(console, broken)
-            scratch = self._planned(source, calibration, console)
-            report = self._pruned(source, calibration, scratch, console)
-            report.recipe.update(model=self.model, data=self.data)
+        """Load, plan, prune, save, and say so. Raises ValueError, TypeError or OSError with what to do about it.
+
+        What can be known from the arguments, the data and the model's shapes is looked at before weights are copied.
+        """
+        self._check()
+        if self._is_done():
+            self._remove_checkpoint()
+            say(console, f"done already: {self.save}")
+            return
+        check_free(self.save, self.overwrite)
+        source = Source(self.model, self.trust_remote_code)
+        skeleton = source.skeleton()
+        self._check_layers(skeleton)
+        calibration, broken = self._calibration(source, skeleton)
+        if broken:
+            print_skipped(console, broken)
+        with self._saying_what_there_is():
+            self._prune(source, calibration, broken, console)
+        say(console, f"saved: {self.save}")
+        say(
+            console,
+            "its zeros are stored as they are: it takes as much space as the dense model and runs as fast",
+        )
+
+    def _prune(self, source: Source, calibration: Any, broken: list[str] | None, console: Console) -> None:
+        """From the opened model to the saved one."""
+        with opened(source, self.save, overwrite=self.overwrite) as work:
+            scratch = self._planned(work, calibration, console)
+            report = self._pruned(work, calibration, scratch, console)
+            report.recipe.update(model=self.model, data=self.data, command=self.command)
             if broken is not None:
                 report.recipe["broken_images"] = len(broken)
-            console.print(str(report), highlight=False, soft_wrap=True)
-            source.save(report)
-        if self.checkpoint is not None:
-            shutil.rmtree(self.checkpoint)
-        console.print(f"saved: {self.save}")
+            say(console, str(report))
+            work.save(report)
+        self._remove_checkpoint()
+        say(console, f"saved: {self.save}")
+        say(
+            console,
+            "its zeros are stored as they are: it takes as much space as the dense model and runs as fast",
+        )
 
-    def _calibration(self, source: Opened, found: Any, images: bool) -> tuple[Any, list[str] | None]:
+    def _check(self) -> None:
+        """Raises ValueError or TypeError for arguments that nothing can be done with."""
+        if self.choices and not self.allocate:
+            raise ValueError("--choice is what --allocate chooses from: add --allocate")
+        for choice in self.choices or ():
+            as_pattern(choice)
+        if self.memory is not None and not 0 < self.memory < float("inf"):
+            raise ValueError(f"--memory is GiB that pruning may take, more than 0, got {self.memory:g}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed is a number from 0 to 2^63 - 1, got {self.seed}")
+        Recipe(self.objective, self.solver, factors=self.factors, dampening_frac=self.dampening_frac)
+        if self.checkpoint is not None:
+            _check_apart("--save", self.save, "--checkpoint", self.checkpoint)
+        if self.overwrite:
+            _check_apart("--save", self.save, "the model", Path(self.model))
+
+    def _check_layers(self, skeleton: nn.Module) -> None:
+        """Raises TargetError or PatternError where that follows from the layers' names and shapes.
+
+        Which layers outside a transformer's blocks are pruned is found out when it runs.
+        """
+        if self.adapter is not None:
+            return
+        views = dict(layers_of("", skeleton))
+        names = set(select(views, self.targets, self.ignore))
+        inside = [name for block in find_blocks(skeleton) for name, _ in layers_of(*block)]
+        if self.targets is None:
+            names -= heads(skeleton) | routers(skeleton)
+        if not self.allocate:
+            check_fits(views, {name: self.pattern for name in inside if name in names})
+
+    def _calibration(self, source: Source, skeleton: nn.Module) -> tuple[Any, list[str] | None]:
         """The calibration data, and the names of broken images; None for text."""
-        if not images:
-            return text_windows(source.processor, found, self.nsamples, self.seqlen, self.seed), None
-        batches = ImageBatches(source.model, source.processor, found, self.nsamples, self.seed)
+        if not source.is_image_classifier:
+            text = read_text(self.data)
+            return text_windows(source, text, self.nsamples, self.seqlen, self.seed), None
+        found = pictures(self.data, self.seqlen)
+        batches = ImageBatches(skeleton, source.processor, found, self.nsamples, self.seed)
         return list(batches), batches.skipped
+
+    def _is_done(self) -> bool:
+        """Whether this command has saved its model already, and was ended before it said so.
+
+        Only with a checkpoint is the same command meant to go on; with --overwrite only where that is still there.
+        """
+        if self.checkpoint is None or (self.overwrite and not self.checkpoint.exists()):
+            return False
+        return self._is_saved()
+
+    def _is_saved(self) -> bool:
+        """Whether --save has what this command gives."""
+        try:
+            recipe = json.loads((self.save / "recipe.json").read_text(encoding="utf-8"))
+            return bool(self.command) and recipe["command"] == self.command
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _remove_checkpoint(self) -> None:
+        if self.checkpoint is not None:
+            checkpoint.remove(self.checkpoint)
+
+    @contextmanager
+    def _saying_what_there_is(self) -> Iterator[None]:
+        """Whatever ends the run says what there is of it."""
+        try:
+            yield
+        except BaseException as error:
+            answers = 0 if self.checkpoint is None else len(list(self.checkpoint.glob("*.safetensors")))
+            if self._is_saved():
+                error.add_note(f"({self.save} is saved)")
+            elif answers:
+                error.add_note(
+                    f"(nothing was saved, but {self.checkpoint} has the answers of {answers} layers: the same command "
+                    "goes on from there)"
+                )
+            raise
 
     def _planned(self, source: Opened, calibration: Any, console: Console) -> Path | None:
         """Say what pruning will take; the folder to offload to where it does not fit into memory, None where it does.
@@ -105,7 +206,7 @@ class PruneCommand:
         )
         if plan is None:
             return None
-        console.print(str(plan), highlight=False, soft_wrap=True)
+        say(console, str(plan))
         device = next(source.model.parameters()).device
         on_disk = plan.needs_offload(planning.free_memory(device, self.memory))
         needed = {source.draft: source.unwritten + plan.offloaded * on_disk}
@@ -161,15 +262,21 @@ class PruneCommand:
 @contextmanager
 def _progress(console: Console, release: Callable[[], None]) -> Iterator[Advance]:
     """A bar on a terminal, a line for each step in a log. release: called after every step."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("gradients", total=None)
 
         def advance(what: str, total: int) -> None:
             release()
+            what = visible(what)
             progress.update(task, description=what, total=total, advance=1)
             if not console.is_terminal:
-                console.print(f"{progress.tasks[0].completed:.0f} of {total}: {what}", highlight=False)
+                say(console, f"{progress.tasks[0].completed:.0f} of {total}: {what}")
 
         yield advance
 
@@ -177,5 +284,12 @@ def _progress(console: Console, release: Callable[[], None]) -> Iterator[Advance
 def print_skipped(console: Console, skipped: list[str]) -> None:
     """Name the images that could not be read, if there are any."""
     if skipped:
-        names = ", ".join(skipped)
-        console.print(f"{len(skipped)} broken images skipped: {names}", highlight=False, soft_wrap=True)
+        names = ", ".join(map(one_line, skipped))
+        say(console, f"{len(skipped)} broken images skipped: {names}")
+
+
+def _check_apart(first: str, one: Path, second: str, other: Path) -> None:
+    """Raises ValueError where a folder is another one, inside it or around it."""
+    here, there = one.resolve(), other.resolve()
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise ValueError(f"{first} {one} and {second} {other} must be folders apart from one another")

@@ -1,49 +1,55 @@
 """Pruned models on disk: a folder that transformers loads as it is, or nothing."""
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from moonshot.extras import from_extra
-from moonshot.files.load import is_image_classifier, load, load_classifier
+from moonshot.files.card import model_card
+from moonshot.files.draft import Draft, drafted, saving
+from moonshot.files.load import Source, quiet
 from moonshot.files.mapped import MappedFile
-from moonshot.models.layers import layers_of
+from moonshot.files.plan import check_disk
+from moonshot.files.source import INDEX, check_weights, companions, weight_files
 from moonshot.pruning.report import Report
 
 
-def save(model: nn.Module, processor: object, report: Report, folder: str | Path) -> Path:
-    """Write model, processor (of text or images, or None), masks, recipe and report to `folder`, which must not exist.
+def save(
+    model: nn.Module, processor: object, report: Report, folder: str | Path, *, overwrite: bool = False
+) -> Path:
+    """Write model, processor (of text or images, or None), model card, recipe and report to `folder`.
 
     Everything goes to a temporary folder beside it first, renamed at the end: a failure or a kill leaves nothing
-    under the final name. `masks.safetensors` holds a boolean tensor for each pruned layer, True where its weight is
-    not zero.
-    Raises FileExistsError, or OSError with what to do where the disk is full or not writable.
+    under the final name. The mask of a pruned layer is `weight != 0`.
+    overwrite: whether a folder that moonshot wrote may be replaced.
+    Raises FileExistsError where there is a folder, LockedError where another process writes it, or OSError with what
+    to do where the disk is full or not writable.
     """
-    final = Path(folder)
-    with _draft(final) as draft:
-        return Opened(model, processor, final, draft).save(report)
+    with drafted(Path(folder), overwrite) as draft:
+        return Opened(model, processor, draft).save(report)
 
 
 class Opened:
     """A model with its processor (of text or images), and the folder that it will be saved to.
 
     draft: the temporary folder that becomes `folder`; mapped: whether the weights are in its files, and not in memory.
+    source: where the model is from, if its folder's other files are to go along.
     """
 
     def __init__(
-        self, model: nn.Module, processor: object, folder: Path, draft: Path, files: Sequence[MappedFile] = ()
+        self,
+        model: nn.Module,
+        processor: object,
+        place: Draft,
+        files: Sequence[MappedFile] = (),
+        source: Source | None = None,
     ):
-        self.model, self.processor, self.folder, self.draft = model, processor, folder, draft
-        self._files = files
+        self.model, self.processor, self.folder, self.draft = model, processor, place.final, place.path
+        self._place, self._files, self._source = place, files, source
 
     @property
     def mapped(self) -> bool:
@@ -51,9 +57,8 @@ class Opened:
 
     @property
     def unwritten(self) -> int:
-        """Bytes that `save` still has to write, at most: masks, and weights that are not mapped."""
-        weights = list(self.model.parameters())
-        return sum(w.numel() + (0 if self.mapped else w.nbytes) for w in weights)
+        """Bytes of weights that `save` still has to write, at most: those that are not mapped."""
+        return 0 if self.mapped else sum(weight.nbytes for weight in self.model.parameters())
 
     def release(self) -> None:
         """Let the memory go that holds mapped weights, for those in use to come back."""
@@ -62,118 +67,82 @@ class Opened:
 
     def save(self, report: Report) -> Path:
         """What `save` does; mapped weights are there already."""
-        with _saving(self.folder):
-            if self._files:
-                for file in self._files:
-                    file.flush()
-                self.model.config.save_pretrained(self.draft)  # type: ignore[union-attr, operator]
-                if self.model.can_generate():  # type: ignore[operator]
-                    self.model.generation_config.save_pretrained(self.draft)  # type: ignore[union-attr, operator]
-            else:
-                self.model.save_pretrained(self.draft)  # type: ignore[operator]
-            self._publish(report)
+        with saving(self.folder):
+            for file in self._files:
+                file.flush()
+            if not self.mapped:
+                with quiet():
+                    self.model.save_pretrained(self.draft)  # type: ignore[operator]
+            if self._source is not None:
+                self._take_along(self._source)
+            elif self.processor is not None:
+                self.processor.save_pretrained(self.draft)  # type: ignore[attr-defined]
+            (self.draft / "README.md").write_text(model_card(report, self._source), encoding="utf-8")
+            (self.draft / "recipe.json").write_text(
+                json.dumps(report.recipe, indent=2) + "\n", encoding="utf-8"
+            )
+            report.save(self.draft / "report.json")
+            for name in weight_files(self.draft):
+                check_weights(self.draft / name)
+            self._place.publish()
         return self.folder
 
-    def _publish(self, report: Report) -> None:
-        """Put everything but the weights into the draft and give it its name."""
-        if self.processor is not None:
-            self.processor.save_pretrained(self.draft)  # type: ignore[attr-defined]
-        layers = dict(layers_of("", self.model))
-        masks = {name: (layers[name].weight != 0).detach().cpu() for name in report.layers}
-        save_file({name: mask.contiguous() for name, mask in masks.items()}, self.draft / "masks.safetensors")
-        (self.draft / "recipe.json").write_text(json.dumps(report.recipe, indent=2) + "\n")
-        report.save(self.draft / "report.json")
-        self.draft.chmod(0o755)
-        os.rename(self.draft, self.folder)
+    def _take_along(self, source: Source) -> None:
+        """Copy what else the model's folder has; its configuration too, where the weights are as it describes them."""
+        names = companions(source.folder, code=source.trusted)
+        if self.mapped:
+            names += [
+                name for name in ("config.json", "generation_config.json") if (source.folder / name).is_file()
+            ]
+        for name in names:
+            (self.draft / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.folder / name, self.draft / name)
+        if (source.folder / "README.md").is_file():
+            shutil.copyfile(source.folder / "README.md", self.draft / "README.dense.md")
 
 
 @contextmanager
-def opened(name: str, folder: str | Path) -> Iterator[Opened]:
+def opened(
+    name: str | Source, folder: str | Path, *, overwrite: bool = False, trust_remote_code: bool = False
+) -> Iterator[Opened]:
     """A model of a folder or a hub name, to be pruned and saved to `folder`, which must not exist.
 
     It is an image classifier where its configuration says so, a causal language model otherwise. On the CPU its weights
     are mapped from copies of its safetensors files in a temporary folder beside `folder`, so that they need not fit
     into memory. On a GPU, or where the files are of another kind than the model, it is loaded. What has not been
     saved is gone afterwards.
+    overwrite: whether a folder that moonshot wrote may be replaced. trust_remote_code: whether code that comes with the
+    model may run. Raises what `save` and `Source` do.
     """
-    final = Path(folder)
-    images = is_image_classifier(name)
-    with _draft(final) as draft:
-        found = None if torch.cuda.is_available() else _mapped(name, images, draft, final)
-        yield found or Opened(*(load_classifier if images else load)(name), final, draft)
+    source = name if isinstance(name, Source) else Source(name, trust_remote_code)
+    source.check_files()
+    companions(source.folder)
+    with drafted(Path(folder), overwrite) as draft:
+        found = None if torch.cuda.is_available() else _mapped(source, draft)
+        yield found or Opened(source.load(), source.processor, draft, source=source)
 
 
-def _mapped(name: str, images: bool, draft: Path, final: Path) -> Opened | None:
+def _mapped(source: Source, draft: Draft) -> Opened | None:
     """None where what a model saves are not all tensors of its safetensors files."""
-    with from_extra("cli"):
-        import transformers
-
-    config = transformers.AutoConfig.from_pretrained(name)
-    kinds: Any
-    processors: Any
-    if images:
-        kinds, processors = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, transformers.AutoImageProcessor
-    else:
-        kinds, processors = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoTokenizer
-    files = _safetensors(name)
-    if type(config) not in kinds or not files:
+    kind, names = source.model_class, weight_files(source.folder)
+    if kind is None or not names or getattr(source.config, "quantization_config", None):
         return None
-    with _saving(final):
-        for file in files:
-            shutil.copyfile(file, draft / file.name)
+    files = [*names, INDEX] if (source.folder / INDEX).is_file() else names
+    check_disk({draft.path: sum((source.folder / name).stat().st_size for name in files)})
+    with saving(draft.final):
+        for name in files:
+            (draft.path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.folder / name, draft.path / name)
     try:
-        maps = [MappedFile(draft / file.name) for file in files if file.suffix == ".safetensors"]
+        maps = [MappedFile(draft.path / name) for name in names]
         tensors = {key: tensor for file in maps for key, tensor in file.tensors.items()}
-        model = kinds[type(config)].from_pretrained(None, config=config, state_dict=tensors, dtype="auto")
+        with quiet():
+            model = kind.from_pretrained(None, config=source.config, state_dict=tensors, dtype="auto")
         places = {(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors.values()}
         if all((t.data_ptr(), t.dtype, t.shape) in places for t in model.state_dict().values()):
-            return Opened(model, processors.from_pretrained(name), final, draft, maps)
+            return Opened(model, source.processor, draft, maps, source)
     except (OSError, ValueError, RuntimeError):
         pass  # loading it says what is wrong, if anything is
-    for file in files:
-        (draft / file.name).unlink()
+    for name in files:
+        (draft.path / name).unlink()
     return None
-
-
-def _safetensors(name: str) -> list[Path]:
-    """The files that hold a model's weights, with their index if there is one; [] where they are of another kind."""
-    with from_extra("cli"):
-        from huggingface_hub import snapshot_download
-
-    folder = Path(name)
-    try:
-        if not folder.is_dir():
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = {index.name, *json.loads(index.read_text())["weight_map"].values()}
-        else:
-            names = {"model.safetensors"}
-    except (OSError, ValueError, KeyError):
-        return []
-    files = [folder / name for name in sorted(names)]
-    return files if all(file.is_file() for file in files) else []
-
-
-@contextmanager
-def _draft(final: Path) -> Iterator[Path]:
-    """A temporary folder beside the final one, gone afterwards where it was not renamed."""
-    if final.exists():
-        raise FileExistsError(f"{final} exists: choose another folder, or remove it first")
-    with _saving(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _saving(final: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"could not save to {final}: {error}; free some space or choose another folder"
-        ) from error

@@ -1,58 +1,205 @@
 """Models and their tokenizers or image processors, from a folder or a hub name."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 from moonshot.extras import from_extra
+from moonshot.files.source import FolderError, check_weights, find_folder, reading, weight_files
 
 
-def load(name: str) -> tuple[nn.Module, object]:
-    """(causal language model, tokenizer), in the dtype that the model was saved in.
+class Source:
+    """A model that is not loaded yet: its folder, its configuration, its tokenizer or image processor.
 
-    name: a folder or a hub name. Raises ValueError for what does not load.
+    name: a folder or a hub name. trust_remote_code: whether code that comes with the model may run.
+    folder: the folder, in the hub's cache for a hub name.
+
+    Raises FolderError for what is not there, cannot be read, or needs code that may not run.
     """
-    with from_extra("cli"):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return _load(name, "a causal language model", AutoModelForCausalLM, AutoTokenizer)
+    def __init__(self, name: str, trust_remote_code: bool = False):
+        with from_extra("cli"):
+            import transformers  # noqa: F401 - or say what to install
+        self.name, self.trusted = str(name), trust_remote_code
+        self.folder = find_folder(self.name)
+        self._check_kernels()
+
+    def _check_kernels(self) -> None:
+        """A configuration may name code for attention that transformers gets from the hub."""
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return  # transformers says what is wrong
+        if not self.trusted and (found := [text for text in _attention(config) if "/" in text]):
+            raise FolderError(
+                f"{self.name} runs attention by {found[0]!r}, code from the hub: read that, and if you trust it say "
+                "--trust-remote-code (trust_remote_code=True in Python)"
+            )
+
+    @cached_property
+    def config(self) -> Any:
+        from transformers import AutoConfig
+
+        with reading("a model", self.name):
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trusted)
+
+    @property
+    def is_image_classifier(self) -> bool:
+        """Whether the configuration is that of an image classifier."""
+        from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+        return type(self.config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+    @property
+    def kind(self) -> str:
+        return "an image classifier" if self.is_image_classifier else "a causal language model"
+
+    @cached_property
+    def processor(self) -> Any:
+        """The tokenizer, or the image processor."""
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        auto = AutoImageProcessor if self.is_image_classifier else AutoTokenizer
+        with reading("the image processor" if self.is_image_classifier else "the tokenizer", self.name):
+            return auto.from_pretrained(self.folder, trust_remote_code=self.trusted)
+
+    def skeleton(self) -> nn.Module:
+        """The model without weights, on the meta device."""
+        with reading(self.kind, self.name), torch.device("meta"), quiet():
+            return self._auto.from_config(self.config, trust_remote_code=self.trusted).eval()
+
+    def load(self) -> nn.Module:
+        """The model in the dtype it was saved in, on the GPU if there is one.
+
+        Raises FolderError where the files lack weights that the configuration asks for, or have others.
+        """
+        self.check_files()
+        with reading(self.kind, self.name), quiet():
+            model, found = self._auto.from_pretrained(
+                self.folder,
+                dtype="auto",
+                trust_remote_code=self.trusted,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        self._check_complete(model, found)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def check_files(self) -> list[str]:
+        """`weight_files`, each looked at by safetensors."""
+        names = weight_files(self.folder)
+        for name in names:
+            check_weights(self.folder / name)
+        return names
+
+    @property
+    def model_class(self) -> Any:
+        """The class of transformers that the model is; None for one that comes with its own.
+
+        Raises FolderError for what was trained as something else.
+        """
+        import transformers
+
+        config, images = self.config, self.is_image_classifier
+        kinds: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        if images:
+            kinds = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        if type(config) not in kinds or (self.trusted and getattr(config, "auto_map", None)):
+            return None
+        found = kinds[type(config)]
+        classes = {kind.__name__: kind for kind in (found if isinstance(found, tuple) else (found,))}
+        named = [name for name in config.architectures or () if hasattr(transformers, name)]
+        base = getattr(transformers.MODEL_MAPPING.get(type(config), None), "__name__", None)
+        is_encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+            config, "is_decoder", True
+        )
+        if not images and (is_encoder or (named and not {*classes, base} & {*named})):
+            trained = named[0] if named else f"an encoder, {config.model_type}"
+            raise FolderError(
+                f"{self.name} is no causal language model but {trained}: load it in Python and give ms.prune a loss"
+            )
+        return next((classes[name] for name in named if name in classes), next(iter(classes.values())))
+
+    @property
+    def _auto(self) -> Any:
+        from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+
+        self.model_class  # noqa: B018 - looks whether it is one
+        return AutoModelForImageClassification if self.is_image_classifier else AutoModelForCausalLM
+
+    def _check_complete(self, model: nn.Module, found: dict[str, Any]) -> None:
+        weights = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        if other := sorted(found["mismatched_keys"]):
+            name, there, wanted = other[0]
+            raise FolderError(
+                f"{self.name} has other weights than its config.json asks for: {name} is {tuple(there)}, not "
+                f"{tuple(wanted)}{_more(other)}"
+            )
+        if missing := sorted(weights & set(found["missing_keys"])):
+            raise FolderError(
+                f"{self.name} lacks weights that {type(model).__name__} has: {missing[0]}{_more(missing)}; get the "
+                "model once more, or one that was trained as this"
+            )
 
 
-def load_classifier(name: str) -> tuple[nn.Module, object]:
-    """(image classifier, image processor), in the dtype that the model was saved in.
+def load(name: str, trust_remote_code: bool = False) -> tuple[nn.Module, object]:
+    """(causal language model, tokenizer) of a folder or a hub name, in the dtype it was saved in.
 
-    name: a folder or a hub name. Raises ValueError for what does not load.
+    trust_remote_code: whether code that comes with the model may run. Raises FolderError (Source).
     """
-    with from_extra("vision"):
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-    return _load(name, "an image classifier", AutoModelForImageClassification, AutoImageProcessor)
+    return _load(name, trust_remote_code, False)
 
 
-def _load(name: str, kind: str, models: Any, preprocessors: Any) -> tuple[nn.Module, object]:
-    try:
-        preprocessor = preprocessors.from_pretrained(name)
-        model: nn.Module = models.from_pretrained(name, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise _cannot_load(kind, name, error) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), preprocessor
+def load_classifier(name: str, trust_remote_code: bool = False) -> tuple[nn.Module, object]:
+    """(image classifier, image processor) of a folder or a hub name, in the dtype it was saved in; as `load`."""
+    return _load(name, trust_remote_code, True)
 
 
-def _cannot_load(kind: str, name: str, error: Exception) -> ValueError:
-    return ValueError(f"cannot load {kind} from {name!r}: {str(error).splitlines()[0]}")
+def _load(name: str, trust_remote_code: bool, images: bool) -> tuple[nn.Module, object]:
+    source = Source(name, trust_remote_code)
+    if source.is_image_classifier is not images:
+        raise FolderError(f"{name} is {source.kind}")
+    return source.load(), source.processor
 
 
-def is_image_classifier(name: str) -> bool:
+def is_image_classifier(name: str, trust_remote_code: bool = False) -> bool:
     """Whether the configuration in a folder or under a hub name is that of an image classifier.
 
-    Raises ValueError where there is none.
+    Raises FolderError where there is none.
     """
-    with from_extra("cli"):
-        from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoConfig
+    return Source(name, trust_remote_code).is_image_classifier
 
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers says nothing meanwhile: what it would say of a model's weights is an error here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise _cannot_load("a model", name, error) from error
-    return type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _attention(config: Any) -> Iterator[str]:
+    """Every value under a key such as attn_implementation, however deep."""
+    values = config.items() if isinstance(config, dict) else ()
+    for key, value in values:
+        if "attn_implementation" in key:
+            yield from map(str, value.values() if isinstance(value, dict) else [value])
+        else:
+            yield from _attention(value)
+
+
+def _more(names: list[Any]) -> str:
+    return f" and {len(names) - 1} more" if names[1:] else ""

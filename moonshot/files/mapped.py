@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moonshot.files.source import check_weights
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -26,11 +28,13 @@ _DTYPES = {
 class MappedFile:
     """A safetensors file mapped into memory, of which the operating system holds only what is in use.
 
-    tensors: {name: tensor}, each a view of the file.
-    Raises ValueError for a file that is not in the format, or holds numbers that torch has none of.
+    tensors: {name: tensor}, each a view of the file. safetensors itself looks at the file first.
+    Raises ValueError for a file that is not in the format, whose tensors are not aligned, or that holds numbers that
+    torch has none of.
     """
 
     def __init__(self, path: Path):
+        check_weights(path)
         with open(path, "r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
         try:
@@ -46,6 +50,8 @@ class MappedFile:
         if not prod(shape):
             return torch.empty(shape, dtype=kind, device="cpu")
         start = begin + data_offsets[0]
+        if start % kind.itemsize:
+            raise ValueError(f"a tensor of {dtype} begins at byte {start}")
         return torch.frombuffer(self._map, dtype=kind, count=prod(shape), offset=start).view(shape)
 
     def release(self) -> None:

@@ -8,7 +8,7 @@ within a factor of about two; memory is meant as an upper bound.
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ _FACTORS, _SHARED, _WEIGHTS = 4, 6, 14  # arrays of each kind that a problem and
 _FITTED = 5  # arrays of a part's size in its refit: gradients, two moments, supports, and the best so far
 _LOGITS = 4  # arrays of the size of a batch's logits in the loss and its gradient
 _PROBES = 256, 512  # sizes of the problems solved to time a solver
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class ResourceError(ValueError):
@@ -288,13 +288,41 @@ def _process_memory() -> int:
 def _free_on_host() -> int:
     with from_extra("cli"):
         import psutil
-    free = psutil.virtual_memory().available
+    return max(min([psutil.virtual_memory().available, *_left_in_groups()]), 0)
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes left in every control group that this process is in, of both versions, with those that they are in."""
     try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # there is none
-        return free
-    return min(free, limit - used)
+        lines = _MEMBERSHIP.read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, limit, used, cached = _CGROUP, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, used = _CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        parts = [] if ".." in path.split("/") else [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            group = root.joinpath(*parts[:depth])
+            try:
+                left = int((group / limit).read_text()) - int((group / used).read_text())
+                yield left + _reclaimable(group, cached)
+            except (OSError, ValueError):  # it has no limit, or is outside this container
+                continue
+
+
+def _reclaimable(group: Path, key: str) -> int:
+    """Bytes of files in memory, such as mapped weights, that a group's use counts and that can be let go at once."""
+    try:
+        entries = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
+        return next(int(value) for name, value in entries if name == key)
+    except (OSError, ValueError, StopIteration):
+        return 0
 
 
 def check_disk(needed: Mapping[Path, int]) -> None:

@@ -21,10 +21,17 @@ def read_text(data: str) -> str:
 
 def _file_texts(path: Path) -> list[str]:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [_file_text(file) for file in files]
+
+
+def _file_text(file: Path) -> str:
     try:
-        return [file.read_text(encoding="utf-8") for file in files]
+        return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} holds a file that is not UTF-8 text: {error}") from error
+        raise ValueError(
+            f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}; convert it, or put it "
+            "elsewhere"
+        ) from error
 
 
 def _dataset_texts(data: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from moonshot.models.calibration import Batch, CalibrationError, open_dataset
 
 if TYPE_CHECKING:
     from PIL import Image
+
+_PIXELS = 2**26  # of an image at most: a file of some kilobytes can ask for any number
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def _in_folder(path: Path) -> Pictures:
     ]
 
     def read(index: int) -> "Image.Image":
-        with Image.open(found[index][0]) as image:
+        with _opened(found[index][0]) as image:
             image.load()
         return image
 
@@ -92,15 +95,36 @@ def _in_dataset(data: str) -> Pictures:
             f"the dataset {data!r} needs a column of images and one of labels (ClassLabel, or integers in `label`): "
             f"it has {', '.join(kinds)}"
         )
-    undecoded = dataset.cast_column(images[0], datasets.Image(decode=False))
     decode = datasets.Image().decode_example
+    undecoded = dataset.cast_column(images[0], datasets.Image(decode=False))
+
+    def read(index: int) -> "Image.Image":
+        stored = undecoded[index][images[0]]
+        _opened(BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]).close()
+        return decode(stored)
+
     return Pictures(
         source=f"the dataset {data!r}",
         classes=getattr(kinds[labels[0]], "names", None),
         labels=dataset[labels[0]][:],
         names=[f"{data}[{index}]" for index in range(len(dataset))],
-        read=lambda index: decode(undecoded[index][images[0]]),
+        read=read,
     )
+
+
+def _opened(file: Any) -> "Image.Image":
+    """An image whose pixels are not read yet. Raises ValueError for one of too many.
+
+    No PostScript: Pillow has another program run it.
+    """
+    from PIL import Image
+
+    Image.init()
+    image = Image.open(file, formats=[name for name in Image.ID if name != "EPS"])
+    if image.width * image.height > _PIXELS:
+        image.close()
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {_PIXELS}")
+    return image
 
 
 class ImageBatches:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,19 @@ class Checkpoint:
             raise OSError(
                 f"cannot store answers in {self.folder}: {error}; free some space or choose another folder"
             ) from error
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint's own files, and its folder if nothing else is in it."""
+    try:
+        layers = json.loads((folder / _WORK).read_text(encoding="utf-8"))["patterns"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # it is none, or was removed before
+    names = [_TRIALS, *map(_file_name, layers)]
+    for name in [*names, *(str(Path(name).with_suffix(".partial")) for name in names), _WORK]:
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # it is not empty
+        folder.rmdir()
 
 
 def _file_name(layer: str) -> str:

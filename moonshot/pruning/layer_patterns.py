@@ -31,11 +31,25 @@ def layer_patterns(
         patterns = {name: as_pattern(pattern[name]) for name in names}
     else:
         patterns = dict.fromkeys(partition.select(recipe.targets, recipe.ignore), as_pattern(pattern))
-    for name, chosen in patterns.items():
-        check_fit(name, layers[name], chosen)
+    check_fits(layers, patterns)
     if recipe.unreached == "error":
         partition.check_reached(patterns)
     return patterns
+
+
+def check_fits(layers: Mapping[str, LayerView], patterns: Mapping[str, Pattern]) -> None:
+    """PatternError for the first layer that cannot have its pattern, which names all others too."""
+    errors = {}
+    for name, pattern in patterns.items():
+        try:
+            check_fit(name, layers[name], pattern)
+        except ValueError as error:
+            errors[name] = error
+    if errors:
+        first, *others = errors
+        if others:
+            errors[first].add_note(f"and in {', '.join(others)}")
+        raise errors[first]
 
 
 def check_fit(name: str, view: LayerView, pattern: Pattern) -> None:

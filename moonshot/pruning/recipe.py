@@ -53,6 +53,8 @@ class Recipe:
             raise TypeError(
                 f"adapter must be an instance of a subclass of moonshot.Adapter, got {self.adapter!r}"
             )
+        if not 0 <= self.dampening_frac < float("inf"):
+            raise ValueError(f"dampening_frac must be a number from 0 on, got {self.dampening_frac!r}")
 
     def batches(self, model: nn.Module, calibration: Any) -> list[Batch]:
         """The calibration data as batches on the model's device."""

@@ -1,0 +1,62 @@
+"""What a pruned model's folder says of itself: to whoever opens it, and to the hub."""
+
+from typing import Any
+
+from moonshot.files.load import Source
+from moonshot.files.source import is_hub_name
+from moonshot.pruning.report import Report
+
+_TERMS = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+)  # what a dense model's card says of the pruned one
+
+
+def model_card(report: Report, source: Source | None) -> str:
+    """A README.md with front matter. source: where the dense model is from, where that is known."""
+    from huggingface_hub import ModelCardData
+
+    recipe = report.recipe
+    pattern = str(recipe.get("pattern", ""))
+    about: dict[str, Any] = {"library_name": "transformers", "tags": ["moonshot", "pruned", "sparse", pattern]}
+    title = "A pruned model"
+    if source is not None:
+        about |= _terms(source)
+        about["pipeline_tag"] = "image-classification" if source.is_image_classifier else "text-generation"
+        if is_hub_name(source.name):
+            about["base_model"] = source.name
+        title = f"{source.name if is_hub_name(source.name) else source.folder.resolve().name}, pruned"
+    lines = ["---", ModelCardData(**about).to_yaml(), "---", "", f"# {title}", ""]
+    lines += [
+        f"Pruned in one shot with moonshot to {pattern}: {100 * report.sparsity:.2f} % of the weights of "
+        f"{len(report.layers)} layers are zero.",
+        "",
+        "The zeros are stored as they are, so that the model loads as the dense one does, takes as much space and runs "
+        "as fast. A layer's mask is `weight != 0`; `report.json` has the figures of every layer.",
+    ]
+    if "command" in recipe:
+        lines += ["", "    " + str(recipe["command"])]
+    lines += ["", "| recipe | |", "|---|---|"]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in recipe.items() if name != "command"]
+    lines += [
+        "",
+        "Versions: " + ", ".join(f"{name} {number}" for name, number in report.versions.items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _terms(source: Source) -> dict[str, Any]:
+    """The terms of use and languages in the front matter of the dense model's card."""
+    from huggingface_hub import metadata_load
+
+    try:
+        found = metadata_load(source.folder / "README.md") or {}
+    except Exception:  # no card, or one that cannot be read: neither is needed
+        return {}
+    return {name: found[name] for name in _TERMS if isinstance(found.get(name), str | list)}
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
