@@ -183,7 +183,7 @@ class PruneCommand:
             elif answers:
                 error.add_note(
                     f"(nothing was saved, but {self.checkpoint} has the answers of {answers} layers: the same command "
-                    "goes on from there)"
+                    "continues from there)"
                 )
             raise
 
