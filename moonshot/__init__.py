@@ -18,6 +18,7 @@ from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.solvers import ADMM, IHT, OBS, Answer, Exact, Magnitude, Solver, SparseGPT, Swaps, Wanda, solve
 
 if TYPE_CHECKING:
+    from moonshot.files.compact import load_compact
     from moonshot.models.adapter import Adapter
     from moonshot.models.chain import ChainAdapter
     from moonshot.models.graph import GraphAdapter
@@ -69,6 +70,7 @@ __all__ = [
     "as_pattern",
     "column_patterns",
     "front",
+    "load_compact",
     "lower_bound",
     "prune",
     "shrink",

@@ -1,4 +1,4 @@
-"""The command line: `moonshot demo`, `moonshot prune`, `moonshot eval`."""
+"""The command line: `moonshot demo`, `moonshot prune`, `moonshot eval`, `moonshot unpack`."""
 
 import os
 import shlex
@@ -98,6 +98,9 @@ def prune(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that moonshot wrote before.")
     ] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Save values and a bit for each weight, without the zeros.")
+    ] = False,
     pattern: Annotated[str | None, typer.Option(help='"2:4", "50%", 0.5, or your own as module:Class.')] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros, 0 to 1.")] = None,
     objective: Annotated[
@@ -180,6 +183,7 @@ def prune(
         memory=memory,
         checkpoint=checkpoint,
         overwrite=overwrite,
+        compact=compact,
         trust_remote_code=trust_remote_code,
         command=shlex.join(["moonshot", *sys.argv[1:]]),
         unreached=unreached.value,  # type: ignore[arg-type]
@@ -214,6 +218,20 @@ def evaluate(
     else:
         ids = text_windows(source, read_text(data), nsamples or None, seqlen, None)
         say(console, f"perplexity {perplexity(source.load(), ids)}")
+
+
+@app.command()
+def unpack(
+    folder: Annotated[Path, typer.Argument(help="A folder that moonshot prune --compact saved.")],
+    save: Annotated[Path, typer.Option(help="Folder to write, which must not exist.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that moonshot wrote before.")
+    ] = False,
+) -> None:
+    """Make an ordinary folder of a compact one, bit for bit what it was made from."""
+    from moonshot.files.compact import unpack_folder
+
+    say(console, f"saved: {unpack_folder(folder, save, overwrite=overwrite)}")
 
 
 def main() -> None:

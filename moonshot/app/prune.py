@@ -37,6 +37,10 @@ from moonshot.pruning.report import Report
 from moonshot.solvers import Solver
 
 Advance = Callable[[str, int], None]
+_GAINS = {
+    False: "its zeros are stored as they are: it takes as much space as the dense model and runs as fast",
+    True: "its zeros take a bit each: moonshot.load_compact reads it, moonshot unpack makes it an ordinary folder",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class PruneCommand:
     memory: float | None = None
     checkpoint: Path | None = None
     overwrite: bool = False
+    compact: bool = False
     trust_remote_code: bool = False
     command: str = ""
     unreached: Literal["error", "skip"] = "error"
@@ -102,13 +107,10 @@ class PruneCommand:
             if broken is not None:
                 report.recipe["broken_images"] = len(broken)
             say(console, str(report))
-            work.save(report)
+            work.save(report, self.compact)
         self._remove_checkpoint()
         say(console, f"saved: {self.save}")
-        say(
-            console,
-            "its zeros are stored as they are: it takes as much space as the dense model and runs as fast",
-        )
+        say(console, _GAINS[self.compact])
 
     def _check(self) -> None:
         """Raises ValueError or TypeError for arguments that nothing can be done with."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moonshot.files.card import model_card
+from moonshot.files.compact import write_compact
 from moonshot.files.draft import Draft, drafted, saving
 from moonshot.files.load import Source, quiet
 from moonshot.files.mapped import MappedFile
@@ -19,18 +20,25 @@ from moonshot.pruning.report import Report
 
 
 def save(
-    model: nn.Module, processor: object, report: Report, folder: str | Path, *, overwrite: bool = False
+    model: nn.Module,
+    processor: object,
+    report: Report,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    compact: bool = False,
 ) -> Path:
     """Write model, processor (of text or images, or None), model card, recipe and report to `folder`.
 
     Everything goes to a temporary folder beside it first, renamed at the end: a failure or a kill leaves nothing
     under the final name. The mask of a pruned layer is `weight != 0`.
     overwrite: whether a folder that moonshot wrote may be replaced.
+    compact: whether to leave out the zeros: values and a bit for each weight (`load_compact`, `unpack_folder`).
     Raises FileExistsError where there is a folder, LockedError where another process writes it, or OSError with what
     to do where the disk is full or not writable.
     """
     with drafted(Path(folder), overwrite) as draft:
-        return Opened(model, processor, draft).save(report)
+        return Opened(model, processor, draft).save(report, compact)
 
 
 class Opened:
@@ -65,8 +73,8 @@ class Opened:
         for file in self._files:
             file.release()
 
-    def save(self, report: Report) -> Path:
-        """What `save` does; mapped weights are there already."""
+    def save(self, report: Report, compact: bool = False) -> Path:
+        """What `save` does; mapped weights are there already. compact: whether to leave out the zeros."""
         with saving(self.folder):
             for file in self._files:
                 file.flush()
@@ -82,8 +90,13 @@ class Opened:
                 json.dumps(report.recipe, indent=2) + "\n", encoding="utf-8"
             )
             report.save(self.draft / "report.json")
-            for name in weight_files(self.draft):
+            names = weight_files(self.draft)
+            for name in names:
                 check_weights(self.draft / name)
+            if compact:
+                write_compact(self.draft, self.draft)
+                for name in [*names, INDEX]:
+                    (self.draft / name).unlink(missing_ok=True)
             self._place.publish()
         return self.folder
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moonshot.files.source import check_weights
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -46,7 +46,7 @@ class MappedFile:
             raise ValueError(f"{path} is no safetensors file that can be mapped: {error!r}") from error
 
     def _tensor(self, begin: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
-        kind = _DTYPES[dtype]
+        kind = DTYPES[dtype]
         if not prod(shape):
             return torch.empty(shape, dtype=kind, device="cpu")
         start = begin + data_offsets[0]

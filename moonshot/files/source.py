@@ -108,14 +108,14 @@ def _indexed(index: Path, suffix: str, here: bool) -> list[str]:
         names = list(dict.fromkeys(places.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{index} has no weight_map from tensors to files: get it once more") from error
-    if refused := [name for name in names if not _is_inside(name, suffix)]:
+    if refused := [name for name in names if not is_inside(name, suffix)]:
         raise FolderError(f"{index} names {refused[0]!r}, which is no {suffix} file in that folder")
     if missing := [name for name in names if here and not (index.parent / name).is_file()]:
         raise FolderError(f"{index.parent / missing[0]} is not there: get the model once more")
     return sorted(names)
 
 
-def _is_inside(name: Any, suffix: str) -> bool:
+def is_inside(name: Any, suffix: str) -> bool:
     """Whether a name of an index is that of such a file in the folder or below it, on every system."""
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     plain = all(part.isprintable() and not set(part) & {"\\", ":"} and part != ".." for part in parts)
