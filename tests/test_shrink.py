@@ -1,11 +1,15 @@
 """Whole columns, and models that are really smaller."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import transformers
 
 import moonshot as ms
+from moonshot.app import cli
 from moonshot.checks import check_pattern
 from moonshot.models.modules import ModelError
 from strategies import random_layer
@@ -99,6 +103,67 @@ def test_a_vits_hidden_units_can_go_and_its_heads_cannot():
         torch.testing.assert_close(
             shrunk(batch["pixel_values"]).logits, model(batch["pixel_values"]).logits, rtol=1e-4, atol=1e-5
         )
+
+
+def test_tied_weights_stay_tied_and_dtypes_what_they_are():
+    model = decoder(dtype=torch.bfloat16, tie_word_embeddings=True).eval()
+    model.model.norm.float()
+    ms.prune(
+        model, tokens(), ms.column_patterns(model, 0.5), solver=ms.Magnitude(), objective=ms.Reconstruction()
+    )
+    small = ms.shrink(model)
+    assert small.lm_head.weight is small.model.embed_tokens.weight
+    assert small.model.norm.weight.dtype == torch.float32 and small.lm_head.weight.dtype == torch.bfloat16
+    small.model.embed_tokens.weight.data.zero_()
+    assert model.lm_head.weight.any()  # nothing is shared with the one that it was made of
+
+
+def test_from_the_command_line_to_a_smaller_model(monkeypatch, tmp_path, capsys):
+    demo = Path(ms.__file__).parent / "demo"
+    common = ["--data", demo / "calibration.txt", "--nsamples", 4, "--seqlen", 64, "--solver", "magnitude"]
+    common += ["--objective", "reconstruction", "--save", tmp_path / "small"]
+
+    def run(*arguments):
+        monkeypatch.setattr(
+            sys, "argv", ["moonshot", "prune", *map(str, [demo / "model", *common, *arguments])]
+        )
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, capsys.readouterr()
+
+    for wrong, words in (
+        (["--shrink", "--pattern", "2:4"], "add --columns"),
+        (["--columns", 0.25, "--pattern", "2:4"], "leave --pattern and --sparsity out"),
+        (["--columns", 0.25, "--targets", "*.0.*"], "leave --allocate, --targets and --adapter out"),
+        (["--columns", 0.25, "--solver", "sparsegpt"], "has no `groups"),
+    ):
+        code, said = run(*wrong)
+        assert code == 1 and words in said.err
+    code, said = run("--columns", 0.25, "--shrink")
+    assert code == 0 and "cut out" in said.out
+    sizes = [
+        path.stat().st_size for path in (demo / "model/model.safetensors", tmp_path / "small/model.safetensors")
+    ]
+    assert sizes[1] < 0.9 * sizes[0]
+    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
+    assert small.config.intermediate_size == 480
+    assert small.config.num_key_value_heads == 4  # 6 heads would not divide a hidden size of 256
+    assert small.dtype == transformers.AutoModelForCausalLM.from_pretrained(demo / "model", dtype="auto").dtype
+
+
+def test_a_fraction_of_heads_that_the_configuration_does_not_allow_is_the_next_one():
+    """32 is no multiple of three heads; Qwen3 does not ask for that."""
+    config = {"num_key_value_heads": 4}
+    assert ms.column_patterns(decoder(**config), 0.25)["model.layers.0.self_attn.o_proj"].sparsity == 0
+    assert ms.column_patterns(decoder(**config), 0.4)["model.layers.0.self_attn.o_proj"].sparsity == 0.5
+    qwen = decoder(transformers.Qwen3Config, **config)
+    assert ms.column_patterns(qwen, 0.25)["model.layers.0.self_attn.o_proj"].sparsity == 0.25
+    model = decoder(**config)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight[:, :8] = 0
+    with pytest.raises(ModelError, match="LlamaConfig does not allow .* not a multiple of the number"):
+        ms.shrink(model)
 
 
 def test_what_cannot_be_shrunk_is_said():

@@ -103,6 +103,13 @@ def prune(
     ] = False,
     pattern: Annotated[str | None, typer.Option(help='"2:4", "50%", 0.5, or your own as module:Class.')] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros, 0 to 1.")] = None,
+    columns: Annotated[
+        float | None,
+        typer.Option(help="Instead: the fraction of hidden units and groups of heads to prune in every block."),
+    ] = None,
+    shrink: Annotated[
+        bool, typer.Option("--shrink", help="With --columns: cut them out; an ordinary smaller model.")
+    ] = False,
     objective: Annotated[
         str,
         typer.Option(
@@ -166,7 +173,7 @@ def prune(
         model=model,
         data=data,
         save=save,
-        pattern=parse_pattern(pattern, sparsity),
+        pattern=parse_pattern(pattern, sparsity, columns),
         objective=parse_objective(objective),
         solver=parse_solver(solver, solver_option or ()),
         nsamples=nsamples,
@@ -184,6 +191,8 @@ def prune(
         checkpoint=checkpoint,
         overwrite=overwrite,
         compact=compact,
+        columns=columns,
+        shrink=shrink,
         trust_remote_code=trust_remote_code,
         command=shlex.join(["moonshot", *sys.argv[1:]]),
         unreached=unreached.value,  # type: ignore[arg-type]

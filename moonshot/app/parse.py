@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moonshot import solvers
+from moonshot.layer.columns import Columns
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.layer.patterns import Pattern, as_pattern
 from moonshot.models.adapter import Adapter
@@ -57,10 +58,17 @@ def parse_objective(text: str) -> Objective | str:
     return total
 
 
-def parse_pattern(pattern: str | None, sparsity: float | None) -> Pattern:
-    """The pattern that --pattern and --sparsity name together. Raises ValueError where they contradict each other."""
+def parse_pattern(pattern: str | None, sparsity: float | None, columns: float | None = None) -> Pattern:
+    """The pattern that --pattern and --sparsity name together, or --columns alone.
+
+    Raises ValueError where they contradict each other.
+    """
+    if columns is not None and (pattern is not None or sparsity is not None):
+        raise ValueError("--columns is a pattern of its own: leave --pattern and --sparsity out")
+    if columns is not None:
+        return Columns(columns)
     if pattern is None and sparsity is None:
-        raise ValueError("say how much to prune: --pattern 2:4 or --sparsity 0.5")
+        raise ValueError("say how much to prune: --pattern 2:4, --sparsity 0.5 or --columns 0.25")
     if pattern is None:
         return as_pattern(sparsity)  # type: ignore[arg-type]
     chosen = _own_pattern(pattern) if _is_own(pattern) else as_pattern(pattern)

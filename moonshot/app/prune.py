@@ -1,7 +1,7 @@
 """`moonshot prune`: a model from a folder or hub name to a pruned folder."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,9 @@ from moonshot.models.calibration import as_batches, tokens_at_once
 from moonshot.models.images import ImageBatches
 from moonshot.models.layers import layers_of
 from moonshot.models.roles import heads, routers
+from moonshot.models.shrink import shrink
 from moonshot.models.targets import select
+from moonshot.models.units import column_patterns
 from moonshot.pruning import checkpoint
 from moonshot.pruning.auto import CANDIDATES
 from moonshot.pruning.layer_patterns import check_fits
@@ -38,8 +40,9 @@ from moonshot.solvers import Solver
 
 Advance = Callable[[str, int], None]
 _GAINS = {
-    False: "its zeros are stored as they are: it takes as much space as the dense model and runs as fast",
-    True: "its zeros take a bit each: moonshot.load_compact reads it, moonshot unpack makes it an ordinary folder",
+    "zeros": "its zeros are stored as they are: it takes as much space as the dense model and runs as fast",
+    "compact": "its zeros take a bit each: moonshot.load_compact reads it, moonshot unpack makes it an ordinary folder",
+    "shrink": "what was zero as a whole is cut out: it takes less space and time wherever the dense model runs",
 }
 
 
@@ -62,6 +65,8 @@ class PruneCommand:
     ignore: list[str] = field(default_factory=list)
     allocate: bool = False
     choices: list[str] | None = None
+    columns: float | None = None
+    shrink: bool = False
     refit: bool = False
     bound: bool = False
     memory: float | None = None
@@ -93,10 +98,7 @@ class PruneCommand:
         with self._saying_what_there_is():
             self._prune(source, calibration, broken, console)
         say(console, f"saved: {self.save}")
-        say(
-            console,
-            "its zeros are stored as they are: it takes as much space as the dense model and runs as fast",
-        )
+        say(console, _GAINS["shrink" if self.shrink else "compact" if self.compact else "zeros"])
 
     def _prune(self, source: Source, calibration: Any, broken: list[str] | None, console: Console) -> None:
         """From the opened model to the saved one."""
@@ -107,10 +109,10 @@ class PruneCommand:
             if broken is not None:
                 report.recipe["broken_images"] = len(broken)
             say(console, str(report))
+            if self.shrink:
+                work.replace(shrink(work.model))
             work.save(report, self.compact)
         self._remove_checkpoint()
-        say(console, f"saved: {self.save}")
-        say(console, _GAINS[self.compact])
 
     def _check(self) -> None:
         """Raises ValueError or TypeError for arguments that nothing can be done with."""
@@ -118,6 +120,13 @@ class PruneCommand:
             raise ValueError("--choice is what --allocate chooses from: add --allocate")
         for choice in self.choices or ():
             as_pattern(choice)
+        if self.columns is not None and (self.allocate or self.targets or self.adapter):
+            raise ValueError(
+                "--columns prunes the layers that read hidden units and heads, alike in every block: leave --allocate, "
+                "--targets and --adapter out"
+            )
+        if self.shrink and self.columns is None:
+            raise ValueError("--shrink cuts out what --columns has made zero: add --columns 0.25")
         if self.memory is not None and not 0 < self.memory < float("inf"):
             raise ValueError(f"--memory is GiB that pruning may take, more than 0, got {self.memory:g}")
         if not 0 <= self.seed < 2**63:
@@ -136,6 +145,9 @@ class PruneCommand:
         if self.adapter is not None:
             return
         views = dict(layers_of("", skeleton))
+        if self.columns is not None:
+            check_fits(views, column_patterns(skeleton, self.columns))
+            return
         names = set(select(views, self.targets, self.ignore))
         inside = [name for block in find_blocks(skeleton) for name, _ in layers_of(*block)]
         if self.targets is None:
@@ -247,7 +259,7 @@ class PruneCommand:
             report = pruning.prune(
                 source.model,
                 calibration,
-                self.pattern if allocation is None else allocation,
+                self._patterns(source.model) if allocation is None else allocation,
                 objective=self.objective,
                 refit=self.refit,
                 bound=self.bound,
@@ -256,9 +268,13 @@ class PruneCommand:
                 **recipe,
             )
         if allocation is not None:
-            report.recipe.update(pattern=str(self.pattern), budget=allocation.budget)
+            report.recipe["budget"] = allocation.budget
             report.trials = [*allocation.trials, *report.trials]
+        report.recipe["pattern"] = str(self.pattern)
         return report
+
+    def _patterns(self, model: nn.Module) -> Pattern | Mapping[str, Pattern]:
+        return self.pattern if self.columns is None else column_patterns(model, self.columns)
 
 
 @contextmanager

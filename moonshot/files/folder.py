@@ -73,6 +73,12 @@ class Opened:
         for file in self._files:
             file.release()
 
+    def replace(self, model: nn.Module) -> None:
+        """Save another model in place of the one that was opened."""
+        for name in [*weight_files(self.draft), INDEX]:
+            (self.draft / name).unlink(missing_ok=True)
+        self.model, self._files = model, ()
+
     def save(self, report: Report, compact: bool = False) -> Path:
         """What `save` does; mapped weights are there already. compact: whether to leave out the zeros."""
         with saving(self.folder):

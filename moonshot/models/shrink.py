@@ -1,12 +1,13 @@
 """A pruned model without its zeros, where whole units are zero: an ordinary smaller model."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moonshot.models.modules import ModelError
-from moonshot.models.units import Units, units_of
+from moonshot.models.units import Units, reason_against, units_of
 
 
 @torch.no_grad()
@@ -24,19 +25,22 @@ def shrink(model: nn.Module) -> nn.Module:
     sizes = _sizes(units, remaining)
     if all(getattr(model.config, field) == size for field, size in sizes.items()):
         raise ModelError("no unit is zero as a whole: prune with column_patterns(model, 0.25) first")
-    config = copy.deepcopy(model.config)
+    if reason := reason_against(model.config, sizes):
+        raise ModelError(f"{type(model.config).__name__} does not allow {sizes}: {reason}")
+    config: Any = copy.deepcopy(model.config)
     for field, size in sizes.items():
         setattr(config, field, size)
-    tensors = dict(model.state_dict())
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for each in units:
         left = remaining[each.reader]
         _cut(tensors, f"{each.reader}.weight", left, each.columns, axis=1)
         for maker, rows in each.makers.items():
             _cut(tensors, f"{maker}.weight", left, rows, axis=0)
             _cut(tensors, f"{maker}.bias", left, rows, axis=0)
-    parameter = next(model.parameters())
-    small = type(model)(config).to(parameter.device, parameter.dtype)  # type: ignore[call-arg]
-    small.load_state_dict(tensors)
+    kind: Any = type(model)
+    small = kind(config).to(next(model.parameters()).device)
+    small.load_state_dict(tensors, assign=True)  # each in its own dtype
+    small.tie_weights()
     small.train(model.training)
     return small
 
@@ -54,9 +58,9 @@ def _sizes(units: list[Units], remaining: dict[str, Tensor]) -> dict[str, int]:
     first: dict[str, Units] = {}
     for each in units:
         left = len(remaining[each.reader])
-        for field, of_one in each.sizes.items():
+        for field, size in each.changes(left).items():
             other = first.setdefault(field, each)
-            if sizes.setdefault(field, left * of_one) != left * of_one:
+            if sizes.setdefault(field, size) != size:
                 raise ModelError(
                     f"{other.reader} has {len(remaining[other.reader])} units left and {each.reader} {left}, but the "
                     f"configuration has one {field} for all blocks: prune the same share of every block, such as with "

@@ -35,19 +35,36 @@ _ATTENTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
 class Units:
     """The units that one layer of a block reads.
 
-    reader: the name of that layer; columns: how many of its input columns are a unit.
+    reader: the name of that layer; count: how many units it reads; columns: how many of its input columns are a unit.
     makers: {name: rows of a unit} of the layers whose rows make the units.
     sizes: {field of the model's configuration: how much of it a unit is}.
     """
 
     reader: str
+    count: int
     columns: int
     makers: dict[str, int]
     sizes: dict[str, int]
 
-    def pattern(self, sparsity: float) -> Columns:
-        """The pattern that leaves whole units out of the reader."""
-        return Columns(sparsity, self.columns)
+    def pattern(self, config: Any, sparsity: float) -> Columns:
+        """The pattern that prunes this fraction of the units, or the next one to it that a configuration allows."""
+        wanted = round((1 - sparsity) * self.count)
+        by_distance = sorted(range(1, self.count + 1), key=lambda left: (abs(left - wanted), -left))
+        allowed = (left for left in by_distance if reason_against(config, self.changes(left)) is None)
+        return Columns(1 - next(allowed, self.count) / self.count, self.columns)
+
+    def changes(self, left: int) -> dict[str, int]:
+        """What changes in the configuration where so many units are left."""
+        return {field: left * size for field, size in self.sizes.items()}
+
+
+def reason_against(config: Any, changes: dict[str, int]) -> str | None:
+    """Why a configuration cannot be changed so, in transformers' words; None where it can."""
+    try:
+        type(config).from_dict(config.to_dict() | changes)
+    except Exception as error:  # what checks of a configuration raise has no common base class
+        return str(error.__cause__ or error).strip().splitlines()[-1].strip()
+    return None
 
 
 def units_of(model: nn.Module) -> list[Units]:
@@ -68,8 +85,15 @@ def units_of(model: nn.Module) -> list[Units]:
 
 
 def column_patterns(model: nn.Module, sparsity: float) -> dict[str, Columns]:
-    """{layer name: pattern} that prunes this fraction of the units of every block; `prune` takes it as its pattern."""
-    return {units.reader: units.pattern(sparsity) for units in units_of(model)}
+    """{layer name: pattern} that prunes this fraction of the units of every block; `prune` takes it as its pattern.
+
+    Where the model's configuration does not allow so many (a Llama's number of heads must divide its hidden size), it
+    is the next fraction that it allows. Raises PatternError for what is no fraction, ModelError as `units_of` does.
+    """
+    Columns(sparsity)
+    units, config = units_of(model), model.config
+    patterns = {(each.count, each.columns): each.pattern(config, sparsity) for each in units}
+    return {each.reader: patterns[each.count, each.columns] for each in units}
 
 
 def _of_block(config: Any, prefix: str, block: nn.Module) -> Iterator[Units]:
@@ -78,7 +102,8 @@ def _of_block(config: Any, prefix: str, block: nn.Module) -> Iterator[Units]:
             layers = _named(module, (*makers, reader))
             field = next((key for key in _WIDTHS if getattr(config, key, None) is not None), None)
             if layers and field and {_outputs(layer) for layer in layers[:-1]} == {getattr(config, field)}:
-                yield Units(f"{name}.{reader}", 1, {f"{name}.{maker}": 1 for maker in makers}, {field: 1})
+                rows = {f"{name}.{maker}": 1 for maker in makers}
+                yield Units(f"{name}.{reader}", getattr(config, field), 1, rows, {field: 1})
                 break
         for makers, reader in _ATTENTIONS:
             if _named(module, (*makers, reader)) and (units := _heads(config, name, module, makers, reader)):
@@ -94,7 +119,7 @@ def _heads(config: Any, name: str, module: nn.Module, makers: tuple[str, ...], r
     together = heads // groups
     rows = dict(zip((f"{name}.{maker}" for maker in makers), (together * width, width, width), strict=True))
     sizes = {"num_attention_heads": together, "num_key_value_heads": 1}
-    return Units(f"{name}.{reader}", together * width, rows, sizes)
+    return Units(f"{name}.{reader}", groups, together * width, rows, sizes)
 
 
 def _named(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
