@@ -68,6 +68,7 @@ def demo(
     save: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("moonshot-demo"), seed: Seed = 0
 ) -> None:
     """Prune a small trained Llama by every method and compare held-out perplexities."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the model is small, and here
     from moonshot.app.demo import IDEAS, setting
 
     with console.status("loading"):

@@ -68,7 +68,10 @@ def units_of(model: nn.Module) -> list[Units]:
 
 
 def column_patterns(model: nn.Module, sparsity: float) -> dict[str, Columns]:
-    """{layer name: pattern} that prunes this fraction of the units of every block; `prune` takes it as its pattern."""
+    """{layer name: pattern} that prunes the same fraction of the units of every block; `prune` takes it as its pattern.
+
+    model: a transformer, of transformers. sparsity: the fraction of the units, 0 to 1.
+    """
     return {units.reader: units.pattern(sparsity) for units in units_of(model)}
 
 
