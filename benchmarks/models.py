@@ -248,7 +248,7 @@ def main() -> None:
     columns = [
         f"{pattern}: {column}" for pattern in ("50 %", "2:4") for column in ("layers", "zeros, %", *METHODS)
     ]
-    print("| model | cut | " + " | ".join(columns) + " |")
+    print("| model | parts | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 2) + "|")
     chosen = {name: MODELS[name] for name in MODELS if any(part in name for part in arguments.models)}
     lost = []

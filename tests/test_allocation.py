@@ -14,6 +14,7 @@ from moonshot.models.batchnorm import estimate_in_one_pass, reestimate
 from moonshot.models.calibration import CalibrationError, as_batches
 from moonshot.models.losses import mean_loss, sample_losses
 from moonshot.models.targets import TargetError
+from moonshot.pruning.allocation import short_names
 from moonshot.pruning.budgets import BudgetError
 from tests.models import decoder, tokens
 
@@ -219,6 +220,22 @@ def test_it_prints_and_draws(tmp_path):
     assert f"4 layers, {100 * allocation.sparsity:.2f} % zeros" in text
     allocation.plot(tmp_path / "budget.png")
     assert (tmp_path / "budget.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["model.layers.0.mlp.up", "model.layers.1.k"], ["layers.0.mlp.up", "layers.1.k"]),
+        (
+            ["net.stages.0.conv", "net.stages.1.conv", "net.stem.conv"],
+            ["net.stages.0", "net.stages.1", "net.stem"],
+        ),
+        (["a.b.c"], ["a.b.c"]),
+        (["0", "2"], ["0", "2"]),
+    ],
+)
+def test_pictures_leave_out_what_all_names_share(names, short):
+    assert short_names(names) == short
 
 
 def test_the_mean_loss_is_that_of_the_samples():

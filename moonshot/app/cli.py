@@ -40,7 +40,7 @@ Data = Annotated[
 ]
 Seqlen = Annotated[
     int | None,
-    typer.Option(help="Tokens a sample of text; 2048 unless given, or all positions of a model of fewer."),
+    typer.Option(help="Tokens in a sample of text; 2048 unless given, or all positions of a model of fewer."),
 ]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model: read it first.")
@@ -68,6 +68,7 @@ def demo(
     save: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("moonshot-demo"), seed: Seed = 0
 ) -> None:
     """Prune a small trained Llama by every method and compare held-out perplexities."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the model is small, and here
     from moonshot.app.demo import IDEAS, setting
 
     with console.status("loading"):
@@ -129,11 +130,17 @@ def prune(
     seqlen: Seqlen = None,
     seed: Seed = 0,
     factors: Annotated[int, typer.Option(help="Random factors for per-sample gradients.")] = 16,
-    dampening_frac: Annotated[float, typer.Option(help="Ridge, as a fraction of the mean diagonal.")] = 0.01,
-    targets: Annotated[list[str] | None, typer.Option(help="Layers: names, globs, re:...")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone.")] = None,
+    dampening_frac: Annotated[
+        float, typer.Option(help="Ridge, as a fraction of the Hessians' mean diagonal.")
+    ] = 0.01,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Layers to prune, as names, globs or re:EXPRESSION; repeat.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers to leave alone, written in the same way; repeat.")
+    ] = None,
     allocate: Annotated[
-        bool, typer.Option("--allocate", help="Share the zeros among the layers by what they cost.")
+        bool, typer.Option("--allocate", help="Put the zeros into the layers where they cost least.")
     ] = False,
     choice: Annotated[
         list[str] | None,
@@ -148,17 +155,17 @@ def prune(
         ),
     ] = False,
     bound: Annotated[
-        bool, typer.Option("--bound", help="Prove how far from the optimum each layer is at most.")
+        bool, typer.Option("--bound", help="Prove for each layer how far from the optimum it can be at most.")
     ] = False,
     memory: Annotated[
-        float | None, typer.Option(help="GiB it may take in all; what is free unless given.")
+        float | None, typer.Option(help="Memory it may use, in GiB; all that is free unless given.")
     ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(help="Folder for finished layers; the same command then continues an interrupted run."),
     ] = None,
     unreached: Annotated[
-        Unreached, typer.Option(help="What becomes of layers that no calibration sample reaches.")
+        Unreached, typer.Option(help="What to do with layers that no calibration sample reaches.")
     ] = Unreached.error,
     trust_remote_code: Trust = False,
     adapter: Annotated[

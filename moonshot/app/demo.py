@@ -31,11 +31,11 @@ METHODS: tuple[Method, ...] = (
 )
 IDEAS = {
     "magnitude": "the largest weights stay",
-    "Wanda": "weights count by the size of their inputs",
-    "SparseGPT": "the other weights make up for each one that goes",
+    "Wanda": "large weights with large inputs stay",
+    "SparseGPT": "the others make up for each that goes",
     "SparseGPT, joint": "and the training loss counts too",
     "ADMM": "mask and weights are found together",
-    "ADMM, joint": "and the training loss counts too: the default",
+    "ADMM, joint": "and the training loss too: the default",
 }
 
 

@@ -87,6 +87,8 @@ def units_of(model: nn.Module) -> list[Units]:
 def column_patterns(model: nn.Module, sparsity: float) -> dict[str, Columns]:
     """{layer name: pattern} that prunes this fraction of the units of every block; `prune` takes it as its pattern.
 
+    model: a transformer, of transformers. sparsity: the fraction of the units, 0 to 1.
+
     Where the model's configuration does not allow so many (a Llama's number of heads must divide its hidden size), it
     is the next fraction that it allows. Raises PatternError for what is no fraction, ModelError as `units_of` does.
     """

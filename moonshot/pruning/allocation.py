@@ -76,7 +76,7 @@ class Allocation(Mapping[str, Pattern]):
         axis = figure.subplots()
         draw_bars(
             axis,
-            dict(zip(_short(list(self)), shares, strict=True)),
+            dict(zip(short_names(list(self)), shares, strict=True)),
             even,
             numbers=[f"{share:.1f}" for share in shares],
             colours=["#1f5fa8" if share >= even else "#d19a4e" for share in shares],
@@ -90,8 +90,10 @@ class Allocation(Mapping[str, Pattern]):
         figure.savefig(path)
 
 
-def _short(names: list[str]) -> list[str]:
+def short_names(names: list[str]) -> list[str]:
     """The names without what they all begin with, up to the last common part between dots, and all end with."""
+    if len(names) == 1:
+        return names
     parts = [name.split(".") for name in names]
     while min(map(len, parts)) > 2 and len({tuple(each[:2]) for each in parts}) == 1:
         parts = [each[1:] for each in parts]

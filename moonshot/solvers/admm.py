@@ -38,7 +38,7 @@ class ADMM:
 
     rho is multiplied by `growth` in every iteration, and the method stops when no more than `tolerance` of the
     weights have come or gone in the last five. The weights are then refitted on the support by conjugate gradients.
-    The answer is never worse than the largest |x_j|, where it starts, nor than the largest weights (Magnitude).
+    The answer is never worse than the largest `|x_j|`, where it starts, nor than the largest weights (Magnitude).
     A few inverses of A, shifted, serve every rho and every pattern; see `linalg.shifted`.
 
     rho: the first penalty, relative to the harmonic mean of the eigenvalues of A. Much above 1, weights are chosen
