@@ -105,6 +105,7 @@ def assert_pruned_by_score(pattern, backend, scores, groups, zeros):
     kept = backend.numpy(mask)
     assert kept.dtype == bool and kept.shape == scores.shape
     assert pattern.zeros(scores.shape) == groups * zeros
+    assert pattern.groups(scores.shape) == (scores.size // groups, zeros)
     for values, chosen in zip(scores.reshape(groups, -1), kept.reshape(groups, -1), strict=True):
         assert (~chosen).sum() == zeros
         assert not chosen.any() or chosen.all() or values[chosen].min() >= values[~chosen].max()
