@@ -112,7 +112,9 @@ def planned_and_taken(hidden, scratch, **options):
     sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "head_dim": hidden // 4}
     model = decoder(vocab_size=2000, num_hidden_layers=1, **sizes)
     ids = torch.randint(1, 2000, (16, 128), generator=torch.Generator().manual_seed(1))
-    said = planned(model, ids, **options).memory
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_seconds", lambda device, run: 1.0)
+        said = planned(model, ids, **options).memory
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have left is not what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # the most so far is what there is now
@@ -146,8 +148,9 @@ def test_memory_is_at_most_what_is_said(elsewhere, hidden, objective, solver, ta
 
 
 @pytest.mark.parametrize("solver", [ms.OBS(), ms.Swaps(ms.OBS()), ms.Swaps(ms.ADMM())], ids=lambda s: s.name)
-def test_what_a_solvers_threads_work_on_counts(solver):
+def test_what_a_solvers_threads_work_on_counts(monkeypatch, solver):
     """A d x d matrix of float64 for each thread, and no more of them than the layer has rows."""
+    monkeypatch.setattr(planning, "_seconds", lambda device, run: 1.0)
     assert solver.working_memory((10**6, 4096)) >= numba.get_num_threads() * 8 * 4096**2
     assert solver.working_memory((1, 4096)) == 8 * 4096**2
     model = decoder()
