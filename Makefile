@@ -10,7 +10,7 @@ results := benchmarks/solvers/outputs/results.csv
 help:
 	@echo "make demo       prune the small model that comes along and show what it costs"
 	@echo "make test       linters, types, documentation and the tests of a few minutes"
-	@echo "make test-slow  the longer tests"
+	@echo "make test-slow  the longer tests, and random ones on new examples"
 	@echo "make lint       linters and types alone"
 	@echo "make docs       the documentation, in docs/_build"
 	@echo "make bench      every solver's speed beside its peers', and what changed since the last run: ten minutes"
@@ -39,7 +39,7 @@ test: lint docs
 	$(bin)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(ready)
-	$(bin)/python -m pytest -n 2 -m slow
+	$(bin)/python -m pytest -n 2 -m "slow or fresh" --hypothesis-profile fresh
 
 bench: $(ready)
 	$(bin)/python -m benchmarks.speed

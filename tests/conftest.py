@@ -1,4 +1,8 @@
-"""Hypothesis runs the same examples every time; `backend` runs a test on every kind of array there is."""
+"""Hypothesis's profiles; `backend` runs a test on every kind of array there is.
+
+Hypothesis runs the same examples every time. `make test-slow` runs the tests marked "fresh" on new ones, and prints
+what reproduces a failure.
+"""
 
 import os
 
@@ -13,6 +17,7 @@ import pytest
 hypothesis.settings.register_profile(
     "moonshot", derandomize=True, deadline=None, max_examples=40, print_blob=False
 )
+hypothesis.settings.register_profile("fresh", deadline=None, max_examples=200, print_blob=True)
 hypothesis.settings.load_profile("moonshot")
 
 

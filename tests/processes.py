@@ -17,4 +17,4 @@ def new_process(threads: int) -> Iterator[Callable[..., Any]]:
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             patch.setenv(variable, "1")
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            yield lambda function, *arguments: pool.submit(function, *arguments).result()
+            yield lambda function, *arguments, **named: pool.submit(function, *arguments, **named).result()

@@ -17,8 +17,9 @@ def assert_smallest(scores, mask, k):
             assert row[chosen].max() <= row[~chosen].min()
 
 
+@pytest.mark.fresh
 @given(
-    st.integers(0, 99),
+    st.integers(0, 2**32 - 1),
     st.integers(1, 9),
     st.integers(1, 40),
     st.integers(-1, 41),
@@ -34,11 +35,11 @@ def test_exactly_k_of_every_row_ties_included(dtype, seed, rows, columns, k, val
     np.testing.assert_array_equal(smallest(scores, k), mask)
 
 
-@pytest.mark.parametrize("columns", [4, 40])
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_on_every_backend(backend, columns, k):
-    scores = np.random.default_rng(0).integers(0, 3, (7, columns)).astype(float)
-    assert_smallest(scores, backend.numpy(smallest(backend.array(scores), k)), k)
+def test_on_every_backend(backend):
+    for columns in (4, 40):
+        scores = np.random.default_rng(0).integers(0, 3, (7, columns)).astype(float)
+        for k in (1, 2, 3):
+            assert_smallest(scores, backend.numpy(smallest(backend.array(scores), k)), k)
 
 
 @pytest.mark.parametrize("columns", [4, 40])
@@ -49,12 +50,12 @@ def test_infinity_is_a_score(columns):
         assert_smallest(scores, smallest(scores, k), k)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (64, 64), (65, 63), (130, 1), (0, 4)])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bool"])
-def test_a_transpose_in_c_order(backend, shape, dtype):
-    array = np.random.default_rng(0).integers(0, 2, shape)
-    found = backend.numpy(transposed(backend.array(array, dtype)))
-    assert found.flags.c_contiguous and str(found.dtype) == dtype
-    np.testing.assert_array_equal(found, array.astype(dtype).T)
-    strided = np.repeat(array.astype(dtype), 2, axis=1)[:, ::2]
-    np.testing.assert_array_equal(transposed(strided), strided.T)
+def test_a_transpose_in_c_order(backend, dtype):
+    for shape in [(1, 1), (3, 200), (64, 64), (65, 63), (130, 1), (0, 4)]:
+        array = np.random.default_rng(0).integers(0, 2, shape)
+        found = backend.numpy(transposed(backend.array(array, dtype)))
+        assert found.flags.c_contiguous and str(found.dtype) == dtype
+        np.testing.assert_array_equal(found, array.astype(dtype).T)
+        strided = np.repeat(array.astype(dtype), 2, axis=1)[:, ::2]
+        np.testing.assert_array_equal(transposed(strided), strided.T)

@@ -105,6 +105,7 @@ def assert_pruned_by_score(pattern, backend, scores, groups, zeros):
     kept = backend.numpy(mask)
     assert kept.dtype == bool and kept.shape == scores.shape
     assert pattern.zeros(scores.shape) == groups * zeros
+    assert pattern.groups(scores.shape) == (scores.size // groups, zeros)
     for values, chosen in zip(scores.reshape(groups, -1), kept.reshape(groups, -1), strict=True):
         assert (~chosen).sum() == zeros
         assert not chosen.any() or chosen.all() or values[chosen].min() >= values[~chosen].max()
@@ -140,6 +141,7 @@ def test_groups_keep_n_of_every_m_with_and_without_ties(backend):
             assert_pruned_by_score(NM(n, m), backend, scores, 60 // m, m - n)
 
 
+@pytest.mark.fresh
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 40), st.floats(0, 1), st.data())
 def test_random_sizes(seed, m, d, sparsity, data):
     group = data.draw(st.integers(1, 32), "group")
@@ -151,6 +153,7 @@ def test_random_sizes(seed, m, d, sparsity, data):
         assert_pruned_by_score(NM(n, group), NUMPY, scores, m * d, group - n)
 
 
+@pytest.mark.fresh
 @given(st.floats(0, 1), st.integers(1, 9), st.integers(1, 40), st.integers(1, 40))
 def test_a_budget_handed_out_in_parts_adds_up_and_is_even(sparsity, m, d, block):
     pattern = Unstructured(sparsity)

@@ -132,7 +132,10 @@ def assert_same(function, kernels, arguments, *numbers):
             np.testing.assert_array_equal(right == 0, left == 0)
 
 
-@given(st.integers(0, 99), st.integers(1, 3), st.integers(1, 150), st.integers(1, 5), st.floats(1e-4, 1e4))
+@pytest.mark.fresh
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 150), st.integers(1, 5), st.floats(1e-4, 1e4)
+)
 def test_gains_are_what_they_are_defined_as(seed, m, d, n, share):
     p = np.random.default_rng(seed).normal(size=(d, n, m)) / share**0.5
     t, phi = explicit_gains(p * share**0.5)
@@ -174,6 +177,7 @@ def test_chosen_sizes(batched, m, n, dtype):
     assert_all_same(batched, sweep_arguments(n, m, 24, n, dtype))
 
 
+@pytest.mark.fresh
 @given(
     seed=st.integers(0, 2**32 - 1),
     m=st.integers(1, 200) | st.sampled_from([1, 95, 96, 97, 192, 193]),
@@ -192,6 +196,9 @@ def test_random_sizes(seed, m, n, dtype, group, share, data):
     assert_same("scores", kernels, arguments, start, stop)
     assert_same("sweep", kernels, arguments, start, stop)
     kept = data.draw(st.integers(0, group), "kept")
+    arguments = sweep_arguments(
+        seed, m, d, n, "float64"
+    )  # costs that float32 cannot tell apart may change places
     assert_same("sweep_groups", kernels, arguments, start, stop, kept, group)
 
 
