@@ -87,11 +87,9 @@ class PruneCommand:
             print_skipped(console, broken)
         with self._saying_what_there_is():
             self._prune(source, calibration, broken, console)
+            self._remove_checkpoint()
         say(console, f"saved: {self.save}")
-        say(
-            console,
-            "its zeros are stored as they are: it takes as much space as the dense model and runs as fast",
-        )
+        say(console, "its zeros are stored as they are: it is as large and as fast as the dense model")
 
     def _prune(self, source: Source, calibration: Any, broken: list[str] | None, console: Console) -> None:
         """From the opened model to the saved one."""
@@ -103,12 +101,6 @@ class PruneCommand:
                 report.recipe["broken_images"] = len(broken)
             say(console, str(report))
             work.save(report)
-        self._remove_checkpoint()
-        say(console, f"saved: {self.save}")
-        say(
-            console,
-            "its zeros are stored as they are: it takes as much space as the dense model and runs as fast",
-        )
 
     def _check(self) -> None:
         """Raises ValueError or TypeError for arguments that nothing can be done with."""
@@ -134,7 +126,8 @@ class PruneCommand:
         if self.adapter is not None:
             return
         views = dict(layers_of("", skeleton))
-        names = set(select(views, self.targets, self.ignore))
+        others = [name for name, _ in skeleton.named_modules() if name not in views]  # may be named, too
+        names = set(select([*views, *others], self.targets, self.ignore))
         inside = [name for block in find_blocks(skeleton) for name, _ in layers_of(*block)]
         if self.targets is None:
             names -= heads(skeleton) | routers(skeleton)
