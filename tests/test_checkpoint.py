@@ -10,7 +10,7 @@ from torch import nn
 
 import moonshot as ms
 from moonshot.pruning import run
-from moonshot.pruning.checkpoint import Checkpoint, data_digest
+from moonshot.pruning.checkpoint import Checkpoint, data_digest, remove
 from moonshot.pruning.report import LayerReport, Trial
 from tests.models import JOINT, decoder, network, tokens, weights
 
@@ -190,3 +190,24 @@ def test_data_digests():
     digests = [data_digest(data) for data in (batches, changed, retyped, batches[::-1], [])]
     assert len(set(digests)) == len(digests)
     assert data_digest([dict(batches[0]), batches[1]]) == digests[0]
+
+
+def test_only_a_checkpoints_own_files_are_removed(tmp_path):
+    work = {"patterns": {"model.layers.0.k_proj": "2:4", "a/b": "2:4"}}
+    folder = tmp_path / "answers"
+    checkpoint = Checkpoint(folder, work)
+    for name in work["patterns"]:
+        checkpoint.store(name, torch.ones(1, 2, 4), torch.ones(2, 4), REPORT)
+    checkpoint.store_trials("best", [])
+    ours = ["model.layers.0.refit", "model.layers.0.partial", "work.partial"]
+    theirs = ["model.safetensors.index.json", "other.safetensors", "notes.txt", "x.partial"]
+    for name in ours + theirs:
+        (folder / name).write_text("")
+    (folder / "out").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    remove(tmp_path / "link")
+    remove(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*theirs, "out"])
+    Checkpoint(tmp_path / "other", work)
+    remove(tmp_path / "other")
+    assert not (tmp_path / "other").exists()

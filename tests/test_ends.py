@@ -125,7 +125,7 @@ def test_what_moonshot_wrote_is_replaced_on_demand(monkeypatch, tmp_path, capsys
     assert names(tmp_path) == ["out"]
     second = json.loads((tmp_path / "out" / "recipe.json").read_text())
     assert (first["seed"], second["seed"]) == (0, 1) and second["command"].endswith("--seed 1 --overwrite")
-    assert "takes as much space as the dense model" in capsys.readouterr().out.replace("\n", " ")
+    assert "as large and as fast as the dense model" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

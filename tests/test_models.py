@@ -242,6 +242,17 @@ def test_meta_device_and_models_without_blocks_are_refused():
         ms.prune(torch.nn.Embedding(61, 3), tokens(), 0.5)
 
 
+def test_zeros_beyond_the_pattern_are_counted():
+    model = decoder()
+    layer = model.model.layers[0].self_attn.k_proj
+    layer.weight.data[0] = 0
+    report = ms.prune(model, tokens(), "2:4", solver=ms.Magnitude(), objective=ms.Reconstruction())
+    found = report.layers["model.layers.0.self_attn.k_proj"]
+    zeros = layer.weight.numel() - int(layer.weight.count_nonzero())
+    assert found.zero_survivors == 16 == zeros - found.sparsity * layer.weight.numel()
+    assert "16 weights more are zero" in str(report)
+
+
 def test_the_report_is_saved_as_json(tmp_path):
     model = copy.deepcopy(decoder())
     report = ms.prune(model, tokens(), 0.5, solver=ms.Magnitude(), objective=ms.Reconstruction())

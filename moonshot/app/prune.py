@@ -40,7 +40,7 @@ from moonshot.solvers import Solver
 
 Advance = Callable[[str, int], None]
 _GAINS = {
-    "zeros": "its zeros are stored as they are: it takes as much space as the dense model and runs as fast",
+    "zeros": "its zeros are stored as they are: it is as large and as fast as the dense model",
     "compact": "its zeros take a bit each: moonshot.load_compact reads it, moonshot unpack makes it an ordinary folder",
     "shrink": "what was zero as a whole is cut out: it takes less space and time wherever the dense model runs",
 }
@@ -97,6 +97,7 @@ class PruneCommand:
             print_skipped(console, broken)
         with self._saying_what_there_is():
             self._prune(source, calibration, broken, console)
+            self._remove_checkpoint()
         say(console, f"saved: {self.save}")
         say(console, _GAINS["shrink" if self.shrink else "compact" if self.compact else "zeros"])
 
@@ -112,7 +113,6 @@ class PruneCommand:
             if self.shrink:
                 work.replace(shrink(work.model))
             work.save(report, self.compact)
-        self._remove_checkpoint()
 
     def _check(self) -> None:
         """Raises ValueError or TypeError for arguments that nothing can be done with."""
@@ -148,7 +148,8 @@ class PruneCommand:
         if self.columns is not None:
             check_fits(views, column_patterns(skeleton, self.columns))
             return
-        names = set(select(views, self.targets, self.ignore))
+        others = [name for name, _ in skeleton.named_modules() if name not in views]  # may be named, too
+        names = set(select([*views, *others], self.targets, self.ignore))
         inside = [name for block in find_blocks(skeleton) for name, _ in layers_of(*block)]
         if self.targets is None:
             names -= heads(skeleton) | routers(skeleton)

@@ -218,6 +218,11 @@ class Result:
         return 1 - float(self.mask.sum()) / (self.mask.shape[0] * self.mask.shape[1])
 
     @property
+    def zero_survivors(self) -> int:
+        """How many weights are zero although the mask would let them be something else."""
+        return int((self.mask & (self.weight == 0)).sum())
+
+    @property
     def gap(self) -> float | None:
         """How far from the optimum the value can be at most: `(value - bound) / value`; None without a bound."""
         if self.bound is None:

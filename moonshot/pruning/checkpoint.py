@@ -131,16 +131,28 @@ class Checkpoint:
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint's own files, and its folder if nothing else is in it."""
+    """Remove the files that a checkpoint wrote into a folder, and the folder if nothing else is in it."""
+    folder = folder.resolve()
     try:
         layers = json.loads((folder / _WORK).read_text(encoding="utf-8"))["patterns"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # it is none, or was removed before
-    names = [_TRIALS, *map(_file_name, layers)]
-    for name in [*names, *(str(Path(name).with_suffix(".partial")) for name in names), _WORK]:
-        (folder / name).unlink(missing_ok=True)
+    for file in folder.iterdir():
+        if _is_ours(file.name, layers):
+            file.unlink()
+    (folder / _WORK).unlink()
     with suppress(OSError):  # it is not empty
         folder.rmdir()
+
+
+def _is_ours(name: str, layers: Iterable[str]) -> bool:
+    """Whether a file has the name of an answer to one of the layers, of a part with some, or of what else there is."""
+    stem, _, kind = name.rpartition(".")
+    module = unquote(stem)
+    prefix = f"{module}." if module else ""
+    known = any(layer == module or layer.startswith(prefix) for layer in layers)
+    others = {_TRIALS, "lock", *(str(Path(file).with_suffix(".partial")) for file in (_WORK, _TRIALS))}
+    return name in others or (kind in ("safetensors", "refit", "partial") and known)
 
 
 def _file_name(layer: str) -> str:

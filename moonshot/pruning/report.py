@@ -17,6 +17,7 @@ class LayerReport:
     status, seconds: how the solver ended, and its time.
     gap: how far the objective is from the optimum at most, (value - bound) / value, if bounds were asked for.
     note: what the answer rests on, where that is little.
+    zero_survivors: how many weights are zero although the mask would let them be something else.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LayerReport:
     seconds: float
     gap: float | None = None
     note: str = ""
+    zero_survivors: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class Report:
         lines += [str(trial) for trial in self.trials]
         if "batch_norm" in self.recipe:
             lines.append(f"batch norm: {self.recipe['batch_norm']}")
+        if survivors := sum(layer.zero_survivors for layer in self.layers.values()):
+            lines.append(f"{survivors} weights more are zero, which their patterns would let be something else")
         resumed = f" ({self.resumed} from the checkpoint)" if self.resumed else ""
         lines.append(
             f"{len(self.layers)} layers{resumed}, {100 * self.sparsity:.2f} % zeros, "

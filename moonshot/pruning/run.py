@@ -180,6 +180,7 @@ class PruningRun:
                     seconds=result.seconds,
                     gap=result.gap,
                     note=_note(tokens, layer.shape[1]) if self.partition.routed else "",
+                    zero_survivors=result.zero_survivors,
                 ),
             )
 
