@@ -277,8 +277,12 @@ def test_a_model_is_pruned_by_one_thread_at_a_time():
 
 
 def test_two_models_in_two_threads():
-    expected, found = pruned(network()), {}
-    threads = [threading.Thread(target=lambda k=k: found.update({k: pruned(network())})) for k in range(3)]
+    expected, found, models = pruned(network()), {}, [network() for _ in range(3)]
+
+    def prune(k):
+        found[k] = pruned(models[k])
+
+    threads = [threading.Thread(target=prune, args=(k,)) for k in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
