@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
-from moonshot.models.batch_tree import map_tensors, unshared
+from moonshot.models.batch_tree import leaves, map_tensors, unshared
 from moonshot.models.calibration import Batch, CalibrationError, batch_samples, take, token_mask
 from moonshot.models.modules import ModelError, evaluating
 from moonshot.models.precision import widened
@@ -54,8 +55,15 @@ def predicts_the_next_token(model: nn.Module) -> bool:
 
 
 def loss_of(loss: Loss, model: nn.Module, batch: Batch) -> Any:
-    """What a loss says of a copy of the batch, which the model may change in place; half precision as float32."""
-    return loss(model, unshared(map_tensors(widened, batch)))
+    """What a loss says of a copy of the batch, which the model may change in place; half precision as float32.
+
+    Where the model draws random numbers, such as a mask, they are the same each time that it reads the batch.
+    """
+    tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    with torch.random.fork_rng(sorted(device.index for device in devices)):
+        torch.manual_seed(crc32(repr([tensor.flatten()[:16].tolist() for tensor in tensors[:1]]).encode()))
+        return loss(model, unshared(map_tensors(widened, batch)))
 
 
 def gradients_of(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:

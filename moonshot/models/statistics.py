@@ -18,6 +18,7 @@ class LayerStatistics:
     A term that reads inputs alone has one statistic for all linear layers with the same input (q/k/v; gate/up).
 
     tokens: how many rows each layer has read in the partly pruned model, padding apart.
+    without_gradient: the layers, once they are popped, that the loss does not depend on.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class LayerStatistics:
         self._factors = min(factors, len(signs))
         self._signs = signs * (self._factors / len(signs)) ** 0.5
         self._seen = 0
+        self.without_gradient: set[str] = set()
         self._gradients: dict[str, Tensor] = {}  # (factors, groups, m, d)
 
     def observe(
@@ -148,6 +150,8 @@ class LayerStatistics:
         view, gradients = self.layers[name], self._gradients.pop(name, None)
         if name not in self._owner and not self.routed:
             raise ModelError(f"no calibration batch reached the layer {name}: leave it out with ignore")
+        if gradients is not None and not bool(gradients.any()):
+            self.without_gradient.add(name)
         if gradients is None and self.routed:  # what the loss does not pass through has none
             gradients = torch.zeros(
                 (1, view.groups, *view.shape), dtype=torch.float32, device=view.weight.device
