@@ -61,8 +61,11 @@ def loss_of(loss: Loss, model: nn.Module, batch: Batch) -> Any:
     """
     tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
     devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    seed = crc32(repr([tensor.flatten()[:16].tolist() for tensor in tensors[:1]]).encode())
     with torch.random.fork_rng(sorted(device.index for device in devices)):
-        torch.manual_seed(crc32(repr([tensor.flatten()[:16].tolist() for tensor in tensors[:1]]).encode()))
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
         return loss(model, unshared(map_tensors(widened, batch)))
 
 
