@@ -177,6 +177,32 @@ def test_hidden_states_that_float16_cannot_hold():
     assert narrowed(torch.tensor([torch.inf]), torch.float16).item() == torch.inf
 
 
+class Noisy(nn.Module):
+    """Adds noise, part of which the loss does not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.unread = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5))), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.layers(x + torch.randn_like(x))
+        self.unread(x)
+        return x
+
+
+def test_random_numbers_in_a_model_are_the_same_in_every_pass():
+    expected, model = pruned(Noisy()), Noisy()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    found = pruned(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {name: layer.terms for name, layer in found.items()} == {
+        name: layer.terms for name, layer in expected.items()
+    }
+    assert found["unread"].note == "the loss does not depend on it" and not found["layers.0"].note
+
+
 # modules with a forward or a wrapper of their own
 
 
@@ -277,8 +303,12 @@ def test_a_model_is_pruned_by_one_thread_at_a_time():
 
 
 def test_two_models_in_two_threads():
-    expected, found = pruned(network()), {}
-    threads = [threading.Thread(target=lambda k=k: found.update({k: pruned(network())})) for k in range(3)]
+    expected, found, models = pruned(network()), {}, [network() for _ in range(3)]
+
+    def prune(k):
+        found[k] = pruned(models[k])
+
+    threads = [threading.Thread(target=prune, args=(k,)) for k in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -18,9 +18,9 @@ def text_windows(
     Raises CalibrationError for more tokens than the text, the model's positions or its vocabulary have.
     """
     config = source.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or _SEQLEN
-    length = min(_SEQLEN, positions) if seqlen is None else seqlen
-    if length > max(positions, 1):
+    positions = getattr(config, "max_position_embeddings", None)  # None in a model that can read any number
+    length = min(_SEQLEN, positions or _SEQLEN) if seqlen is None else seqlen
+    if positions and length > positions:
         raise CalibrationError(f"--seqlen {length}: the model has {positions} positions, give no more")
     if samples is None:
         tokens = len(source.processor(text, verbose=False)["input_ids"])

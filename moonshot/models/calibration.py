@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 
 from moonshot.extras import from_extra
+from moonshot.models.batch_tree import map_tensors, samples_of, take_samples
 
 Batch = Any  # a mapping or a sequence of tensors, or one tensor: what `loss(model, batch)` takes
+_OF_IMAGES = ("pixel_values", "image_", "video_")  # what entries are called that may have several for a text
 
 
 class CalibrationError(ValueError):
@@ -47,6 +48,26 @@ def tokens_at_once(model: Any) -> int:
     return min(2048, max(2**25 // max(vocabulary, 1), 1))
 
 
+def longest_text(model: Any) -> int | None:
+    """How many tokens a model can read at most; None where it does not say."""
+    config = getattr(model, "config", None)
+    text: Any = config.get_text_config() if config and hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def check_length(model: Any, batches: list[Batch]) -> None:
+    """Raises CalibrationError for texts with more tokens than the model has positions."""
+    longest = longest_text(model)
+    for index, batch in enumerate(batches):
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if longest is not None and isinstance(ids, Tensor) and ids.shape[-1] > longest:
+            raise CalibrationError(
+                f"calibration batch {index} has texts of {ids.shape[-1]} tokens, the model has {longest} positions: "
+                "give shorter texts (seqlen)"
+            )
+
+
 def _is_integer(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex()
 
@@ -55,57 +76,81 @@ def _as_batch(batch: Any, index: int) -> Batch:
     if isinstance(batch, Tensor) and _is_integer(batch):
         batch = {"input_ids": batch}
     if isinstance(batch, Mapping):
-        batch = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         _check_tokens(batch, index)
+        _check_images(batch, index)
     elif not isinstance(batch, Tensor | list | tuple):
         raise TypeError(
             f"calibration batch {index} must be a mapping or sequence of tensors or a tensor, got "
             f"{type(batch).__name__}"
         )
-    if not any(tensor.ndim and len(tensor) for tensor in _tensors(batch)):
+    if not samples_of(batch):
         raise CalibrationError(f"calibration batch {index} has no samples: give tensors with the samples first")
     return batch
 
 
-def _check_tokens(batch: dict[str, Tensor], index: int) -> None:
+def _check_tokens(batch: Mapping[str, Any], index: int) -> None:
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if ids is not None and (ids.ndim != 2 or ids.numel() == 0 or not _is_integer(ids)):
+    if not isinstance(ids, Tensor):
+        return
+    if ids.ndim < 2 or ids.numel() == 0 or not _is_integer(ids):
         raise CalibrationError(
             f"input_ids of calibration batch {index} must be integers (samples, tokens) and not empty, got "
             f"{tuple(ids.shape)} of {ids.dtype}"
         )
-    if ids is None or mask is None:
-        return
-    if mask.shape != ids.shape:
+    if isinstance(mask, Tensor) and mask.shape != ids.shape:
         raise CalibrationError(f"attention_mask of calibration batch {index} must have the shape of input_ids")
-    if not bool(mask.any()):
-        raise CalibrationError(f"calibration batch {index} is padding only")
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
+def _check_images(batch: Mapping[str, Any], index: int) -> None:
+    """Raises CalibrationError where it cannot be told which images belong to which text."""
+    count = samples_of(batch)
+    for name, value in batch.items():
+        of_images = isinstance(value, Tensor) and name.startswith(_OF_IMAGES)
+        if count != 1 and "input_ids" in batch and of_images and value.ndim and len(value) != count:
+            raise CalibrationError(
+                f"{name} of calibration batch {index} has {len(value)} rows for {count} samples, so that it cannot be "
+                "told which belong to which: give batches of one sample each"
+            )
 
 
 def batch_samples(batch: Batch) -> int:
-    """How many samples a batch has: the length of its first tensor."""
-    return len(next(tensor for tensor in _tensors(batch) if tensor.ndim))
+    """How many samples a batch has (`batch_tree.samples_of`)."""
+    count = samples_of(batch)
+    if not count:
+        raise CalibrationError("a batch has no samples: give tensors with the samples first")
+    return count
 
 
 def batch_tokens(batch: Batch) -> int:
     """How many tokens a batch has; 0 where it is no text."""
-    return batch["input_ids"].numel() if isinstance(batch, Mapping) and "input_ids" in batch else 0
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return ids.numel() if isinstance(ids, Tensor) else 0
 
 
 def moved(batch: Batch, device: torch.device | str) -> Batch:
     """The batch with its tensors on a device."""
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+    return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
 def token_mask(batch: Batch) -> Tensor | None:
     """True (samples, tokens) where a token is real, False where it is padding; None where nothing is padding."""
-    if not isinstance(batch, Mapping) or "input_ids" not in batch or "attention_mask" not in batch:
+    return _mask(batch, "input_ids", "attention_mask")
+
+
+def decoder_mask(batch: Batch) -> Tensor | None:
+    """The same of the decoder in an encoder-decoder: its own mask, or where labels are not -100."""
+    if isinstance(batch, Mapping) and "decoder_attention_mask" not in batch:
+        labels = batch.get("labels")
+        real = labels != -100 if isinstance(labels, Tensor) and labels.ndim == 2 else None
+        return None if real is None or bool(real.all()) else real
+    return _mask(batch, "decoder_attention_mask", "decoder_attention_mask")
+
+
+def _mask(batch: Batch, ids: str, name: str) -> Tensor | None:
+    found = (batch.get(ids), batch.get(name)) if isinstance(batch, Mapping) else ()
+    if not found or not all(isinstance(value, Tensor) for value in found):
         return None
-    mask = batch["attention_mask"].bool()
+    mask = batch[name].bool()
     return None if bool(mask.all()) else mask
 
 
@@ -114,12 +159,8 @@ def count_samples(batches: list[Batch]) -> int:
 
 
 def take(batch: Batch, samples: list[int]) -> Batch:
-    """The given samples of a batch; what is not one entry a sample is kept as it is."""
-    count = batch_samples(batch)
-    return tree_map(
-        lambda leaf: leaf[samples] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count else leaf,
-        batch,
-    )
+    """The given samples of a batch (`batch_tree.take_samples`)."""
+    return take_samples(batch, samples)
 
 
 def one_by_one(batches: list[Batch], aligned: bool) -> list[Batch]:
@@ -136,9 +177,13 @@ def one_by_one(batches: list[Batch], aligned: bool) -> list[Batch]:
 def _unpadded(batch: Batch) -> Batch:
     """A batch of one sample without its padded tokens."""
     mask = token_mask(batch)
-    if mask is None:
+    if mask is None or mask.ndim > 2:
         return batch
-    return {name: leaf[:, mask[0]] if leaf.shape[:2] == mask.shape else leaf for name, leaf in batch.items()}
+
+    def unpadded(leaf: Any) -> Any:
+        return leaf[:, mask[0]] if isinstance(leaf, Tensor) and leaf.shape[:2] == mask.shape else leaf
+
+    return {name: unpadded(leaf) for name, leaf in batch.items()}
 
 
 def set_aside(batches: list[Batch], seed: int, share: float = 0.25) -> tuple[list[Batch], list[Batch]]:

@@ -5,14 +5,16 @@ One backward pass over the dense model, a block at a time, keeps the loss gradie
 gradient, so that one block's statistics and activations are in memory at a time.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.blocks import Call, Chain, find_blocks
-from moonshot.models.calibration import Batch, batch_samples, token_mask
+from moonshot.models.calibration import Batch, batch_samples, decoder_mask, take, token_mask
 from moonshot.models.layer_view import LayerView
-from moonshot.models.losses import Loss
+from moonshot.models.losses import Loss, naming_sample
 from moonshot.models.offload import Offload, Offloaded
 from moonshot.models.precision import activation_dtype, in_float32, narrowed, tensors_of, widened
 from moonshot.models.recording import Seen, gradient_dtype, output_gradients, recording
@@ -82,7 +84,8 @@ class ChainReplay:
                 inputs: Seen = {}
                 with torch.no_grad(), recording(statistics.layers, inputs):
                     self._chain.run(index, self._pruned[b].read(), self._calls[b][index])
-                statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, token_mask(batch))
+                masks = token_mask(batch), decoder_mask(batch)
+                statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, *masks)
         if self._gradients:
             self._gradients[index] = []
 
@@ -134,7 +137,9 @@ def block_gradients(
                 boundaries[k + 1].append(offload.store(narrowed(output, hidden_dtype)))
     with in_float32(chain.outside):
         for b, batch in enumerate(batches):
-            _, gradient = chain.leave(batch, boundaries[-1][b].read())
+            hidden_states = boundaries[-1][b].read()
+            with naming_sample(b, batch_samples(batch), partial(_leave_one, chain, batch, hidden_states)):
+                _, gradient = chain.leave(batch, hidden_states)
             boundaries[-1][b].replace((gradient * batch_samples(batch)).to(dtype))
     for k in range(len(chain.blocks) - 1, 0, -1):
         with in_float32(tensors_of(chain.blocks[k])):
@@ -144,3 +149,9 @@ def block_gradients(
                 (gradient,) = torch.autograd.grad(output, leaf, widened(boundaries[k + 1][b].read()))
                 stored.replace(gradient.to(dtype))
     return boundaries[1:]
+
+
+def _leave_one(chain: Chain, batch: Batch, hidden: Tensor, sample: int) -> None:
+    """`Chain.leave` with one sample of a batch, whose hidden states may be several rows."""
+    rows = len(hidden) // batch_samples(batch)
+    chain.leave(take(batch, [sample]), hidden[sample * rows : (sample + 1) * rows])

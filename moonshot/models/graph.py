@@ -8,6 +8,7 @@ gradient at what it returns; when its turn comes, a part is run alone.
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch.utils._pytree import tree_map
 
 from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.batchnorm import has_running_statistics
-from moonshot.models.calibration import Batch, batch_samples, token_mask
+from moonshot.models.calibration import Batch, batch_samples, decoder_mask, take, token_mask
 from moonshot.models.layer_view import LayerView
 from moonshot.models.left_out import shared_between
-from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of
+from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of, naming_sample
 from moonshot.models.modules import ModelError, patched
 from moonshot.models.offload import Offload, Offloaded, read_all
 from moonshot.models.precision import (
@@ -136,8 +137,14 @@ class GraphReplay:
         self._dense_outputs: list[Offloaded] = []  # of the part whose turn it is, by batch
         if gradients or dense:
             with in_float32(tensors_of(model)), torch.set_grad_enabled(gradients):
-                for batch in batches:
-                    self._run_dense(batch, gradients)
+                for b, batch in enumerate(batches):
+                    with naming_sample(b, batch_samples(batch), partial(self._loss_of, batch)):
+                        self._run_dense(batch, gradients)
+
+    @torch.no_grad()
+    def _loss_of(self, batch: Batch, sample: int) -> None:
+        """Raises LossNotFiniteError where that is what a sample's loss is."""
+        check_loss(loss_of(self._loss, self._model, take(batch, [sample])))
 
     def _run_dense(self, batch: Batch, gradients: bool) -> None:
         """One dense pass, forward and, for gradients, backward."""
@@ -194,7 +201,8 @@ class GraphReplay:
                 inputs: Seen = {}
                 with torch.no_grad(), recording(layers, inputs):
                     part(*args, **kwargs)
-                statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, token_mask(batch))
+                masks = token_mask(batch), decoder_mask(batch)
+                statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, *masks)
 
     def _differentiate(self, index: int, b: int, layers: dict[str, LayerView]) -> tuple[Seen, Seen]:
         """Run the dense part on a batch: what its layers read, and the gradients at what they return."""

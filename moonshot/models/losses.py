@@ -1,14 +1,16 @@
 """The training loss: the model's own or a caller's, of a batch, of each sample, of many."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from moonshot.models.batch_tree import leaves, map_tensors, unshared
 from moonshot.models.calibration import Batch, CalibrationError, batch_samples, take, token_mask
 from moonshot.models.modules import ModelError, evaluating
 from moonshot.models.precision import widened
@@ -23,8 +25,10 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
             f"a batch is a {type(batch).__name__}: pass loss=, a callable (model, batch) -> scalar, or batches that "
             "are mappings for model(**batch)"
         )
-    batch = dict(batch)
-    if "labels" not in batch and "input_ids" in batch and _predicts_the_next_token(model):
+    batch = dict(unshared(batch))
+    if not isinstance(ids := batch.get("input_ids", torch.empty(0)), Tensor):
+        raise CalibrationError(f'input_ids are a {type(ids).__name__}: give a tensor (return_tensors="pt")')
+    if "labels" not in batch and "input_ids" in batch and predicts_the_next_token(model):
         mask = token_mask(batch)
         ids = batch["input_ids"]
         batch["labels"] = ids if mask is None else ids.masked_fill(~mask, -100)
@@ -39,7 +43,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def _predicts_the_next_token(model: nn.Module) -> bool:
+def predicts_the_next_token(model: nn.Module) -> bool:
     """Whether a model is a causal language model, by transformers' own table; one it doesn't know is taken for one."""
     if sys.modules.get("transformers") is None:  # then no model is one of its own
         return True
@@ -51,8 +55,18 @@ def _predicts_the_next_token(model: nn.Module) -> bool:
 
 
 def loss_of(loss: Loss, model: nn.Module, batch: Batch) -> Any:
-    """What a loss says of a copy of the batch, which the model may change in place; half precision as float32."""
-    return loss(model, tree_map(lambda leaf: widened(leaf) if isinstance(leaf, Tensor) else leaf, batch))
+    """What a loss says of a copy of the batch, which the model may change in place; half precision as float32.
+
+    Where the model draws random numbers, such as a mask, they are the same each time that it reads the batch.
+    """
+    tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    seed = crc32(repr([tensor.flatten()[:16].tolist() for tensor in tensors[:1]]).encode())
+    with torch.random.fork_rng(sorted(device.index for device in devices)):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        return loss(model, unshared(map_tensors(widened, batch)))
 
 
 def gradients_of(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
@@ -67,12 +81,37 @@ def gradients_of(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
     )
 
 
+class LossNotFiniteError(ModelError):
+    """A loss that is NaN or infinite."""
+
+
+@contextmanager
+def naming_sample(batch: int, samples: int, alone: Callable[[int], Any]) -> Iterator[None]:
+    """Say in a LossNotFiniteError at which sample of a batch the loss is not finite.
+
+    batch: its index, samples: how many it has; alone: raises the error for a sample that has such a loss by itself.
+    """
+    try:
+        yield
+    except LossNotFiniteError as error:
+        for sample in range(samples):
+            try:
+                alone(sample)
+            except LossNotFiniteError:
+                break
+        else:
+            sample = 0
+        error.add_note(f"at sample {sample} of batch {batch} of the calibration samples that are used")
+        raise
+
+
 def check_loss(loss: Any) -> None:
-    """Raises ModelError for a loss that is not a finite scalar."""
+    """Raises ModelError for a loss that is no scalar, LossNotFiniteError for one that is not finite."""
     if not isinstance(loss, Tensor):
         raise ModelError(f"the loss must be a scalar tensor, got {type(loss).__name__}")
     if loss.ndim or not bool(torch.isfinite(loss)):
-        raise ModelError(f"the loss must be a finite scalar, got {loss.detach()}")
+        kind = ModelError if loss.ndim else LossNotFiniteError
+        raise kind(f"the loss must be a finite scalar, got {loss.detach()}")
 
 
 @torch.no_grad()

@@ -11,6 +11,14 @@ class ModelError(ValueError):
     """A model that cannot be pruned as it is."""
 
 
+def check_model(model: nn.Module) -> None:
+    """Raises TypeError for what is no module, ModelError for one without weights."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("the model is on the meta device and holds no weights: load it first")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout inside; every module's mode as it was outside."""

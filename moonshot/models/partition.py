@@ -4,17 +4,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.blocks import Chain, find_blocks
-from moonshot.models.calibration import Batch, batch_samples, one_by_one, take
+from moonshot.models.calibration import Batch, batch_samples, decoder_mask, one_by_one, take, token_mask
 from moonshot.models.chain import ChainAdapter
 from moonshot.models.graph import GraphAdapter
 from moonshot.models.layer_view import LayerView
 from moonshot.models.left_out import left_out, shared_between
-from moonshot.models.losses import Loss
-from moonshot.models.modules import ModelError, evaluating
+from moonshot.models.losses import Loss, naming_sample
+from moonshot.models.modules import ModelError, check_model, evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.precision import in_float32, tensors_of
 from moonshot.models.replay import Replay
@@ -34,6 +34,7 @@ class Partition:
     routers: names of the layers that choose among experts, or weigh them.
     unreached: the layers that no sample of any batch reached, in a part or not.
     left_out: {name: why it stays as it is} of layers and other weights that cannot be pruned (models.left_out).
+    decoder: names of the layers that read the decoder's tokens in an encoder-decoder.
     routed: some layers do not read the same number of rows for every sample, such as experts; samples are then
     replayed one by one, so that all that a layer reads in a batch belongs to one sample, and none of it is padding.
     """
@@ -45,6 +46,7 @@ class Partition:
     unreached: dict[str, LayerView] = field(default_factory=dict)
     routed: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
+    decoder: frozenset[str] = frozenset()
 
     def layers(self) -> dict[str, LayerView]:
         """{name in the model: layer} of all in the parts that can be pruned, and of those that were not reached."""
@@ -102,7 +104,7 @@ def partition_model(
 
     Raises ModelError for a model without weights or layers, that does not run, or whose parts do not run once each.
     """
-    _check(model)
+    check_model(model)
     trials = _Trials(model, loss, adapter or GraphAdapter())
     views, head = trials.views, trials.adapter.left_alone(model)
     reasons = left_out(model, views)
@@ -113,7 +115,8 @@ def partition_model(
             + (f": {_reasons(reasons)}" if reasons else "")
         )
     with evaluating(model):
-        run = trials.run(take(batches[0], [0]))
+        with naming_sample(0, 1, lambda _: None):
+            run = trials.run(take(batches[0], [0]))
         if not run.rows:
             raise ModelError("the loss ran no layer of the model: it must call model")
         routed = any(view.routed for view in views.values()) or trials.differ(batches[0], run)
@@ -127,6 +130,7 @@ def partition_model(
             if len(run.reached(views)) == len(views) and not (routed and adapter.whole_model):
                 break
             run = run.and_then(trials.run(batch))
+        decoder = trials.decoder(batches) if _has_decoder(model) else frozenset()
     parts = adapter.parts(model, run)
     _check_parts(model, parts)
     reached, inside = run.reached(views), {name for part in parts for name, _ in adapter.layers(*part)}
@@ -142,18 +146,11 @@ def partition_model(
             if any(f"{name}.".startswith(f"{part}.") for part, _ in parts)
         }
     found = routers(model) if routed else frozenset()
-    return Partition(adapter, parts, head, found, unreached, routed, reasons)
+    return Partition(adapter, parts, head, found, unreached, routed, reasons, decoder)
 
 
 def _reasons(left_out: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-
-
-def _check(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError("the model is on the meta device and holds no weights: load it first")
 
 
 def _check_parts(model: nn.Module, parts: Parts) -> None:
@@ -184,6 +181,24 @@ class _Trials:
     def run(self, batch: Batch) -> TrialRun:
         return trial_run(self.model, self.blocks, self.views, batch, self.loss)
 
+    def decoder(self, batches: list[Batch]) -> frozenset[str]:
+        """Layers that read as many tokens where the encoder reads one less: they read the decoder's.
+
+        Empty where nothing is padding, so that it does not matter.
+        """
+        sample = take(batches[0], [0])
+        ids = sample.get("input_ids") if isinstance(sample, Mapping) else None
+        padded = any(token_mask(batch) is not None or decoder_mask(batch) is not None for batch in batches)
+        if not padded or not isinstance(ids, Tensor) or ids.shape[-1] < 2:
+            return frozenset()
+        names = ["input_ids", *(["attention_mask"] if "attention_mask" in sample else [])]
+        mask = token_mask(sample)
+        spare = 0 if mask is None else int(mask[0].int().argmin())
+        rest = [k for k in range(ids.shape[-1]) if k != spare]
+        before = self.run(sample)
+        after = self.run({**sample, **{name: sample[name][..., rest] for name in names}})
+        return frozenset(name for name, tokens in before.tokens.items() if after.tokens.get(name) == tokens)
+
     def differ(self, batch: Batch, first: TrialRun) -> bool:
         """Whether layers read other numbers of rows for other samples of the batch than `first`, its first sample."""
         count = batch_samples(batch)
@@ -195,9 +210,13 @@ class _Trials:
         )
 
 
+def _has_decoder(model: nn.Module) -> bool:
+    """Whether a batch has two sequences of tokens, each with a mask of its own."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def _samples(model: nn.Module, batches: list[Batch]) -> list[Batch]:
-    sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return one_by_one(batches, aligned=not sequences)
+    return one_by_one(batches, aligned=not _has_decoder(model))
 
 
 def _holds_most(adapter: Adapter, blocks: Parts, weights: Mapping[str, int]) -> bool:

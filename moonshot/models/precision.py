@@ -59,7 +59,8 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def zeros(model: nn.Module) -> float:
     """The fraction of all parameters of a model, those that share a weight counted once, that are zero."""
     parameters = list(model.parameters())
-    nonzero = sum(int(torch.count_nonzero(parameter)) for parameter in parameters)
+    countable = (p.detach().float() if p.is_floating_point() and p.itemsize == 1 else p for p in parameters)
+    nonzero = sum(int(torch.count_nonzero(parameter)) for parameter in countable)
     return 1 - nonzero / max(sum(parameter.numel() for parameter in parameters), 1)
 
 

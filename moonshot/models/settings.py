@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from moonshot.models.modules import ModelError, unwrapped
+from moonshot.models.modules import ModelError, check_model, unwrapped
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
@@ -25,8 +25,7 @@ def with_model_ready(
 
     @wraps(function)
     def call(model: nn.Module, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+        check_model(model)
         model = unwrapped(model)
         with ready(model):
             return function(model, *args, **kwargs)
@@ -47,7 +46,7 @@ def ready(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device in sorted({"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"}):
+        for device in sorted({"cpu", *(parameter.device.type for parameter in model.parameters())}):
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(_in_this_thread_only(model))
         stack.enter_context(_without_caches(model))

@@ -1,5 +1,6 @@
 """The statistics of layers, one for each term of an objective, from what the layers see batch by batch."""
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ class LayerStatistics:
     A term that reads inputs alone has one statistic for all linear layers with the same input (q/k/v; gate/up).
 
     tokens: how many rows each layer has read in the partly pruned model, padding apart.
+    without_gradient: the layers, once they are popped, that the loss does not depend on.
     """
 
     def __init__(
@@ -26,13 +28,15 @@ class LayerStatistics:
         factors: int,
         signs: Tensor,
         routed: bool = False,
+        decoder: Container[str] = (),
     ):
         """signs: (samples,) of all calibration samples, +1 or -1.
 
         routed: whether layers may read other tokens in the partly pruned model than in the dense one, as experts do.
+        decoder: the layers that read the decoder's tokens in an encoder-decoder, whose padding is another.
         Output gradients are then paired with the inputs of the dense model, and a layer may read nothing at all.
         """
-        self.layers, self.routed = layers, routed
+        self.layers, self.routed, self._decoder = layers, routed, decoder
         self.terms = [term for _, term in objective.weighted_terms]
         self.needs = objective.needed
         self.tokens = dict.fromkeys(layers, 0)
@@ -41,19 +45,28 @@ class LayerStatistics:
         self._factors = min(factors, len(signs))
         self._signs = signs * (self._factors / len(signs)) ** 0.5
         self._seen = 0
+        self.without_gradient: set[str] = set()
         self._gradients: dict[str, Tensor] = {}  # (factors, groups, m, d)
 
     def observe(
-        self, samples: int, inputs: Seen, deltas: Seen, dense_inputs: Seen, mask: Tensor | None
+        self,
+        samples: int,
+        inputs: Seen,
+        deltas: Seen,
+        dense_inputs: Seen,
+        mask: Tensor | None,
+        decoder_mask: Tensor | None = None,
     ) -> None:
         """One batch. inputs: in the partly pruned model; deltas: the gradients at outputs; dense_inputs: with these.
 
-        mask: (samples, tokens), True where a token is real; None where all are.
+        mask: (samples, tokens), True where a token is real; None where all are. decoder_mask: of the decoder's tokens.
         """
+        masks = {name: decoder_mask if name in self._decoder else mask for name in self.layers}
         first_reader: dict[tuple, str] = {}
         summed = [k for k, term in enumerate(self.terms) if term.needs & {"inputs", "output_gradients"}]
         paired = [k for k in summed if "output_gradients" in self.terms[k].needs]
         for name, view in self.layers.items():
+            mask = masks[name]
             read, dense, at_outputs = (
                 [view.by_sample(tensor, samples) for tensor in seen.get(name, [])]
                 for seen in (inputs, dense_inputs, deltas)
@@ -61,7 +74,7 @@ class LayerStatistics:
             if read:
                 reads = tuple((x.data_ptr(), x.shape) for x in read) if view.plain_rows else (name,)
                 self._owner.setdefault(name, first_reader.setdefault(reads, name))
-                self.tokens[name] += sum(_count(x, mask) for x in read)
+                self.tokens[name] += sum(_count(view, x, mask) for x in read)
             if self.routed:
                 self._accumulate(name, view, read, None, mask, [k for k in summed if k not in paired])
                 self._accumulate(name, view, dense, at_outputs, mask, paired)
@@ -88,10 +101,10 @@ class LayerStatistics:
             return
         at_outputs: list[Any] = deltas or [None] * len(inputs)
         for x, delta in zip(inputs, at_outputs, strict=True):
-            padded = mask is not None and mask.shape == x.shape[:2]
+            rows_mask = _mask_of_rows(view, x, mask)
             for group in range(view.groups):
                 for chunk in view.chunks(x, delta, group):
-                    real = mask[chunk.samples, chunk.positions] if mask is not None and padded else None
+                    real = None if rows_mask is None else rows_mask[chunk.samples, chunk.positions]
                     if real is not None and not bool(real.any()):
                         continue
                     at = chunk.output_gradients
@@ -120,12 +133,13 @@ class LayerStatistics:
                 f"{name} reads {tuple(x.shape)} in a batch of {samples} samples, so that its gradient cannot be told "
                 "by sample: leave it out with ignore, or choose an objective without Fisher()"
             )
+        rows_mask = _mask_of_rows(view, x, mask)
         for group in range(view.groups):
             for chunk in view.chunks(x, delta, group):
                 at = chunk.output_gradients
                 assert at is not None  # delta was given
-                if mask is not None and mask.shape == x.shape[:2]:
-                    at = at.masked_fill(~mask[chunk.samples, chunk.positions][..., None], 0)
+                if rows_mask is not None:
+                    at = at.masked_fill(~rows_mask[chunk.samples, chunk.positions][..., None], 0)
                 for s in range(len(chunk.inputs)):
                     sample = self._seen + (chunk.samples.start + s) // folded
                     into = self._gradients[name][sample % self._factors, group]
@@ -136,6 +150,8 @@ class LayerStatistics:
         view, gradients = self.layers[name], self._gradients.pop(name, None)
         if name not in self._owner and not self.routed:
             raise ModelError(f"no calibration batch reached the layer {name}: leave it out with ignore")
+        if gradients is not None and not bool(gradients.any()):
+            self.without_gradient.add(name)
         if gradients is None and self.routed:  # what the loss does not pass through has none
             gradients = torch.zeros(
                 (1, view.groups, *view.shape), dtype=torch.float32, device=view.weight.device
@@ -163,9 +179,31 @@ def _nothing(view: LayerView) -> Observation:
     return Observation(inputs=zeros[:, :d], output_gradients=zeros[:, d:])
 
 
-def _count(x: Tensor, mask: Tensor | None) -> int:
+def _count(view: LayerView, x: Tensor, mask: Tensor | None) -> int:
     """Rows of what a layer read, without the padded tokens."""
-    return int(mask.sum()) if mask is not None and mask.shape == x.shape[:2] else x.shape[:-1].numel()
+    rows_mask = _mask_of_rows(view, x, mask)
+    return _positions(view, x).numel() * len(x) if rows_mask is None else int(rows_mask.sum())
+
+
+def _positions(view: LayerView, x: Tensor) -> torch.Size:
+    """The sizes of a sample of what a layer read, in rows."""
+    return (
+        x.shape[1:-1]
+        if view.plain_rows
+        else torch.Size(view.positions(tuple(view.channels_last(x).shape[1:-1])))
+    )
+
+
+def _mask_of_rows(view: LayerView, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """(samples, positions), True where a row of what a layer read is of a real token; None where it reads no tokens.
+
+    A mask says nothing of a pooler that reads one row a sample, nor of channels, which may be as many as the tokens.
+    """
+    if mask is None or x.ndim < 3 or len(x) != len(mask):
+        return None
+    rows, sizes = _positions(view, x), mask.shape[1:]
+    same = rows == sizes or (len(sizes) > 1 and rows.numel() == sizes.numel())
+    return mask.flatten(1) if same else None
 
 
 def _rows(chunk: Tensor, real: Tensor | None) -> Tensor:

@@ -17,12 +17,14 @@ class TrialRun:
     """What one pass of the model showed, or several.
 
     order: the modules in the order of their first calls; once: those that ran once in every pass.
-    rows: {layer name: rows it read in each of its calls}; loss: of the first batch.
+    rows: {layer name: rows it read in each of its calls}; tokens: the same, all dimensions together.
+    loss: of the first batch.
     """
 
     order: list[nn.Module]
     once: set[nn.Module]
     rows: dict[str, list[int]]
+    tokens: dict[str, list[int]]
     loss: float
 
     def and_then(self, other: "TrialRun") -> "TrialRun":
@@ -30,7 +32,7 @@ class TrialRun:
         rows = {
             name: self.rows.get(name, []) + other.rows.get(name, []) for name in {**self.rows, **other.rows}
         }
-        return TrialRun(self.order, self.once & other.once, rows, self.loss)
+        return TrialRun(self.order, self.once & other.once, rows, self.tokens, self.loss)
 
     def reached(self, views: dict[str, LayerView]) -> set[str]:
         """The layers that ran. An expert counts as one where any of its parameter did."""
@@ -51,13 +53,17 @@ def trial_run(
     Raises ModelError for a loss that is not a finite scalar.
     """
     rows: dict[str, list[int]] = {}
+    tokens: dict[str, list[int]] = {}
 
     def record(name: str, x: Tensor, output: Tensor) -> Tensor:
         rows.setdefault(name, []).append(len(x))
+        tokens.setdefault(name, []).append(x.shape[:-1].numel())
         return output
 
     parts = [block for _, block in blocks]
     with counting(model.modules()) as calls, watching(views, record), running_in_float32(model, parts):
         value = loss_of(loss, model, batch)
     check_loss(value)
-    return TrialRun(list(calls), {module for module, count in calls.items() if count == 1}, rows, float(value))
+    return TrialRun(
+        list(calls), {module for module, count in calls.items() if count == 1}, rows, tokens, float(value)
+    )

@@ -96,7 +96,7 @@ def allocate(
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"rounds must be 0 or a positive integer, got {rounds!r}")
     even = _even_pattern(sparsity)
-    batches = recipe.batches(model, calibration)
+    batches, _ = recipe.batches(model, calibration)
     fitted, held_out = set_aside(batches, seed)
     partition = partition_model(model, batches, loss, adapter)
     layers = partition.layers()

@@ -64,7 +64,7 @@ class CalibrationPass:
     ):
         wanted = set(names)
         self._objectives, self._recipe, self._routed = objectives, recipe, partition.routed
-        self._union = reduce(add, objectives)
+        self._union, self._decoder = reduce(add, objectives), partition.decoder
         self._signs = _random_signs(count_samples(batches), recipe.seed)
         gradients = bool(self._union.needed & {"gradients", "output_gradients"})
         offload = Offload(recipe.scratch)
@@ -83,7 +83,9 @@ class CalibrationPass:
         """A part in float32 inside, and what its layers have seen; layers that are `done` have no statistics."""
         layers = {name: view for name, view in part.layers.items() if name not in done}
         with in_float32(tensors_of(part.module)):
-            statistics = LayerStatistics(layers, self._union, self._recipe.factors, self._signs, self._routed)
+            statistics = LayerStatistics(
+                layers, self._union, self._recipe.factors, self._signs, self._routed, self._decoder
+            )
             self.replay.observe(part.index, statistics)
             yield statistics
             self.replay.advance(part.index)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
+from moonshot.models.batch_tree import leaves, map_leaves
 from moonshot.pruning.report import LayerReport, PartReport, Trial
 
 _WORK, _TRIALS = "work.json", "trials.json"
@@ -174,8 +175,8 @@ def _read(path: Path, purpose: str) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def data_digest(batches: Iterable[Any]) -> str:
     """A digest of calibration data: batches of tensors in containers of any kind."""
-    leaves, structure = tree_flatten(list(batches))
-    return _digest([repr(structure), *leaves])
+    found = list(batches)
+    return _digest([repr(map_leaves(lambda _: None, found)), *leaves(found)])
 
 
 def _digest(parts: Iterable[Any]) -> str:
@@ -185,6 +186,8 @@ def _digest(parts: Iterable[Any]) -> str:
             found.update(f"{part.dtype} {tuple(part.shape)}".encode())
             content: Any = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             found.update(content)
+        elif isinstance(part, np.ndarray):
+            found.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
         else:
             found.update(repr(part).encode())
     return found.hexdigest()

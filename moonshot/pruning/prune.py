@@ -130,14 +130,14 @@ def prune_by(
 ) -> Report:
     """`prune`, with what else it takes as a recipe."""
     fit = _as_refit(refit)
-    batches = recipe.batches(model, calibration)
+    batches, unused = recipe.batches(model, calibration)
     partition = partition_model(model, batches, recipe.loss, recipe.adapter)
     patterns = layer_patterns(partition, pattern, recipe)
     skipped = {name: "no calibration sample reached it" for name in patterns if name in partition.unreached}
     patterns = {name: chosen for name, chosen in patterns.items() if name not in skipped}
     if not isinstance(pattern, Mapping):
         skipped |= partition.skipped(recipe.targets, recipe.ignore)
-    report = Report(_described(recipe, pattern, batches, fit), _versions(), skipped=skipped)
+    report = Report(_described(recipe, pattern, batches, fit), _versions(), skipped=skipped, unused=unused)
     stored = None
     if checkpoint is not None:
         stored = Checkpoint(checkpoint, _work(recipe, report, patterns, batches, bound, batch_norm))

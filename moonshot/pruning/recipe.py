@@ -10,8 +10,9 @@ from torch import nn
 
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.models.adapter import Adapter
-from moonshot.models.calibration import Batch, as_batches, moved, tokens_at_once
+from moonshot.models.calibration import Batch, as_batches, check_length, moved, tokens_at_once
 from moonshot.models.losses import Loss, model_loss
+from moonshot.models.sample_targets import with_equal_targets
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver
 
@@ -56,8 +57,13 @@ class Recipe:
         if not 0 <= self.dampening_frac < float("inf"):
             raise ValueError(f"dampening_frac must be a number from 0 on, got {self.dampening_frac!r}")
 
-    def batches(self, model: nn.Module, calibration: Any) -> list[Batch]:
-        """The calibration data as batches on the model's device."""
+    def batches(self, model: nn.Module, calibration: Any) -> tuple[list[Batch], dict[str, str]]:
+        """The calibration data as batches on the model's device, and why samples are left out, by batch and sample.
+
+        Raises CalibrationError for texts longer than the model can read.
+        """
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         device = torch.device("cpu") if parameter is None else parameter.device
-        return [moved(batch, device) for batch in as_batches(calibration, tokens_at_once(model))]
+        batches = [moved(batch, device) for batch in as_batches(calibration, tokens_at_once(model))]
+        check_length(model, batches)
+        return with_equal_targets(model, batches, self.loss)

@@ -75,6 +75,7 @@ class Report:
     recipe: what was asked for. versions: of Python and the packages that did it.
     layers: {name: its report}.
     skipped: the layers that were to be pruned and are as they were, with the reason.
+    unused: the calibration samples that were left out, with the reason.
     resumed: how many layers' answers an earlier run had left in a checkpoint.
     parts: those that were refitted, by name; empty unless that was asked for.
     trials: what objective="auto" tried (selection.best_on_held_out), empty otherwise.
@@ -87,6 +88,7 @@ class Report:
     layers: dict[str, LayerReport] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     parts: dict[str, PartReport] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
     resumed: int = 0
     model_sparsity: float = 0.0
@@ -122,6 +124,8 @@ class Report:
             )
         lines += [f"{name:{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
         lines += self._refitted()
+        if self.unused:
+            lines.append(f"{len(self.unused)} samples left out: {_listed(self.unused)}")
         lines += [str(trial) for trial in self.trials]
         if "batch_norm" in self.recipe:
             lines.append(f"batch norm: {self.recipe['batch_norm']}")
@@ -147,3 +151,9 @@ class Report:
             for name, part in self.parts.items()
         ]
         return lines
+
+
+def _listed(reasons: dict[str, str], most: int = 4) -> str:
+    """Some names and reasons in one line."""
+    shown = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:most])
+    return shown + ("; ..." if len(reasons) > most else "")

@@ -21,6 +21,7 @@ from moonshot.models.partition import Partition
 from moonshot.models.precision import in_float32, running_in_float32, tensors_of
 from moonshot.models.replay import Replay
 from moonshot.models.restore import restored_on_failure
+from moonshot.models.statistics import LayerStatistics
 from moonshot.pruning.calibration_pass import CalibrationPass, Part, in_layer
 from moonshot.pruning.checkpoint import Checkpoint
 from moonshot.pruning.recipe import Recipe
@@ -92,8 +93,7 @@ class PruningRun:
                     if checkpoint and name in done:
                         answers = [LayerAnswer(*checkpoint.answer(name, layer.matrices()))]
                     else:
-                        tokens = statistics.tokens[name]
-                        solved = self._solver(name, layer, tokens, bound)
+                        solved = self._solver(name, layer, statistics, bound)
                         # map lets go of each problem before the next one takes as much memory
                         answers = list(map(solved, calibration.problems(name, layer, statistics)))
                         if checkpoint:
@@ -159,9 +159,9 @@ class PruningRun:
         return report
 
     def _solver(
-        self, name: str, layer: LayerView, tokens: int, bound: bool
+        self, name: str, layer: LayerView, statistics: LayerStatistics, bound: bool
     ) -> Callable[[Problem], LayerAnswer]:
-        """What solves a layer's problem. tokens: how many rows of inputs the problem is made of."""
+        """What solves a layer's problem. statistics: those that the problem is made of."""
 
         def solved(problem: Problem) -> LayerAnswer:
             with in_layer(name):
@@ -179,7 +179,7 @@ class PruningRun:
                     status=str(result.status),
                     seconds=result.seconds,
                     gap=result.gap,
-                    note=_note(tokens, layer.shape[1]) if self.partition.routed else "",
+                    note=_note(name, layer, statistics),
                     zero_survivors=result.zero_survivors,
                 ),
             )
@@ -187,8 +187,9 @@ class PruningRun:
         return solved
 
 
-def _note(tokens: int, inputs: int) -> str:
-    """What is to be said of a layer whose inputs cannot tell all of its weights apart."""
-    if tokens >= inputs:
-        return ""
-    return f"{tokens} tokens for {inputs} inputs" if tokens else "no token reached it: pruned by magnitude"
+def _note(name: str, layer: LayerView, statistics: LayerStatistics) -> str:
+    """What is to be said of a layer whose statistics cannot tell all of its weights apart."""
+    tokens, inputs = statistics.tokens[name], layer.shape[1]
+    if statistics.routed and tokens < inputs:
+        return f"{tokens} tokens for {inputs} inputs" if tokens else "no token reached it: pruned by magnitude"
+    return "the loss does not depend on it" if name in statistics.without_gradient else ""
