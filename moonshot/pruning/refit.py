@@ -38,19 +38,19 @@ _PATIENCE = 2  # epochs without gain on the samples set aside, after which a par
 class Refit:
     """How each part is fitted once its layers are pruned.
 
-    epochs: passes over the samples that are fitted, at most.
-    lr: the step of a tensor, as a fraction of the root mean square of its nonzero values; it decays along a cosine.
-    batch: samples in a step.
+    epochs: passes over the samples that are fitted, at most; steps: of an epoch, which share its samples.
+    lr: what a step changes in a tensor at most, about, as a fraction of the root mean square of its nonzero values; it
+    decays along a cosine.
     share: of the samples that is set aside, to stop early and to see whether the part got better.
     """
 
-    epochs: int = 6
-    lr: float = 0.01
-    batch: int = 8
+    epochs: int = 12
+    steps: int = 12
+    lr: float = 0.02
     share: float = 0.25
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
+        for name in ("epochs", "steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if not 0 < self.lr < math.inf:
@@ -66,7 +66,11 @@ class Refit:
         count = count_samples(batches)
         if count < 2:
             raise CalibrationError("a refit sets samples aside and needs at least 2: give more, or do without")
-        return split(batches, min(self.batch, max(int(self.share * count), 1)))
+        return split(batches, max(min(self.step_samples(count), int(self.share * count)), 1))
+
+    def step_samples(self, count: int) -> int:
+        """How many samples a step has, of `count` in all."""
+        return math.ceil((1 - self.share) * count / self.steps)
 
 
 class PartFit:
@@ -160,7 +164,8 @@ class _Data:
     """What a part reads and should return, in batches to fit and batches set aside."""
 
     def __init__(self, index: int, replay: Replay, refit: Refit, seed: int):
-        self._index, self._replay, self._size = index, replay, refit.batch
+        self._index, self._replay = index, replay
+        self._size = refit.step_samples(count_samples(replay.batches))
         self._generator = torch.Generator().manual_seed(seed)
         self._samples = [batch_samples(batch) for batch in replay.batches]
         self.fitted = torch.randperm(len(self._samples), generator=self._generator).tolist()
