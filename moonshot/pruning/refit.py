@@ -31,7 +31,7 @@ from moonshot.pruning.calibration_pass import Part
 from moonshot.pruning.report import PartReport
 
 _BETAS = (0.9, 0.95)  # of Adam
-_PATIENCE = 2  # epochs without gain on the samples set aside, after which a part is done
+_PATIENCE = 3  # epochs one after the other without gain on the samples set aside, after which a part is done
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,22 @@ class PartFit:
         """
         begin = time.perf_counter()
         data, before, original = self._data, self._errors(), self.values()
-        least, best, since, steps = before[1], original, 0, 0
+        least, best, lost, halvings, steps = before[1], original, 0, 0, 0
         with _adam(self._part.module, self._supports) as adam:
             for epoch in range(self._refit.epochs):
                 groups = data.groups()
                 for k, group in enumerate(groups):
                     decay = (1 + math.cos(math.pi * (epoch + k / len(groups)) / self._refit.epochs)) / 2
-                    self._step(adam, group, decay)
+                    self._step(adam, group, decay / 2**halvings)
                 steps += len(groups)
                 estimate()
                 error = data.error(data.aside)
-                since += 1
                 if error < least:
-                    least, best, since = error, self.values(), 0
-                if since == _PATIENCE:
+                    least, best, lost = error, self.values(), 0
+                else:  # too large steps, or there is nothing left to gain
+                    self.assign(best)
+                    lost, halvings = lost + 1, halvings + 1
+                if lost == _PATIENCE:
                     break
         self.assign(best)
         after = self._errors()
