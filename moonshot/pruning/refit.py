@@ -38,7 +38,8 @@ _PATIENCE = 3  # epochs one after the other without gain on the samples set asid
 class Refit:
     """How each part is fitted once its layers are pruned.
 
-    epochs: passes over the samples that are fitted, at most; steps: of an epoch, which share its samples.
+    epochs: passes over the samples that are fitted, at most.
+    steps: of an epoch, which share its samples.
     lr: what a step changes in a tensor at most, about, as a fraction of the root mean square of its nonzero values; it
     decays along a cosine.
     share: of the samples that is set aside, to stop early and to see whether the part got better.
