@@ -34,19 +34,19 @@ JOINT = {
 }
 
 
-def text_model() -> tuple[nn.Module, Callable, Callable[[nn.Module], float]]:
+def text_model(samples: int = 32) -> tuple[nn.Module, Callable, Callable[[nn.Module], float]]:
     """The Llama, seed -> calibration, and held-out perplexity at context 256."""
     model, tokenizer = load(str(DEMO / "model"))
     text = (DEMO / "calibration.txt").read_text("utf-8")
     test = windows(tokenizer, (DEMO / "heldout.txt").read_text("utf-8"), 64, 256, None)
     return (
         model.to(torch.float32),
-        lambda seed: windows(tokenizer, text, 32, 256, seed),
+        lambda seed: windows(tokenizer, text, samples, 256, seed),
         lambda pruned: perplexity(pruned, test).value,
     )
 
 
-def image_model(name: str) -> tuple[nn.Module, Callable, Callable[[nn.Module], float]]:
+def image_model(name: str, samples: int = 384) -> tuple[nn.Module, Callable, Callable[[nn.Module], float]]:
     """A classifier, seed -> calibration, and accuracy in percent on the 2000 test images."""
     model, processor = load_classifier(str(DEMO / name))
     model = model.float()
@@ -54,7 +54,7 @@ def image_model(name: str) -> tuple[nn.Module, Callable, Callable[[nn.Module], f
     held_out = list(ImageBatches(model, processor, test))
     return (
         model,
-        lambda seed: list(ImageBatches(model, processor, train, 384, seed=seed)),
+        lambda seed: list(ImageBatches(model, processor, train, samples, seed=seed)),
         lambda pruned: 100 * accuracy(pruned, held_out).value,
     )
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
@@ -68,6 +69,21 @@ def test_prune_says_how_far_from_the_optimum_it_is(monkeypatch, tmp_path, capsys
     report = json.loads((tmp_path / "pruned" / "report.json").read_text())
     assert list(report["layers"]) == [layer] and 0 < report["layers"][layer]["gap"] < 1
     assert "gap <= %" in capsys.readouterr().out
+
+
+def test_prune_refits_and_saves_what_that_gives(monkeypatch, tmp_path, capsys):
+    arguments = prune_arguments(tmp_path, targets="*.layers.3.mlp.*", nsamples=8)
+    assert run(monkeypatch, "prune", DEMO / "model", *arguments, "--refit") == 0
+    report = json.loads((tmp_path / "pruned" / "report.json").read_text())
+    ((name, part),) = report["parts"].items()
+    assert name == "model.layers.3" and part["aside_after"] < part["aside_before"]
+    assert "Refit(" in report["recipe"]["refit"] and "\nrefit " in capsys.readouterr().out
+    dense = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype="auto").state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype="auto").state_dict()
+    changed = {key.removeprefix("model.layers.3.") for key in dense if not torch.equal(dense[key], saved[key])}
+    norms = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    assert changed == norms | {f"mlp.{key}_proj.weight" for key in ("gate", "up", "down")}
+    assert (saved["model.layers.3.mlp.up_proj.weight"].reshape(-1, 4).count_nonzero(1) <= 2).all()
 
 
 def test_prune_shares_the_zeros_among_layers(monkeypatch, tmp_path, capsys):

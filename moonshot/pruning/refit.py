@@ -31,7 +31,7 @@ from moonshot.pruning.calibration_pass import Part
 from moonshot.pruning.report import PartReport
 
 _BETAS = (0.9, 0.95)  # of Adam
-_PATIENCE = 2  # epochs without gain on the samples set aside, after which a part is done
+_PATIENCE = 3  # epochs one after the other without gain on the samples set aside, after which a part is done
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,19 @@ class Refit:
     """How each part is fitted once its layers are pruned.
 
     epochs: passes over the samples that are fitted, at most.
-    lr: the step of a tensor, as a fraction of the root mean square of its nonzero values; it decays along a cosine.
-    batch: samples in a step.
+    steps: of an epoch, which share its samples.
+    lr: what a step changes in a tensor at most, about, as a fraction of the root mean square of its nonzero values; it
+    decays along a cosine.
     share: of the samples that is set aside, to stop early and to see whether the part got better.
     """
 
-    epochs: int = 6
-    lr: float = 0.01
-    batch: int = 8
+    epochs: int = 12
+    steps: int = 12
+    lr: float = 0.02
     share: float = 0.25
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
+        for name in ("epochs", "steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if not 0 < self.lr < math.inf:
@@ -66,7 +67,11 @@ class Refit:
         count = count_samples(batches)
         if count < 2:
             raise CalibrationError("a refit sets samples aside and needs at least 2: give more, or do without")
-        return split(batches, min(self.batch, max(int(self.share * count), 1)))
+        return split(batches, max(min(self.step_samples(count), int(self.share * count)), 1))
+
+    def step_samples(self, count: int) -> int:
+        """How many samples a step has, of `count` in all."""
+        return math.ceil((1 - self.share) * count / self.steps)
 
 
 class PartFit:
@@ -97,20 +102,22 @@ class PartFit:
         """
         begin = time.perf_counter()
         data, before, original = self._data, self._errors(), self.values()
-        least, best, since, steps = before[1], original, 0, 0
+        least, best, lost, halvings, steps = before[1], original, 0, 0, 0
         with _adam(self._part.module, self._supports) as adam:
             for epoch in range(self._refit.epochs):
                 groups = data.groups()
                 for k, group in enumerate(groups):
                     decay = (1 + math.cos(math.pi * (epoch + k / len(groups)) / self._refit.epochs)) / 2
-                    self._step(adam, group, decay)
+                    self._step(adam, group, decay / 2**halvings)
                 steps += len(groups)
                 estimate()
                 error = data.error(data.aside)
-                since += 1
                 if error < least:
-                    least, best, since = error, self.values(), 0
-                if since == _PATIENCE:
+                    least, best, lost = error, self.values(), 0
+                else:  # too large steps, or there is nothing left to gain
+                    self.assign(best)
+                    lost, halvings = lost + 1, halvings + 1
+                if lost == _PATIENCE:
                     break
         self.assign(best)
         after = self._errors()
@@ -160,7 +167,8 @@ class _Data:
     """What a part reads and should return, in batches to fit and batches set aside."""
 
     def __init__(self, index: int, replay: Replay, refit: Refit, seed: int):
-        self._index, self._replay, self._size = index, replay, refit.batch
+        self._index, self._replay = index, replay
+        self._size = refit.step_samples(count_samples(replay.batches))
         self._generator = torch.Generator().manual_seed(seed)
         self._samples = [batch_samples(batch) for batch in replay.batches]
         self.fitted = torch.randperm(len(self._samples), generator=self._generator).tolist()
