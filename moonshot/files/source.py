@@ -36,7 +36,7 @@ def reading(what: str, name: str) -> Iterator[None]:
             "get the model as safetensors"
         ) from error
     except Exception as error:  # what transformers and the libraries below it raise has no common base class
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split("\nException raised from")[0].split()) or type(error).__name__
         if "trust_remote_code" in reason:
             reason = (
                 "it needs code of its own: read that, and if you trust it say --trust-remote-code "
@@ -139,7 +139,7 @@ def companions(folder: Path, code: bool = False) -> list[str]:
     names = [path for path in sorted(folder.iterdir()) if _goes_along(path, code)]
     names += sorted((folder / _TEMPLATES).glob("*.jinja"))
     files = [path for path in names if path.is_file()]
-    for path in files:
+    for path in (*files, *(folder / name for name in sorted(_OURS))):  # of ours the model may have its own
         _check_link(path, folder)
     return [str(path.relative_to(folder)) for path in files]
 
