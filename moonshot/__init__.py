@@ -89,6 +89,7 @@ _WITH_TORCH = {
     "Refit": "pruning.refit",
     "allocate": "pruning.allocate",
     "column_patterns": "models.units",
+    "load_compact": "files.compact",
     "prune": "pruning.prune",
     "shrink": "models.shrink",
 }

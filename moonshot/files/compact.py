@@ -100,6 +100,8 @@ def unpack_folder(folder: str | Path, destination: str | Path, *, overwrite: boo
 def load_compact(folder: str | Path) -> nn.Module:
     """The transformers model of a compact folder, in the dtype it was saved in, on the CPU.
 
+    folder: one that `moonshot prune --compact` saved.
+
     Raises FolderError for what is no compact folder, and for a file that was cut short or altered.
     """
     path = Path(folder)
