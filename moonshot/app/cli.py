@@ -13,6 +13,7 @@ from rich.table import Table
 
 import moonshot
 from moonshot.app.terminal import ENDS, ending_cleanly, one_line, say, unbroken_output
+from moonshot.errors import MoonshotError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,6 +59,9 @@ def _print_version(wanted: bool) -> None:
 def common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="With any command: a traceback for every error.")
     ] = False,
 ) -> None:
     """Options of all commands."""
@@ -251,14 +255,18 @@ def unpack(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on standard error and exit code 1."""
+    """Run the command line; a user's mistake is one line on standard error and exit code 1, a bug a traceback."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads sleep too: see moonshot.threads
     sys.path.insert(0, "")  # one's own module:Class is found beside the working directory's files
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # it may follow the command
     with unbroken_output():
         try:
             with ending_cleanly():
                 app()
-        except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        except (MoonshotError, OSError, ImportError, MemoryError) as error:
+            if debug:
+                raise
             _complain(str(error) or "out of memory", error)
             sys.exit(1)
         except SystemExit as stop:

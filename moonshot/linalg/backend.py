@@ -13,6 +13,8 @@ import array_api_compat
 import numpy as np
 import scipy  # whose linalg is imported where it is first used
 
+from moonshot.errors import ArgumentError, ArgumentTypeError
+
 Array = Any  # a NumPy, CuPy or torch array
 
 namespace = array_api_compat.array_namespace
@@ -29,7 +31,7 @@ def native(array: Array, name: str = "array") -> Array:
     if array_api_compat.is_torch_array(array):
         tensor = array.detach()
         if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and holds no data: load it first")
+            raise ArgumentError(f"{name} is on the meta device and holds no data: load it first")
         if not tensor.is_floating_point():
             _require_real(name, complex_=tensor.is_complex())
             tensor = tensor.double()
@@ -39,7 +41,7 @@ def native(array: Array, name: str = "array") -> Array:
             return tensor.numpy()
         return _to_cupy(tensor)
     if not (array_api_compat.is_numpy_array(array) or array_api_compat.is_cupy_array(array)):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"{name} must be a NumPy, CuPy or torch array, got {type(array).__name__}: "
             "convert it with numpy.asarray first"
         )
@@ -51,7 +53,7 @@ def native(array: Array, name: str = "array") -> Array:
 
 def _require_real(name: str, complex_: bool) -> None:
     if complex_:
-        raise TypeError(f"{name} must hold real numbers: pass a floating-point array")
+        raise ArgumentTypeError(f"{name} must hold real numbers: pass a floating-point array")
 
 
 def _to_cupy(tensor: Array) -> Array:

@@ -9,6 +9,7 @@ squaring the rounding error.
 import numpy as np
 import scipy  # whose linalg is imported where it is first used
 
+from moonshot.errors import MoonshotError
 from moonshot.linalg.backend import (
     Array,
     as_dtype,
@@ -20,7 +21,7 @@ from moonshot.linalg.backend import (
 )
 
 
-class NotPositiveDefiniteError(ValueError):
+class NotPositiveDefiniteError(MoonshotError):
     """A matrix that must be positive definite is not. `pivot` is the smallest pivot found."""
 
     def __init__(self, what: str, pivot: float):

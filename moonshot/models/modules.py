@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from moonshot.errors import MoonshotError
 
-class ModelError(ValueError):
+
+class ModelError(MoonshotError):
     """A model that cannot be pruned as it is."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from moonshot.errors import ArgumentTypeError
 from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.blocks import Chain, find_blocks
 from moonshot.models.calibration import Batch, batch_samples, one_by_one, take
@@ -151,7 +152,7 @@ def _reasons(left_out: Mapping[str, str]) -> str:
 
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+        raise ArgumentTypeError(f"model must be a torch module, got {type(model).__name__}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("the model is on the meta device and holds no weights: load it first")
 

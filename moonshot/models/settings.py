@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from moonshot.errors import ArgumentTypeError
 from moonshot.models.modules import ModelError, unwrapped
 
 Arguments = ParamSpec("Arguments")
@@ -26,7 +27,7 @@ def with_model_ready(
     @wraps(function)
     def call(model: nn.Module, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+            raise ArgumentTypeError(f"model must be a torch module, got {type(model).__name__}")
         model = unwrapped(model)
         with ready(model):
             return function(model, *args, **kwargs)

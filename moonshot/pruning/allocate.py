@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern, Unstructured, as_pattern
 from moonshot.layer.problem import Problem
@@ -92,9 +93,11 @@ def allocate(
         adapter=adapter,
     )
     if isinstance(objective, str):
-        raise TypeError('budgets are compared for one objective: name it, prune can choose another by "auto"')
+        raise ArgumentTypeError(
+            'budgets are compared for one objective: name it, prune can choose another by "auto"'
+        )
     if not isinstance(rounds, int) or rounds < 0:
-        raise ValueError(f"rounds must be 0 or a positive integer, got {rounds!r}")
+        raise ArgumentError(f"rounds must be 0 or a positive integer, got {rounds!r}")
     even = _even_pattern(sparsity)
     batches = recipe.batches(model, calibration)
     fitted, held_out = set_aside(batches, seed)
@@ -144,7 +147,7 @@ def allocate(
 def _even_pattern(sparsity: PatternLike) -> Unstructured:
     pattern = as_pattern(sparsity)
     if not isinstance(pattern, Unstructured):
-        raise TypeError(
+        raise ArgumentTypeError(
             f'sparsity is a fraction of zeros, such as 0.7 or "70%", got {sparsity!r}: what layers may choose from '
             "goes to patterns"
         )

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from moonshot.errors import ArgumentError
 from moonshot.pruning.report import LayerReport, PartReport, Trial
 
 _WORK, _TRIALS = "work.json", "trials.json"
@@ -48,11 +49,11 @@ class Checkpoint:
         try:
             earlier = json.loads((self.folder / _WORK).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.folder} is no checkpoint: choose an empty folder, or one that is not there yet"
             ) from error
         if other := [key for key in {**earlier, **work} if earlier.get(key) != work.get(key)]:
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.folder} has the answers of other work, {', '.join(other)} differ: choose another folder, or "
                 "remove it to begin again"
             )
@@ -69,7 +70,7 @@ class Checkpoint:
         """
         about, tensors = _read(self.folder / _file_name(name), "do the layer again")
         if about["dense"] != _digest([dense]):
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.folder} has the answers of another model, whose {name} has other weights: choose another "
                 "folder, or remove it to begin again"
             )
@@ -94,7 +95,7 @@ class Checkpoint:
             return None
         about, tensors = _read(path, "refit the part again")
         if about["pruned"] != _digest(pruned):
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.folder} has a refit of another model, whose {name} has other weights: choose another folder, "
                 "or remove it to begin again"
             )
@@ -169,7 +170,7 @@ def _read(path: Path, purpose: str) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {path}: {error}; remove it to {purpose}") from error
+        raise ArgumentError(f"cannot read {path}: {error}; remove it to {purpose}") from error
 
 
 def data_digest(batches: Iterable[Any]) -> str:

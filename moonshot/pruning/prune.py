@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from moonshot.errors import ArgumentTypeError
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern
 from moonshot.models.adapter import Adapter
@@ -170,7 +171,7 @@ def _as_refit(refit: bool | Refit) -> Refit | None:
     if isinstance(refit, bool):
         return Refit() if refit else None
     if not isinstance(refit, Refit):
-        raise TypeError(f"refit must be True, False or such as moonshot.Refit(epochs=6), got {refit!r}")
+        raise ArgumentTypeError(f"refit must be True, False or such as moonshot.Refit(epochs=6), got {refit!r}")
     return refit
 
 
