@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ from moonshot.models.partition import partition_model
 from moonshot.models.precision import zeros
 from moonshot.models.settings import with_model_ready
 from moonshot.pruning.auto import CANDIDATES, best_objective
-from moonshot.pruning.checkpoint import Checkpoint, data_digest
+from moonshot.pruning.checkpoint import Checkpoint
+from moonshot.pruning.fingerprint import data_digest, exact, state_digest
 from moonshot.pruning.layer_patterns import PatternLike, layer_patterns
 from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
 from moonshot.pruning.refit import Refit
@@ -139,10 +141,6 @@ def prune_by(
     if not isinstance(pattern, Mapping):
         skipped |= partition.skipped(recipe.targets, recipe.ignore)
     report = Report(_described(recipe, pattern, batches, fit), _versions(), skipped=skipped)
-    stored = None
-    if checkpoint is not None:
-        stored = Checkpoint(checkpoint, _work(recipe, report, patterns, batches, bound, batch_norm))
-        report.resumed = len(stored.done)
     trials = len(CANDIDATES) if isinstance(recipe.objective, str) else 0
     total = (trials + 1) * len(patterns)
 
@@ -152,7 +150,13 @@ def prune_by(
 
     begin = time.perf_counter()
     run = PruningRun(model, partition, patterns, recipe, batch_norm, advance)
-    with run.restored_on_failure() as restore:
+    with ExitStack() as stack:
+        stored = None
+        if checkpoint is not None:
+            work = _work(recipe, report, patterns, model, batches, fit, bound, batch_norm)
+            stored = stack.enter_context(Checkpoint(checkpoint, work))
+            report.resumed = len(stored.done)
+        restore = stack.enter_context(run.restored_on_failure())
         objective = recipe.objective
         if isinstance(objective, str):
             objective, report.trials = _best_objective(run, batches, stored)
@@ -179,9 +183,9 @@ def _best_objective(
     run: PruningRun, batches: list[Batch], stored: Checkpoint | None
 ) -> tuple[Objective, list[Trial]]:
     """`best_objective`, or what an earlier run found."""
-    if stored is not None and (trials := stored.trials()):
-        best, found = trials
-        return next(candidate for candidate in CANDIDATES if candidate.name == best), found
+    by_name = {candidate.name: candidate for candidate in CANDIDATES}
+    if stored is not None and (trials := stored.trials()) and trials[0] in by_name:
+        return by_name[trials[0]], trials[1]
     objective, found = best_objective(run, batches)
     if stored is not None:
         stored.store_trials(objective.name, found)
@@ -205,21 +209,32 @@ def _work(
     recipe: Recipe,
     report: Report,
     patterns: Mapping[str, Pattern],
+    model: nn.Module,
     batches: Iterable[Any],
+    fit: Refit | None,
     bound: bool,
     batch_norm: bool,
 ) -> dict[str, Any]:
-    """What a layer's answer depends on, apart from the model's weights."""
-    loss, objective = recipe.loss, recipe.objective
-    return report.recipe | {
-        "objective": objective if isinstance(objective, str) else objective.name,
-        "patterns": {name: str(pattern) for name, pattern in patterns.items()},
-        "calibration": data_digest(batches),
-        "loss": f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}",
-        "bound": bound,
-        "batch_norm": batch_norm,
-        "moonshot": report.versions["moonshot"],
+    """What a layer's answer depends on, apart from the weights of the layers."""
+    objects = {
+        "objective": recipe.objective,
+        "solver": recipe.solver,
+        "loss": recipe.loss,
+        "adapter": recipe.adapter,
+        "refit": fit,
     }
+    return (
+        report.recipe
+        | {what: exact(value, what) for what, value in objects.items()}
+        | {
+            "patterns": {name: exact(pattern, "pattern") for name, pattern in patterns.items()},
+            "calibration": data_digest(batches),
+            "model": state_digest(model, without=patterns),
+            "bound": bound,
+            "batch_norm": batch_norm,
+            "moonshot": report.versions["moonshot"],
+        }
+    )
 
 
 def _versions() -> dict[str, str]:
