@@ -24,8 +24,8 @@ app = typer.Typer(
 console = Console()
 
 
-class Unreached(str, Enum):
-    """What `prune` does with layers that no calibration sample reaches."""
+class OrSkip(str, Enum):
+    """What `prune` does with layers that it cannot prune."""
 
     error = "error"
     skip = "skip"
@@ -169,8 +169,11 @@ def prune(
         typer.Option(help="Folder for finished layers; the same command then continues an interrupted run."),
     ] = None,
     unreached: Annotated[
-        Unreached, typer.Option(help="What to do with layers that no calibration sample reaches.")
-    ] = Unreached.error,
+        OrSkip, typer.Option(help="What to do with layers that no calibration sample reaches.")
+    ] = OrSkip.error,
+    unfit: Annotated[
+        OrSkip, typer.Option(help="What to do with layers that the pattern does not fit.")
+    ] = OrSkip.error,
     trust_remote_code: Trust = False,
     adapter: Annotated[
         str | None, typer.Option(help="How the model is divided, if it needs one of your own: module:Class.")
@@ -207,6 +210,7 @@ def prune(
         trust_remote_code=trust_remote_code,
         command=shlex.join(["moonshot", *sys.argv[1:]]),
         unreached=unreached.value,  # type: ignore[arg-type]
+        unfit=unfit.value,  # type: ignore[arg-type]
         adapter=parse_adapter(adapter),
     ).run(console)
 

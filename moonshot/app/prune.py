@@ -77,6 +77,7 @@ class PruneCommand:
     trust_remote_code: bool = False
     command: str = ""
     unreached: Literal["error", "skip"] = "error"
+    unfit: Literal["error", "skip"] = "error"
     adapter: Adapter | None = None
 
     def run(self, console: Console) -> None:
@@ -154,8 +155,9 @@ class PruneCommand:
         inside = [name for block in find_blocks(skeleton) for name, _ in layers_of(*block)]
         if self.targets is None:
             names -= heads(skeleton) | routers(skeleton)
-        if not self.allocate:
-            check_fits(views, {name: self.pattern for name in inside if name in names})
+        if not self.allocate and self.unfit == "error":
+            fitting = {name: views[name] for name in inside if name in names}
+            check_fits(fitting, dict.fromkeys(fitting, self.pattern))
 
     def _calibration(self, source: Source, skeleton: nn.Module) -> tuple[Any, list[str] | None]:
         """The calibration data, and the names of broken images; None for text."""
@@ -242,6 +244,7 @@ class PruneCommand:
             dampening_frac=self.dampening_frac,
             seed=self.seed,
             unreached=self.unreached,
+            unfit=self.unfit,
             scratch=scratch,
             adapter=self.adapter,
         )

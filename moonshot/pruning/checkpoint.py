@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moonshot.errors import ArgumentError, MoonshotError
+from moonshot.errors import MoonshotError
 from moonshot.pruning.fingerprint import digest
 from moonshot.pruning.lock import locked
 from moonshot.pruning.report import LayerReport, PartReport, Trial
@@ -70,12 +70,12 @@ class Checkpoint:
     def _check(self, work: Mapping[str, Any]) -> None:
         try:
             earlier = json.loads((self.folder / _WORK).read_text(encoding="utf-8"))
-            if not isinstance(earlier, dict):
-                raise ArgumentError(f"{_WORK} holds no object")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError):
+            earlier = None
+        if not isinstance(earlier, dict):
             raise CheckpointError(
                 f"{self.folder} is no checkpoint: choose an empty folder, or one that is not there yet"
-            ) from error
+            )
         if other := [key for key in {**earlier, **work} if earlier.get(key) != work.get(key)]:
             raise CheckpointError(
                 f"{self.folder} has the answers of other work, {', '.join(other)} differ: choose another folder, or "

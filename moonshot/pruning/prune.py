@@ -20,6 +20,7 @@ from moonshot.models.losses import Loss, model_loss
 from moonshot.models.partition import partition_model
 from moonshot.models.precision import zeros
 from moonshot.models.settings import with_model_ready
+from moonshot.pruning.allocation import Allocation
 from moonshot.pruning.auto import CANDIDATES, best_objective
 from moonshot.pruning.checkpoint import Checkpoint
 from moonshot.pruning.fingerprint import data_digest, exact, state_digest
@@ -51,6 +52,7 @@ def prune(
     bound: bool = False,
     batch_norm: bool = True,
     unreached: Literal["error", "skip"] = "error",
+    unfit: Literal["error", "skip"] = "error",
     scratch: Path | None = None,
     adapter: Adapter | None = None,
     refit: bool | Refit = False,
@@ -63,7 +65,8 @@ def prune(
     calibration: token ids (samples, tokens), a list of batches, or a DataLoader (models.calibration.as_batches).
     pattern: one for all layers, or {layer name: pattern} for those to prune.
     objective: what the layers' answers are judged by; "auto" tries those in pruning.auto.CANDIDATES on three quarters
-    of the samples, in one pass through the model, and takes the one that does best on the rest.
+    of the samples, in one pass through the model, and takes the one that does best on the rest, if it gains more than
+    chance explains (at a level of 5 %, pruning.selection).
     solver: of the layers' problems; `ADMM()` unless given.
     targets, ignore: names, globs or `re:` expressions of layers (models.targets.select).
     factors: per-sample gradients are reduced to this many by random signs, without bias, for terms that need them.
@@ -79,6 +82,8 @@ def prune(
     Report.skipped names them.
     refit: whether, and how, the surviving weights of each part, its norms and biases are fitted to the dense part once
     its layers are pruned; True for the defaults of Refit. Masks do not change.
+    unfit: what becomes of layers that cannot have the pattern, such as 2:4 on a convolution with three channels: an
+    error that names them all, or "skip", as above.
     scratch: a folder to offload to, in files that are gone afterwards: the layers' weights as they were, and the hidden
     states and gradients between the model's parts. In memory unless given.
     adapter: how the model is divided into parts, and what its layers are (models.adapter); found out unless given.
@@ -103,6 +108,7 @@ def prune(
         seed=seed,
         loss=loss,
         unreached=unreached,
+        unfit=unfit,
         scratch=scratch,
         adapter=adapter,
     )
@@ -135,9 +141,9 @@ def prune_by(
     fit = _as_refit(refit)
     batches = recipe.batches(model, calibration)
     partition = partition_model(model, batches, recipe.loss, recipe.adapter)
-    patterns = layer_patterns(partition, pattern, recipe)
-    skipped = {name: "no calibration sample reached it" for name in patterns if name in partition.unreached}
-    patterns = {name: chosen for name, chosen in patterns.items() if name not in skipped}
+    patterns, skipped = layer_patterns(partition, pattern, recipe)
+    if isinstance(pattern, Allocation):
+        skipped |= pattern.skipped
     if not isinstance(pattern, Mapping):
         skipped |= partition.skipped(recipe.targets, recipe.ignore)
     report = Report(_described(recipe, pattern, batches, fit), _versions(), skipped=skipped)

@@ -35,6 +35,7 @@ class Recipe:
     seed: int = 0
     loss: Loss = model_loss
     unreached: Literal["error", "skip"] = "error"
+    unfit: Literal["error", "skip"] = "error"
     scratch: Path | None = None
     adapter: Adapter | None = None
 
@@ -46,8 +47,9 @@ class Recipe:
             )
         if isinstance(self.solver, type) or not isinstance(self.solver, Solver):
             raise ArgumentTypeError(f"solver must be an instance such as moonshot.ADMM(), got {self.solver!r}")
-        if self.unreached not in ("error", "skip"):
-            raise ArgumentError(f'unreached must be "error" or "skip", got {self.unreached!r}')
+        for name in ("unreached", "unfit"):
+            if getattr(self, name) not in ("error", "skip"):
+                raise ArgumentError(f'{name} must be "error" or "skip", got {getattr(self, name)!r}')
         if not isinstance(self.factors, int) or self.factors < 1:
             raise ArgumentError(f"factors must be a positive integer, got {self.factors!r}")
         if self.adapter is not None and not isinstance(self.adapter, Adapter):

@@ -172,7 +172,7 @@ class PruningRun:
                     name=name,
                     shape=layer.problem_shape,
                     pattern=result.pattern,
-                    sparsity=result.sparsity,
+                    sparsity=float((result.weight == 0).double().mean()),
                     relative=result.relative,
                     terms=result.terms,
                     damping=problem.damping,
