@@ -24,7 +24,7 @@ from moonshot.layer.assembly import (
     total_shared,
 )
 from moonshot.layer.problem import Deviation, Problem, check_weight
-from moonshot.linalg.backend import Array, all_finite, namespace, native
+from moonshot.linalg.backend import Array, all_finite, computing_on, namespace, native
 
 OBSERVATIONS = ("inputs", "output_gradients", "gradients")
 
@@ -127,7 +127,8 @@ class Objective:
                 name for name in OBSERVATIONS if name in term.needs and getattr(observation, name) is None
             ]:
                 raise ArgumentError(f"{term.name} needs {missing[0]}: pass {missing[0]}=...")
-        statistics = [term.accumulate(None, observation) for _, term in self.weighted_terms]
+        with computing_on(weight):
+            statistics = [term.accumulate(None, observation) for _, term in self.weighted_terms]
         return self.assemble(weight, statistics, dampening_frac=dampening_frac)
 
     def assemble(self, weight: Array, statistics: list[Any], *, dampening_frac: float = 0.01) -> Problem:
@@ -146,12 +147,15 @@ class Objective:
         self, weight: Array, quadratics: Mapping["Objective", Quadratic], dampening_frac: float = 0.01
     ) -> Problem:
         """`assemble`, from the terms' quadratics."""
-        fraction, w = check_fraction(dampening_frac), check_weight(weight)
-        zero = Deviation(-w)
-        terms = [normalised(term.name, share, quadratics[term], w, zero) for share, term in self.weighted_terms]
-        shared, factors = total_shared(terms, w), total_factors(terms)
-        hessian, damping, ridge = damped(shared, factors, fraction, mean_diagonal(shared, factors))
-        return damped_problem(weight, w, hessian, terms, damping, ridge)
+        with computing_on(weight):
+            fraction, w = check_fraction(dampening_frac), check_weight(weight)
+            zero = Deviation(-w)
+            terms = [
+                normalised(term.name, share, quadratics[term], w, zero) for share, term in self.weighted_terms
+            ]
+            shared, factors = total_shared(terms, w), total_factors(terms)
+            hessian, damping, ridge = damped(shared, factors, fraction, mean_diagonal(shared, factors))
+            return damped_problem(weight, w, hessian, terms, damping, ridge)
 
 
 @dataclass(frozen=True)
@@ -251,8 +255,9 @@ def quadratics_of(
     terms: Iterable[Objective], weight: Array, statistics: Iterable[Any]
 ) -> dict[Objective, Quadratic]:
     """{term: its quadratic} on a layer with this weight (m, d). statistics: one for each term."""
-    w = check_weight(weight)
-    return {term: term.quadratic(statistic, w) for term, statistic in zip(terms, statistics, strict=True)}
+    with computing_on(weight):
+        w = check_weight(weight)
+        return {term: term.quadratic(statistic, w) for term, statistic in zip(terms, statistics, strict=True)}
 
 
 def quadratics_of_groups(

@@ -7,6 +7,9 @@ wherever the dtype allows it. torch and CuPy are never imported for somebody who
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 import array_api_compat
@@ -57,13 +60,39 @@ def _require_real(name: str, complex_: bool) -> None:
 
 
 def _to_cupy(tensor: Array) -> Array:
-    if tensor.device.type != "cuda":
-        return tensor
+    cupy = _cupy() if tensor.device.type == "cuda" else None
+    return tensor if cupy is None else cupy.from_dlpack(tensor)
+
+
+def _cupy() -> ModuleType | None:
     try:
         import cupy
     except ImportError:
-        return tensor
-    return cupy.from_dlpack(tensor)
+        return None
+    return cupy
+
+
+@contextmanager
+def computing_on(array: Array) -> Iterator[None]:
+    """Inside, new arrays are on the device of `array`, and products have all the digits of their dtype.
+
+    CuPy makes arrays on its current device, wherever those are that it computes with; torch rounds float32 where
+    autocast or TF32 is on.
+    """
+    with ExitStack() as stack:
+        if is_cupy(array):
+            stack.enter_context(array.device)
+        elif array_api_compat.is_torch_array(array) and array.device.type in ("cpu", "cuda"):
+            torch = sys.modules["torch"]
+            stack.enter_context(torch.autocast(array.device.type, enabled=False))
+            if (precision := torch.get_float32_matmul_precision()) != "highest":
+                torch.set_float32_matmul_precision("highest")
+                stack.callback(torch.set_float32_matmul_precision, precision)
+            if array.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(array.device))
+                if cupy := _cupy():
+                    stack.enter_context(cupy.cuda.Device(array.device.index))
+        yield
 
 
 def like(result: Array, original: Array) -> Array:

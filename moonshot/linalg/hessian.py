@@ -8,6 +8,7 @@ from moonshot.linalg.backend import (
     Array,
     all_finite,
     as_dtype,
+    computing_on,
     contiguous,
     dtype_name,
     is_numpy,
@@ -50,6 +51,10 @@ class RowHessian:
     """
 
     def __init__(self, A: Array, U: Array | None = None):
+        with computing_on(A):
+            self._take(A, U)
+
+    def _take(self, A: Array, U: Array | None) -> None:
         shared = native(A, "A")
         if shared.ndim != 2 or shared.shape[0] != shared.shape[1] or shared.shape[0] == 0:
             raise ArgumentError(f"A must be a square matrix (d, d), got shape {tuple(shared.shape)}")

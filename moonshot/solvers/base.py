@@ -9,7 +9,16 @@ from moonshot.bounds.certificate import lower_bound
 from moonshot.errors import ArgumentTypeError, MoonshotError
 from moonshot.layer.patterns import Pattern, PatternMismatchError, as_pattern
 from moonshot.layer.problem import Problem, Result, Status
-from moonshot.linalg.backend import Array, all_finite, cast_like, dtype_name, like, namespace, native
+from moonshot.linalg.backend import (
+    Array,
+    all_finite,
+    cast_like,
+    computing_on,
+    dtype_name,
+    like,
+    namespace,
+    native,
+)
 
 
 class SolverError(MoonshotError):
@@ -85,7 +94,11 @@ def solve(
     pattern.validate(problem.shape)
     if reason := solver.unsupported(problem, pattern):
         raise NotSupportedError(f"{solver.name} is not compatible with this problem: {reason}")
+    with computing_on(problem.weight):
+        return _graded(problem, pattern, solver, state, bound)
 
+
+def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, bound: bool) -> Result:
     begin = time.perf_counter()
     if state is None:
         state = solver.init(problem)
