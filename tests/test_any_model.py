@@ -485,7 +485,7 @@ def test_what_the_pattern_does_not_fit_is_named_together_or_skipped():
 def test_an_allocation_names_what_none_of_its_patterns_fits():
     model, batch = misfits()
     arguments = dict(patterns=["1:4", "2:4"], loss=pair_loss, rounds=0)
-    with pytest.raises(PatternError, match="0: it can have none of the patterns.*; 3: it can"):
+    with pytest.raises(PatternError, match="0: none of the patterns fits.*; 3: none"):
         ms.allocate(model, [batch], 0.5, **arguments)
     allocation = ms.allocate(model, [batch], 0.5, unfit="skip", **arguments)
     assert set(allocation) == {"2", "5"} and set(allocation.skipped) == {"0", "3"}

@@ -41,7 +41,7 @@ def menu(
         else:
             fitting.setdefault(pattern.zeros(view.problem_shape), pattern)
     if not fitting:
-        raise PatternError(f"it can have none of the patterns: {'; '.join(refused) or 'there are none'}")
+        raise PatternError(f"none of the patterns fits: {'; '.join(refused) or 'there are none'}")
     return sorted(fitting.items(), key=lambda choice: choice[0])
 
 
