@@ -499,17 +499,6 @@ def test_where_every_layer_is_unfit_that_is_an_error():
         ms.prune(model, [batch], "2:4", loss=pair_loss, unfit="skip", targets=["0", "3"])
 
 
-def test_the_report_has_the_zeros_that_were_there_before():
-    model, batch = misfits()
-    with torch.no_grad():
-        for layer in (model[2], model[5]):
-            threshold = layer.weight.abs().flatten().kthvalue(int(0.6 * layer.weight.numel())).values
-            layer.weight[layer.weight.abs() <= threshold] = 0
-    report = ms.prune(model, [batch], 0.3, loss=pair_loss, solver=ms.Magnitude(), targets=["2", "5"])
-    assert {layer.pattern for layer in report.layers.values()} == {"30%"}
-    assert report.sparsity == pytest.approx(0.6, abs=0.01)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_batch_norm_is_estimated_again_and_said_so(dtype):
     model, calibration, *_ = built("ResNet")

@@ -172,7 +172,7 @@ class PruningRun:
                     name=name,
                     shape=layer.problem_shape,
                     pattern=result.pattern,
-                    sparsity=float((result.weight == 0).double().mean()),
+                    sparsity=result.sparsity,
                     relative=result.relative,
                     terms=result.terms,
                     damping=problem.damping,
