@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moonshot import threads  # noqa: F401 - before what loads NumPy
 from moonshot.bounds.certificate import lower_bound
+from moonshot.errors import MoonshotError
 from moonshot.layer.columns import Columns
 from moonshot.layer.objectives import Fisher, Objective, Observation, Quadratic, Reconstruction, TokenFisher
 from moonshot.layer.patterns import NM, Pattern, PatternError, PatternMismatchError, Unstructured, as_pattern
@@ -47,6 +48,7 @@ __all__ = [
     "GraphAdapter",
     "LayerView",
     "Magnitude",
+    "MoonshotError",
     "NotPositiveDefiniteError",
     "Objective",
     "Observation",

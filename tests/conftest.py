@@ -14,6 +14,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+from moonshot.linalg.backend import native, on_host
+
 hypothesis.settings.register_profile(
     "moonshot", derandomize=True, deadline=None, max_examples=40, print_blob=False
 )
@@ -51,6 +53,11 @@ class Backend:
     def widened(self, array):
         """`array` in float64, of the same kind."""
         return array.double() if self.name.startswith("torch") else array.astype("float64")
+
+    def computed(self, array):
+        """`array`, of the kind that arrays of this one are computed on, as NumPy; fails for another kind."""
+        assert type(array) is type(native(self.array([0.0])))
+        return on_host(array)
 
     def numpy(self, array):
         """`array` as NumPy; fails unless it is of this kind and on this device."""

@@ -198,8 +198,8 @@ def test_a_solver_that_fails_names_the_layer():
         ({"unreached": "ignore"}, ValueError, "skip"),
         ({"rounds": -1}, ValueError, "rounds"),
         ({"patterns": ["2:4", 0], "sparsity": 0.7}, BudgetError, "sparser pattern"),
-        ({"patterns": ["2:4"]}, PatternError, "out can have none"),
-        ({"patterns": []}, PatternError, "needed can have none"),
+        ({"patterns": ["2:4"]}, PatternError, "out: none of the patterns fits"),
+        ({"patterns": []}, PatternError, "needed, idle, odd, out: none of the patterns fits"),
     ],
 )
 def test_bad_input(options, error, message):

@@ -458,6 +458,47 @@ def test_two_to_four_runs_along_the_channels_of_a_convolution():
         ms.prune(odd, [images], "2:4", loss=pair_loss)
 
 
+def misfits():
+    """A convolution of three channels, one that 2:4 fits, a depthwise one, and a classifier."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten()
+    )
+    return nn.Sequential(*model, nn.Linear(8 * 3 * 3, 3)), (torch.randn(12, 3, 9, 9), torch.arange(12) % 3)
+
+
+def test_what_the_pattern_does_not_fit_is_named_together_or_skipped():
+    model, batch = misfits()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(PatternError, match=r"0: 2:4 needs .*; 3: 2:4 needs .*; or leave .*unfit=.skip"):
+        ms.prune(model, [batch], "2:4", loss=pair_loss)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    report = ms.prune(model, [batch], "2:4", loss=pair_loss, unfit="skip")
+    assert set(report.layers) == {"2", "5"} and set(report.skipped) == {"0", "3"}
+    assert all("2:4 needs" in reason for reason in report.skipped.values())
+    assert all(torch.equal(before[f"{name}.weight"], model[int(name)].weight) for name in report.skipped)
+    nonzero = sum(int(parameter.count_nonzero()) for parameter in model.parameters())
+    assert report.model_sparsity == pytest.approx(1 - nonzero / sum(p.numel() for p in model.parameters()))
+    assert report.sparsity == 0.5 > report.model_sparsity
+
+
+def test_an_allocation_names_what_none_of_its_patterns_fits():
+    model, batch = misfits()
+    arguments = dict(patterns=["1:4", "2:4"], loss=pair_loss, rounds=0)
+    with pytest.raises(PatternError, match="0: none of the patterns fits.*; 3: none"):
+        ms.allocate(model, [batch], 0.5, **arguments)
+    allocation = ms.allocate(model, [batch], 0.5, unfit="skip", **arguments)
+    assert set(allocation) == {"2", "5"} and set(allocation.skipped) == {"0", "3"}
+    report = ms.prune(model, [batch], allocation, loss=pair_loss)
+    assert report.skipped == allocation.skipped
+
+
+def test_where_every_layer_is_unfit_that_is_an_error():
+    model, batch = misfits()
+    with pytest.raises(PatternError, match="0: 2:4 needs"):
+        ms.prune(model, [batch], "2:4", loss=pair_loss, unfit="skip", targets=["0", "3"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_batch_norm_is_estimated_again_and_said_so(dtype):
     model, calibration, *_ = built("ResNet")

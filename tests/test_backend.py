@@ -1,11 +1,14 @@
-"""`smallest`: exactly k entries of every row, none of them larger than one that is left out; transposes in C order."""
+"""`smallest`: exactly k entries of every row, none larger than one left out; transposes in C order; devices."""
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonshot.linalg.backend import smallest, transposed
+from moonshot.layer.objectives import Reconstruction
+from moonshot.linalg.backend import computing_on, smallest, transposed
+from moonshot.solvers import ADMM, solve
 
 
 def assert_smallest(scores, mask, k):
@@ -59,3 +62,29 @@ def test_a_transpose_in_c_order(backend, dtype):
         np.testing.assert_array_equal(found, array.astype(dtype).T)
         strided = np.repeat(array.astype(dtype), 2, axis=1)[:, ::2]
         np.testing.assert_array_equal(transposed(strided), strided.T)
+
+
+def test_computing_on_a_device_leaves_no_autocast_and_no_tf32():
+    a = torch.rand(8, 8)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (a @ a).dtype == torch.bfloat16
+            with computing_on(a):
+                assert (a @ a).dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+            assert (a @ a).dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+def test_arrays_of_another_device_are_computed_there():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one device")
+    x, weight = torch.rand(40, 8, device="cuda:1"), torch.rand(4, 8, device="cuda:1")
+    problem = Reconstruction().problem(weight, inputs=x)
+    result = solve(problem, "2:4", ADMM())
+    assert result.weight.device == weight.device
+    plain = Reconstruction().problem(weight.cpu(), inputs=x.cpu())
+    assert result.value == pytest.approx(solve(plain, "2:4", ADMM()).value, rel=0.05)

@@ -1,16 +1,23 @@
 """Runs that are cut short and taken up again."""
 
 import json
+import os
 import sys
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import nn
 
 import moonshot as ms
+from moonshot.models.losses import model_loss
 from moonshot.pruning import run
-from moonshot.pruning.checkpoint import Checkpoint, data_digest, remove
+from moonshot.pruning.checkpoint import Checkpoint, CheckpointError, remove
+from moonshot.pruning.fingerprint import data_digest, digest, exact
+from moonshot.pruning.lock import LockedError
 from moonshot.pruning.report import LayerReport, Trial
 from tests.models import JOINT, decoder, network, tokens, weights
 
@@ -109,6 +116,20 @@ def test_trials_are_kept(tmp_path, monkeypatch):
     assert report.trials == expected.trials and report.recipe == expected.recipe
 
 
+def twice(model, batch):
+    return 2 * model_loss(model, batch)
+
+
+def test_answers_of_a_model_with_another_embedding_are_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        ms.prune(decoder(), tokens(), "2:4", checkpoint=tmp_path, on_layer=cut_after(2))
+    other = decoder()
+    with torch.no_grad():
+        other.get_input_embeddings().weight[0, 0] += 1
+    with pytest.raises(CheckpointError, match="answers of other work, model differ"):
+        ms.prune(other, tokens(), "2:4", checkpoint=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -117,9 +138,13 @@ def test_trials_are_kept(tmp_path, monkeypatch):
         ({"seed": 1}, "seed"),
         ({"objective": ms.Reconstruction()}, "objective"),
         ({"calibration": tokens() + 0 * tokens().flip(0).roll(1) + (tokens() == 5)}, "calibration"),
-        ({"targets": "*.1.*"}, "patterns"),
+        ({"targets": "*.1.*"}, "patterns, model"),
         ({"bound": True}, "bound"),
         ({"factors": 3}, "factors"),
+        ({"batch_norm": False}, "batch_norm"),
+        ({"loss": twice}, "loss"),
+        ({"solver": ms.SparseGPT(block=64)}, "solver"),
+        ({"pattern": ms.Unstructured(0.5000001, "row")}, "pattern, patterns"),
     ],
 )
 def test_answers_to_other_work_are_refused(tmp_path, change, what):
@@ -160,13 +185,13 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_what_is_kept_is_found_again(tmp_path):
     dense, weight = torch.randn(1, 2, 4), torch.randn(2, 4).bfloat16()
-    first = Checkpoint(tmp_path / "new" / "folder", {"seed": 1})
-    assert first.done == frozenset() and first.trials() is None
-    first.store("a/b.c", dense, weight, REPORT)
-    first.store_trials("best", [Trial("best", 1.0, 0.5, 0.1)])
-    again = Checkpoint(tmp_path / "new" / "folder", {"seed": 1})
-    assert again.done == {"a/b.c"} and again.trials() == ("best", [Trial("best", 1.0, 0.5, 0.1)])
-    found, report = again.answer("a/b.c", dense)
+    with Checkpoint(tmp_path / "new" / "folder", {"seed": 1}) as first:
+        assert first.done == frozenset() and first.trials() is None
+        first.store("a/b.c", dense, weight, REPORT)
+        first.store_trials("best", [Trial("best", 1.0, 0.5, 0.1)])
+    with Checkpoint(tmp_path / "new" / "folder", {"seed": 1}) as again:
+        assert again.done == {"a/b.c"} and again.trials() == ("best", [Trial("best", 1.0, 0.5, 0.1)])
+        found, report = again.answer("a/b.c", dense)
     assert torch.equal(found, weight) and found.dtype == weight.dtype and report == REPORT
     names = sorted(file.name for file in again.folder.iterdir())
     assert names == ["a%2Fb.c.safetensors", "trials.json", "work.json"]
@@ -174,13 +199,153 @@ def test_what_is_kept_is_found_again(tmp_path):
     assert json.loads((again.folder / "work.json").read_text()) == {"seed": 1}
 
 
-def test_a_broken_answer_is_named(tmp_path):
-    checkpoint = Checkpoint(tmp_path, {})
-    checkpoint.store("layer", torch.ones(2), torch.ones(2), REPORT)
+def cut_off(file, about):
+    return file[:-3]
+
+
+def flipped(file, about):
+    return file[:-1] + bytes([file[-1] ^ 1])
+
+
+def made_of(weight, report=REPORT):
+    """A file that is sound but for what it holds."""
+
+    def made(file, about):
+        parts = {"report": json.dumps(asdict(report)), "before": about["before"]}
+        return save({"weight": weight}, parts | {"digest": digest([*parts.values(), weight])})
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_off,
+        flipped,
+        lambda file, about: b"",
+        lambda file, about: save({"weight": torch.ones(2, 4)}),
+        made_of(torch.full((2, 4), torch.nan)),
+        made_of(torch.ones(4, 2)),
+    ],
+    ids=["cut off", "a bit flipped", "empty", "no metadata", "NaN", "another shape"],
+)
+def test_a_damaged_answer_is_said_and_not_used(tmp_path, damage):
+    with Checkpoint(tmp_path, {}) as checkpoint:
+        for name in ("layer", "other"):
+            checkpoint.store(name, torch.ones(1, 2, 4), torch.ones(2, 4), REPORT)
     file = tmp_path / "layer.safetensors"
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"cannot read .*layer.safetensors: .*remove it to do the layer again"):
-        checkpoint.answer("layer", torch.ones(2))
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    file.write_bytes(damage(file.read_bytes(), about))
+    with (
+        pytest.warns(UserWarning, match=r"layer.safetensors is damaged: the layer is solved again"),
+        Checkpoint(tmp_path, {}) as again,
+    ):
+        assert again.done == {"other"}
+
+
+def test_a_run_solves_a_damaged_layer_again(tmp_path):
+    whole, model = decoder(), decoder()
+    work = dict(solver=ms.SparseGPT(), targets="*.0.mlp.*")
+    ms.prune(whole, tokens(), "2:4", **work)
+    with pytest.raises(Interrupted):
+        ms.prune(model, tokens(), "2:4", checkpoint=tmp_path, on_layer=cut_after(2), **work)
+    file = next(tmp_path.glob("*up_proj.safetensors"))
+    file.write_bytes(flipped(file.read_bytes(), None))
+    with pytest.warns(UserWarning, match="up_proj.safetensors is damaged"):
+        report = ms.prune(model, tokens(), "2:4", checkpoint=tmp_path, **work)
+    assert report.resumed == 1 and same(model, whole)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "", '{"best": "a", "trials": [{"name": "a"}]}', '{"best": 1, "trials": 2}']
+)
+def test_damaged_trials_are_made_again(tmp_path, text):
+    with Checkpoint(tmp_path, {}) as checkpoint:
+        checkpoint.store_trials("best", [Trial("best", 1.0, 0.5, 0.1)])
+        (tmp_path / "trials.json").write_text(text)
+        with pytest.warns(UserWarning, match="trials.json is damaged: objectives are tried again"):
+            assert checkpoint.trials() is None
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "", "{"])
+def test_a_damaged_description_of_the_work_is_no_checkpoint(tmp_path, text):
+    (tmp_path / "work.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is no checkpoint: choose an empty folder"):
+        Checkpoint(tmp_path, {})
+
+
+def test_what_a_kill_left_of_the_first_file_is_no_reason_to_refuse(tmp_path):
+    (tmp_path / "work.partial").write_text("{")
+    with Checkpoint(tmp_path, {"seed": 1}) as checkpoint:
+        assert checkpoint.done == frozenset()
+    assert json.loads((tmp_path / "work.json").read_text()) == {"seed": 1}
+
+
+def test_a_second_process_is_told_at_its_start(tmp_path):
+    with (
+        Checkpoint(tmp_path, {}),
+        pytest.raises(LockedError, match=f"by process {os.getpid()} on"),
+    ):
+        Checkpoint(tmp_path, {})
+    with Checkpoint(tmp_path, {}):
+        pass  # free again
+
+
+def test_a_folder_may_be_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)  # not there yet
+    for done in (frozenset(), {"layer"}):
+        with Checkpoint(tmp_path / "link", {}) as checkpoint:
+            assert checkpoint.done == done
+            checkpoint.store("layer", torch.ones(1, 2, 4), torch.ones(2, 4), REPORT)
+    assert (tmp_path / "elsewhere" / "layer.safetensors").exists()
+
+
+def scaled_by(factor):
+    return lambda model, batch: factor * model(**batch).loss
+
+
+@dataclass
+class Scaled:
+    factor: float
+
+    def __call__(self, model, batch):
+        return self.factor * model(**batch).loss
+
+
+def test_fingerprints_tell_apart_what_differs():
+    start = torch.ones(2, 4)
+    things = [
+        0.3 * ms.Fisher() + 0.7 * ms.Reconstruction(),
+        0.3000001 * ms.Fisher() + 0.6999999 * ms.Reconstruction(),
+        ms.Unstructured(0.5),
+        ms.Unstructured(0.5 + 1e-12),
+        ms.Unstructured(0.5, "row"),
+        ms.IHT(),
+        ms.IHT(start=start),
+        ms.IHT(start=start + 1e-7),
+        scaled_by(1.0),
+        scaled_by(2.0),
+        lambda model, batch: model(**batch).loss,
+        lambda model, batch: 2 * model(**batch).loss,
+        Scaled(1.0),
+        Scaled(1.0 + 1e-15),
+        partial(scaled_by, 1.0),
+    ]
+    found = [json.dumps(exact(thing, "thing")) for thing in things]
+    assert len(set(found)) == len(things)
+    assert found[8] == json.dumps(exact(scaled_by(1.0), "thing"))
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    handle = object()
+
+    def loss(model, batch):
+        return model_loss(model, batch) if handle else None
+
+    with pytest.raises(TypeError, match="the loss holds a object, which a checkpoint cannot compare"):
+        ms.prune(decoder(), tokens(), "2:4", loss=loss, checkpoint=tmp_path / "answers")
+    assert not (tmp_path / "answers").exists()
 
 
 def test_data_digests():

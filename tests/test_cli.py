@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 
 import moonshot
 from moonshot.app import cli
+from moonshot.errors import MoonshotError
 from moonshot.files import plan as planning
 from moonshot.models.offload import Offload
 from moonshot.pruning import auto
@@ -127,6 +128,23 @@ def test_a_mistake_is_one_line_and_leaves_nothing(monkeypatch, tmp_path, capsys,
     lines = [line for line in error.splitlines() if line.startswith("moonshot:")]
     assert len(lines) == 1 and words in lines[0] and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_is_a_traceback(monkeypatch):
+    def broken():
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        run(monkeypatch, "prune")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_debug_is_a_traceback_for_a_mistake_too(monkeypatch, place):
+    arguments = ["prune", DEMO / "model", "--data", "nowhere.txt", "--save", "pruned"]
+    arguments.insert(place, "--debug")
+    with pytest.raises(MoonshotError, match="say how much to prune"):
+        run(monkeypatch, *arguments)
 
 
 def test_data_that_is_not_text(monkeypatch, tmp_path, capsys):

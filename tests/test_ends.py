@@ -143,7 +143,7 @@ def test_what_moonshot_wrote_is_replaced_on_demand(monkeypatch, tmp_path, capsys
         (["--nsamples", 10**8], "give more text"),
         (
             ["--pattern", "2:5"],
-            "in layer model.layers.0.self_attn.q_proj and in model.layers.0.self_attn.k_proj",
+            "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj",
         ),
         (["--targets", "nothing"], "matches no layer"),
         (["--allocate", "--choice", "2;4"], "cannot read the pattern"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from moonshot.linalg import factor
 from moonshot.linalg.factor import (
     NotPositiveDefiniteError,
     capacitance,
@@ -97,6 +98,14 @@ def test_is_positive_definite(backend, dtype):
     assert is_positive_definite(backend.array(turn @ sound @ turn.T, dtype)) is True
     for last in (-1, 0, np.nan):
         assert is_positive_definite(backend.array(np.diag([1, last]), dtype)) is False
+
+
+@pytest.mark.parametrize("pivot", [0.0, -1.0, np.nan])
+def test_a_factor_with_a_pivot_that_is_not_positive_is_refused_where_the_backend_does_not(monkeypatch, pivot):
+    """As CuPy's may be, which raises nothing by itself."""
+    monkeypatch.setattr(factor.namespace(np.eye(2)).linalg, "cholesky", lambda a: np.diag([1.0, pivot]))
+    with pytest.raises(NotPositiveDefiniteError, match="smallest pivot 0"):
+        cholesky(np.diag([1.0, 0.0]), "the matrix")
 
 
 def test_cholesky_of_a_batch_says_which_matrix_and_its_smallest_pivot(backend):

@@ -18,6 +18,7 @@ FLOORS = ("linalg", "layer", "bounds", "solvers", "checks", "models", "pruning",
 # What has to be at the top level, and what it may import: what must be first, old names, and the way in.
 TOP_LEVEL = {
     "threads": (),
+    "errors": (),
     "extras": (),
     "evaluation": ("models",),
     "storage": ("files",),
@@ -25,9 +26,9 @@ TOP_LEVEL = {
 }
 MAY_IMPORT = {floor: {*FLOORS[:height]} for height, floor in enumerate(FLOORS)}
 MAY_IMPORT |= {name: set(below) for name, below in TOP_LEVEL.items()}
-# Everybody may say which extra brings what is missing.
+# Everybody may say which extra brings what is missing, and what a user's mistake is.
 for allowed in MAY_IMPORT.values():
-    allowed.add("extras")
+    allowed |= {"extras", "errors"}
 # What does not need a floor below it although it could.
 MAY_IMPORT["models"] -= {"bounds", "solvers", "checks"}
 MAY_IMPORT["pruning"] -= {"checks"}

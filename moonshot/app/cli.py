@@ -13,6 +13,7 @@ from rich.table import Table
 
 import moonshot
 from moonshot.app.terminal import ENDS, ending_cleanly, one_line, say, unbroken_output
+from moonshot.errors import MoonshotError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,8 +24,8 @@ app = typer.Typer(
 console = Console()
 
 
-class Unreached(str, Enum):
-    """What `prune` does with layers that no calibration sample reaches."""
+class OrSkip(str, Enum):
+    """What `prune` does with layers that it cannot prune."""
 
     error = "error"
     skip = "skip"
@@ -58,6 +59,9 @@ def _print_version(wanted: bool) -> None:
 def common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="With any command: a traceback for every error.")
     ] = False,
 ) -> None:
     """Options of all commands."""
@@ -165,8 +169,11 @@ def prune(
         typer.Option(help="Folder for finished layers; the same command then continues an interrupted run."),
     ] = None,
     unreached: Annotated[
-        Unreached, typer.Option(help="What to do with layers that no calibration sample reaches.")
-    ] = Unreached.error,
+        OrSkip, typer.Option(help="What to do with layers that no calibration sample reaches.")
+    ] = OrSkip.error,
+    unfit: Annotated[
+        OrSkip, typer.Option(help="What to do with layers that the pattern does not fit.")
+    ] = OrSkip.error,
     trust_remote_code: Trust = False,
     adapter: Annotated[
         str | None, typer.Option(help="How the model is divided, if it needs one of your own: module:Class.")
@@ -203,6 +210,7 @@ def prune(
         trust_remote_code=trust_remote_code,
         command=shlex.join(["moonshot", *sys.argv[1:]]),
         unreached=unreached.value,  # type: ignore[arg-type]
+        unfit=unfit.value,  # type: ignore[arg-type]
         adapter=parse_adapter(adapter),
     ).run(console)
 
@@ -251,14 +259,18 @@ def unpack(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on standard error and exit code 1."""
+    """Run the command line; a user's mistake is one line on standard error and exit code 1, a bug a traceback."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads sleep too: see moonshot.threads
     sys.path.insert(0, "")  # one's own module:Class is found beside the working directory's files
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # it may follow the command
     with unbroken_output():
         try:
             with ending_cleanly():
                 app()
-        except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        except (MoonshotError, OSError, ImportError, MemoryError) as error:
+            if debug:
+                raise
             _complain(str(error) or "out of memory", error)
             sys.exit(1)
         except SystemExit as stop:

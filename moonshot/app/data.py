@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from moonshot.errors import ArgumentError
 from moonshot.files.load import Source
 from moonshot.models.calibration import CalibrationError, windows
 from moonshot.models.images import Pictures, find_pictures
@@ -37,5 +38,5 @@ def text_windows(
 def pictures(data: str, seqlen: int | None) -> Pictures:
     """The images that --data names."""
     if seqlen is not None:
-        raise ValueError("--seqlen is tokens of text, and the model is an image classifier: leave it out")
+        raise ArgumentError("--seqlen is tokens of text, and the model is an image classifier: leave it out")
     return find_pictures(data)

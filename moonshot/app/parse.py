@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moonshot import solvers
+from moonshot.errors import ArgumentError
 from moonshot.layer.columns import Columns
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.layer.patterns import Pattern, as_pattern
@@ -45,7 +46,7 @@ def parse_objective(text: str) -> Objective | str:
     for part in re.split(r"\+(?![^(]*\))", text):
         match = _TERM.fullmatch(part)
         if match is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"cannot read {part.strip()!r} in the objective: write terms with weights, such as "
                 '"0.7 reconstruction + 0.3 fisher"'
             )
@@ -64,17 +65,17 @@ def parse_pattern(pattern: str | None, sparsity: float | None, columns: float | 
     Raises ValueError where they contradict each other.
     """
     if columns is not None and (pattern is not None or sparsity is not None):
-        raise ValueError("--columns is a pattern of its own: leave --pattern and --sparsity out")
+        raise ArgumentError("--columns is a pattern of its own: leave --pattern and --sparsity out")
     if columns is not None:
         return Columns(columns)
     if pattern is None and sparsity is None:
-        raise ValueError("say how much to prune: --pattern 2:4, --sparsity 0.5 or --columns 0.25")
+        raise ArgumentError("say how much to prune: --pattern 2:4, --sparsity 0.5 or --columns 0.25")
     if pattern is None:
         return as_pattern(sparsity)  # type: ignore[arg-type]
     chosen = _own_pattern(pattern) if _is_own(pattern) else as_pattern(pattern)
     promised = getattr(chosen, "sparsity", None)
     if sparsity is not None and (promised is None or abs(promised - sparsity) > 1e-9):
-        raise ValueError(
+        raise ArgumentError(
             f"--pattern {pattern} and --sparsity {sparsity:g} contradict each other (N:M keeps n of every m): "
             "give one of them"
         )
@@ -91,7 +92,9 @@ def parse_solver(name: str, options: Iterable[str] = ()) -> Solver:
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
-            raise ValueError(f"cannot read --solver-option {option!r}: write name=value, such as growth=1.05")
+            raise ArgumentError(
+                f"cannot read --solver-option {option!r}: write name=value, such as growth=1.05"
+            )
         given[key.strip()] = _literal(value.strip())
     if kind is solvers.Swaps:
         given["inner"] = parse_solver(str(given.get("inner", "admm")))
@@ -106,7 +109,7 @@ def parse_adapter(name: str | None) -> Adapter | None:
 def _own_pattern(text: str) -> Pattern:
     match = re.fullmatch(r"([\w.]+:\w+)\s*(?:\((.*)\))?", text.strip())
     if match is None:
-        raise ValueError(f"cannot read the pattern {text!r}: write module:Class or module:Class(name=value)")
+        raise ArgumentError(f"cannot read the pattern {text!r}: write module:Class or module:Class(name=value)")
     return _made(_imported(match[1], "--pattern"), _arguments(match[2] or ""), Pattern, match[1])
 
 
@@ -121,7 +124,7 @@ def _found(name: str, known: dict[str, Any], kind: str, flag: str) -> Any:
         return known[name.lower()]
     close = get_close_matches(name.lower(), known, 1)
     meant = f"did you mean {close[0]}? " if close else ""
-    raise ValueError(
+    raise ArgumentError(
         f"{flag}: no {kind} is called {name!r}; {meant}there are {', '.join(known)}, and your own as module:Class"
     )
 
@@ -130,17 +133,17 @@ def _imported(name: str, flag: str) -> Any:
     """A class by `module:Class`; modules beside the working directory's files are found too."""
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise ValueError(f"{flag} {name}: write module:Class")
+        raise ArgumentError(f"{flag} {name}: write module:Class")
     try:
         found = import_module(module)
     except ImportError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{flag} {name}: cannot import {module}: {error}; the file {module.replace('.', '/')}.py must be in "
             f"{Path.cwd()} or on PYTHONPATH"
         ) from error
     if not isinstance(getattr(found, attribute, None), type):
         classes = [key for key, value in vars(found).items() if isinstance(value, type)]
-        raise ValueError(
+        raise ArgumentError(
             f"{flag} {name}: {module} has no class {attribute}; it has {', '.join(classes) or 'none'}"
         )
     return getattr(found, attribute)
@@ -151,10 +154,10 @@ def _made(kind: type, arguments: dict[str, Any], protocol: type, name: str) -> A
         inspect.signature(kind).bind(**arguments)
     except TypeError as error:
         takes = ", ".join(inspect.signature(kind).parameters) or "no options"
-        raise ValueError(f"{name}: {error}; it takes {takes}") from error
+        raise ArgumentError(f"{name}: {error}; it takes {takes}") from error
     made = kind(**arguments)
     if not isinstance(made, protocol):
-        raise ValueError(f"{name} is no {protocol.__name__.lower()}: docs/extending.md says what one needs")
+        raise ArgumentError(f"{name} is no {protocol.__name__.lower()}: docs/extending.md says what one needs")
     return made
 
 
@@ -165,7 +168,7 @@ def _arguments(text: str) -> dict[str, Any]:
         assert isinstance(call, ast.Call) and not call.args
         return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
     except (SyntaxError, ValueError, AssertionError) as error:
-        raise ValueError(f"cannot read the arguments ({text}): write name=value, name=value") from error
+        raise ArgumentError(f"cannot read the arguments ({text}): write name=value, name=value") from error
 
 
 def _literal(text: str) -> Any:
@@ -179,4 +182,4 @@ def _number(text: str, part: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise ValueError(f"cannot read the weight {text!r} of {part.strip()!r} in the objective") from error
+        raise ArgumentError(f"cannot read the weight {text!r} of {part.strip()!r} in the objective") from error

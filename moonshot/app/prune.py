@@ -14,6 +14,7 @@ from torch import nn
 from moonshot import pruning
 from moonshot.app.data import pictures, text_windows
 from moonshot.app.terminal import one_line, say, visible
+from moonshot.errors import ArgumentError
 from moonshot.files import plan as planning
 from moonshot.files.draft import check_free
 from moonshot.files.folder import Opened, opened
@@ -76,6 +77,7 @@ class PruneCommand:
     trust_remote_code: bool = False
     command: str = ""
     unreached: Literal["error", "skip"] = "error"
+    unfit: Literal["error", "skip"] = "error"
     adapter: Adapter | None = None
 
     def run(self, console: Console) -> None:
@@ -117,20 +119,20 @@ class PruneCommand:
     def _check(self) -> None:
         """Raises ValueError or TypeError for arguments that nothing can be done with."""
         if self.choices and not self.allocate:
-            raise ValueError("--choice is what --allocate chooses from: add --allocate")
+            raise ArgumentError("--choice is what --allocate chooses from: add --allocate")
         for choice in self.choices or ():
             as_pattern(choice)
         if self.columns is not None and (self.allocate or self.targets or self.adapter):
-            raise ValueError(
+            raise ArgumentError(
                 "--columns prunes the layers that read hidden units and heads, alike in every block: leave --allocate, "
                 "--targets and --adapter out"
             )
         if self.shrink and self.columns is None:
-            raise ValueError("--shrink cuts out what --columns has made zero: add --columns 0.25")
+            raise ArgumentError("--shrink cuts out what --columns has made zero: add --columns 0.25")
         if self.memory is not None and not 0 < self.memory < float("inf"):
-            raise ValueError(f"--memory is GiB that pruning may take, more than 0, got {self.memory:g}")
+            raise ArgumentError(f"--memory is GiB that pruning may take, more than 0, got {self.memory:g}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed is a number from 0 to 2^63 - 1, got {self.seed}")
+            raise ArgumentError(f"--seed is a number from 0 to 2^63 - 1, got {self.seed}")
         Recipe(self.objective, self.solver, factors=self.factors, dampening_frac=self.dampening_frac)
         if self.checkpoint is not None:
             _check_apart("--save", self.save, "--checkpoint", self.checkpoint)
@@ -153,8 +155,9 @@ class PruneCommand:
         inside = [name for block in find_blocks(skeleton) for name, _ in layers_of(*block)]
         if self.targets is None:
             names -= heads(skeleton) | routers(skeleton)
-        if not self.allocate:
-            check_fits(views, {name: self.pattern for name in inside if name in names})
+        if not self.allocate and self.unfit == "error":
+            fitting = {name: views[name] for name in inside if name in names}
+            check_fits(fitting, dict.fromkeys(fitting, self.pattern))
 
     def _calibration(self, source: Source, skeleton: nn.Module) -> tuple[Any, list[str] | None]:
         """The calibration data, and the names of broken images; None for text."""
@@ -241,6 +244,7 @@ class PruneCommand:
             dampening_frac=self.dampening_frac,
             seed=self.seed,
             unreached=self.unreached,
+            unfit=self.unfit,
             scratch=scratch,
             adapter=self.adapter,
         )
@@ -311,4 +315,4 @@ def _check_apart(first: str, one: Path, second: str, other: Path) -> None:
     """Raises ValueError where a folder is another one, inside it or around it."""
     here, there = one.resolve(), other.resolve()
     if here.is_relative_to(there) or there.is_relative_to(here):
-        raise ValueError(f"{first} {one} and {second} {other} must be folders apart from one another")
+        raise ArgumentError(f"{first} {one} and {second} {other} must be folders apart from one another")

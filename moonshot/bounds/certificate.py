@@ -2,6 +2,7 @@
 
 from moonshot.bounds.branching import COLUMNS, Rows, branch
 from moonshot.bounds.relaxation import relaxation_bound
+from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.layer.patterns import Pattern, as_pattern
 from moonshot.layer.problem import Problem, Status
 from moonshot.linalg import NotPositiveDefiniteError
@@ -26,13 +27,13 @@ def lower_bound(problem: Problem, pattern: Pattern | str | float, *, iterations:
     the proofs.
     """
     if not isinstance(problem, Problem):
-        raise TypeError(f"problem must be a moonshot.Problem, got {type(problem).__name__}")
+        raise ArgumentTypeError(f"problem must be a moonshot.Problem, got {type(problem).__name__}")
     if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
-        raise ValueError(f"iterations must be a positive integer, got {iterations!r}")
+        raise ArgumentError(f"iterations must be a positive integer, got {iterations!r}")
     pattern = as_pattern(pattern)
     pattern.validate(problem.shape)
     if not hasattr(pattern, "groups"):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"{type(pattern).__name__} is missing `groups(shape) -> (size, zeros)`: a lower bound is for patterns "
             "with exactly `zeros` zeros in every `size` consecutive weights"
         )

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from moonshot.errors import ArgumentTypeError
+
 
 class CheckError(AssertionError):
     """A plug-in breaks a promise. `faults` lists each in words, as the message does."""
@@ -64,8 +66,8 @@ class Unchanged:
 def is_instance(plugin: Any, protocol: type, example: str) -> None:
     """TypeError unless a plug-in is an object, not a class, with all the methods of its protocol."""
     if isinstance(plugin, type):
-        raise TypeError(f"pass an instance, such as {example}, not the class {plugin.__name__}")
+        raise ArgumentTypeError(f"pass an instance, such as {example}, not the class {plugin.__name__}")
     if not isinstance(plugin, protocol):
         names = [name for name in dir(protocol) if not name.startswith("_") and not hasattr(plugin, name)]
         missing = f": it is missing {', '.join(names)}" if names else ""
-        raise TypeError(f"{type(plugin).__name__} is no {protocol.__name__}{missing}")
+        raise ArgumentTypeError(f"{type(plugin).__name__} is no {protocol.__name__}{missing}")

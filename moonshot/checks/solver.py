@@ -9,6 +9,7 @@ import numpy as np
 
 from moonshot.checks.exhaustive import optimum
 from moonshot.checks.faults import Faults, Unchanged, is_instance
+from moonshot.errors import ArgumentTypeError
 from moonshot.layer.patterns import NM, Pattern, PatternError, Unstructured, as_pattern
 from moonshot.layer.problem import Problem, Result, Status
 from moonshot.linalg.hessian import RowHessian
@@ -132,7 +133,7 @@ class _Check:
             pattern.validate(problem.shape)
             reason = self.solver.unsupported(problem, pattern)
             if reason is not None and (not isinstance(reason, str) or not reason):
-                raise TypeError(f"unsupported must give a reason in words or None, it gives {reason!r}")
+                raise ArgumentTypeError(f"unsupported must give a reason in words or None, it gives {reason!r}")
             return solve(problem, pattern, self.solver, state=state)
 
         try:

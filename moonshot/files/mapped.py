@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moonshot.errors import ArgumentError
 from moonshot.files.source import check_weights
 
 DTYPES = {
@@ -43,7 +44,7 @@ class MappedFile:
             header.pop("__metadata__", None)
             self.tensors = {name: self._tensor(begin, **entry) for name, entry in header.items()}
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no safetensors file that can be mapped: {error!r}") from error
+            raise ArgumentError(f"{path} is no safetensors file that can be mapped: {error!r}") from error
 
     def _tensor(self, begin: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
         kind = DTYPES[dtype]
@@ -51,7 +52,7 @@ class MappedFile:
             return torch.empty(shape, dtype=kind, device="cpu")
         start = begin + data_offsets[0]
         if start % kind.itemsize:
-            raise ValueError(f"a tensor of {dtype} begins at byte {start}")
+            raise ArgumentError(f"a tensor of {dtype} begins at byte {start}")
         return torch.frombuffer(self._map, dtype=kind, count=prod(shape), offset=start).view(shape)
 
     def release(self) -> None:

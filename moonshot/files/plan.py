@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moonshot.errors import MoonshotError
 from moonshot.extras import from_extra
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Unstructured
@@ -36,7 +37,7 @@ _PROBES = 256, 512  # sizes of the problems solved to time a solver
 _CGROUP, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-class ResourceError(ValueError):
+class ResourceError(MoonshotError):
     """There is less memory or disk than pruning takes."""
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from moonshot.errors import MoonshotError
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 _SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
@@ -19,7 +21,7 @@ _TEMPLATES = "additional_chat_templates"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-class FolderError(ValueError):
+class FolderError(MoonshotError):
     """A model folder that is not there, cannot be read, or holds what it should not."""
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moonshot.errors import ArgumentError
 from moonshot.files.mapped import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -34,7 +35,7 @@ def write_tensors(path: Path, entries: dict[str, Entry]) -> str:
     for name in ordered:
         shape, dtype, _ = entries[name]
         if dtype not in _NAMES:
-            raise ValueError(f"{name} is {dtype}, which moonshot does not write")
+            raise ArgumentError(f"{name} is {dtype}, which moonshot does not write")
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from moonshot.errors import ArgumentError
 from moonshot.models.calibration import open_dataset
 
 
@@ -15,7 +16,7 @@ def read_text(data: str) -> str:
     parts = _file_texts(path) if path.is_file() or path.is_dir() else _dataset_texts(data)
     text = "\n\n".join(parts)
     if not text.strip():
-        raise ValueError(f"{data} holds no text")
+        raise ArgumentError(f"{data} holds no text")
     return text
 
 
@@ -28,7 +29,7 @@ def _file_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise ArgumentError(
             f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}; convert it, or put it "
             "elsewhere"
         ) from error
@@ -42,7 +43,7 @@ def _dataset_texts(data: str) -> list[str]:
         if getattr(kind, "dtype", "") in ("string", "large_string")
     ]
     if not columns:
-        raise ValueError(
+        raise ArgumentError(
             f"the dataset {data!r} has no column of text, its columns are {', '.join(dataset.features)}"
         )
     return [text for text in dataset["text" if "text" in columns else columns[0]] if text]

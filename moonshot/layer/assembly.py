@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import isfinite, sqrt
 from numbers import Real
 
+from moonshot.errors import ArgumentError
 from moonshot.layer.problem import Deviation, Problem, Term
 from moonshot.linalg.backend import Array, as_dtype, eye_like, namespace, native
 from moonshot.linalg.factor import NotPositiveDefiniteError, eigenbasis
@@ -30,7 +31,7 @@ class Quadratic:
 
 def check_fraction(dampening_frac: float) -> float:
     if not (isinstance(dampening_frac, Real) and isfinite(dampening_frac) and dampening_frac >= 0):
-        raise ValueError(f"dampening_frac must be a number of 0 or more, got {dampening_frac!r}")
+        raise ArgumentError(f"dampening_frac must be a number of 0 or more, got {dampening_frac!r}")
     return float(dampening_frac)
 
 
@@ -42,9 +43,9 @@ def normalised(name: str, share: float, quadratic: Quadratic, weight: Array, zer
     m, d = weight.shape
     shared, factors = quadratic.shared, quadratic.factors
     if shared is not None and tuple(shared.shape) != (d, d):
-        raise ValueError(f"{name}: inputs have {shared.shape[0]} columns, the weight has {d}")
+        raise ArgumentError(f"{name}: inputs have {shared.shape[0]} columns, the weight has {d}")
     if factors is not None and tuple(factors.shape[:2]) != (m, d):
-        raise ValueError(f"{name}: factors must be (m, d, n) with (m, d) = {(m, d)}")
+        raise ArgumentError(f"{name}: factors must be (m, d, n) with (m, d) = {(m, d)}")
     centre = weight
     if quadratic.centre is not None:
         centre = native(quadratic.centre, "centre")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from numbers import Real
 
+from moonshot.errors import ArgumentTypeError
 from moonshot.layer.patterns import PatternError, PatternMismatchError
 from moonshot.linalg.backend import Array, namespace, smallest
 
@@ -22,7 +23,7 @@ class Columns:
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsity, Real) or isinstance(self.sparsity, bool):
-            raise TypeError(f"sparsity must be a number from 0 to 1, got {self.sparsity!r}")
+            raise ArgumentTypeError(f"sparsity must be a number from 0 to 1, got {self.sparsity!r}")
         if not 0 <= self.sparsity <= 1:
             raise PatternError(
                 f"sparsity is the fraction of columns that are zero, 0 to 1, got {self.sparsity!r}"

@@ -11,6 +11,7 @@ from math import isfinite
 from numbers import Real
 from typing import Any, ClassVar
 
+from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.layer.assembly import (
     Quadratic,
     check_fraction,
@@ -23,7 +24,7 @@ from moonshot.layer.assembly import (
     total_shared,
 )
 from moonshot.layer.problem import Deviation, Problem, check_weight
-from moonshot.linalg.backend import Array, all_finite, namespace, native
+from moonshot.linalg.backend import Array, all_finite, computing_on, namespace, native
 
 OBSERVATIONS = ("inputs", "output_gradients", "gradients")
 
@@ -45,14 +46,14 @@ class Observation:
         """One observation as it is computed on, checked; ValueError where it is missing or unusable."""
         value = getattr(self, name)
         if value is None:
-            raise ValueError(f"{term.name} needs {name}: pass {name}=...")
+            raise ArgumentError(f"{term.name} needs {name}: pass {name}=...")
         array = native(value, name)
         if array.ndim != dimensions:
-            raise ValueError(f"{name} must have {dimensions} dimensions, got {tuple(array.shape)}")
+            raise ArgumentError(f"{name} must have {dimensions} dimensions, got {tuple(array.shape)}")
         if array.shape[0] == 0:
-            raise ValueError(f"{name} is empty: give more calibration data")
+            raise ArgumentError(f"{name} is empty: give more calibration data")
         if not all_finite(array):
-            raise ValueError(f"{name} holds NaN or infinity: look at the calibration data and model")
+            raise ArgumentError(f"{name} holds NaN or infinity: look at the calibration data and model")
         return array
 
 
@@ -89,11 +90,11 @@ class Objective:
         A term that needs gradients and something else as well has them in calls of their own while a model is pruned:
         inputs (and output_gradients) batch by batch, gradients once, after all of these. It looks for what is there.
         """
-        raise TypeError(f"{self.name} is no term: it must define accumulate and quadratic")
+        raise ArgumentTypeError(f"{self.name} is no term: it must define accumulate and quadratic")
 
     def quadratic(self, statistic: Any, weight: Array) -> Quadratic:
         """The term's quadratic for a layer with this weight (m, d)."""
-        raise TypeError(f"{self.name} is no term: it must define accumulate and quadratic")
+        raise ArgumentTypeError(f"{self.name} is no term: it must define accumulate and quadratic")
 
     def __mul__(self, weight: float) -> "Objective":
         return WeightedSum(((_check_weighting(weight), self),))
@@ -125,8 +126,9 @@ class Objective:
             if missing := [
                 name for name in OBSERVATIONS if name in term.needs and getattr(observation, name) is None
             ]:
-                raise ValueError(f"{term.name} needs {missing[0]}: pass {missing[0]}=...")
-        statistics = [term.accumulate(None, observation) for _, term in self.weighted_terms]
+                raise ArgumentError(f"{term.name} needs {missing[0]}: pass {missing[0]}=...")
+        with computing_on(weight):
+            statistics = [term.accumulate(None, observation) for _, term in self.weighted_terms]
         return self.assemble(weight, statistics, dampening_frac=dampening_frac)
 
     def assemble(self, weight: Array, statistics: list[Any], *, dampening_frac: float = 0.01) -> Problem:
@@ -145,12 +147,15 @@ class Objective:
         self, weight: Array, quadratics: Mapping["Objective", Quadratic], dampening_frac: float = 0.01
     ) -> Problem:
         """`assemble`, from the terms' quadratics."""
-        fraction, w = check_fraction(dampening_frac), check_weight(weight)
-        zero = Deviation(-w)
-        terms = [normalised(term.name, share, quadratics[term], w, zero) for share, term in self.weighted_terms]
-        shared, factors = total_shared(terms, w), total_factors(terms)
-        hessian, damping, ridge = damped(shared, factors, fraction, mean_diagonal(shared, factors))
-        return damped_problem(weight, w, hessian, terms, damping, ridge)
+        with computing_on(weight):
+            fraction, w = check_fraction(dampening_frac), check_weight(weight)
+            zero = Deviation(-w)
+            terms = [
+                normalised(term.name, share, quadratics[term], w, zero) for share, term in self.weighted_terms
+            ]
+            shared, factors = total_shared(terms, w), total_factors(terms)
+            hessian, damping, ridge = damped(shared, factors, fraction, mean_diagonal(shared, factors))
+            return damped_problem(weight, w, hessian, terms, damping, ridge)
 
 
 @dataclass(frozen=True)
@@ -171,13 +176,13 @@ class WeightedSum(Objective):
                 weights[term] = weights.get(term, 0.0) + factor * weight
         names = [term.name for term in weights]
         if alike := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(
+            raise ArgumentError(
                 f"two different terms are called {alike[0]}: make the class a frozen dataclass, whose name has its "
                 "parameters and of which equal ones are one term, or define `name`"
             )
         total = sum(weights.values())
         if total <= 0:
-            raise ValueError("every term of the objective has weight 0: give one a positive weight")
+            raise ArgumentError("every term of the objective has weight 0: give one a positive weight")
         return tuple((weight / total, term) for term, weight in weights.items() if weight > 0)
 
 
@@ -214,7 +219,7 @@ class Fisher(Objective):
     def quadratic(self, statistic: Array, weight: Array) -> Quadratic:
         n, *shape = statistic.shape
         if tuple(shape) != tuple(weight.shape):
-            raise ValueError(
+            raise ArgumentError(
                 f"gradients must be (n, m, d) with (m, d) = {tuple(weight.shape)}, got {(n, *shape)}"
             )
         by_row = namespace(statistic).permute_dims(statistic, (1, 2, 0))
@@ -235,7 +240,7 @@ class TokenFisher(Objective):
         inputs = observation.require("inputs", 2, self)
         gradients = observation.require("output_gradients", 2, self)
         if len(inputs) != len(gradients):
-            raise ValueError(
+            raise ArgumentError(
                 f"inputs have {len(inputs)} tokens, output_gradients {len(gradients)}: they must agree"
             )
         xp = namespace(inputs)
@@ -250,8 +255,9 @@ def quadratics_of(
     terms: Iterable[Objective], weight: Array, statistics: Iterable[Any]
 ) -> dict[Objective, Quadratic]:
     """{term: its quadratic} on a layer with this weight (m, d). statistics: one for each term."""
-    w = check_weight(weight)
-    return {term: term.quadratic(statistic, w) for term, statistic in zip(terms, statistics, strict=True)}
+    with computing_on(weight):
+        w = check_weight(weight)
+        return {term: term.quadratic(statistic, w) for term, statistic in zip(terms, statistics, strict=True)}
 
 
 def quadratics_of_groups(
@@ -273,9 +279,9 @@ def quadratics_of_groups(
 
 def _check_weighting(weight: float) -> float:
     if not isinstance(weight, Real) or isinstance(weight, bool):
-        raise TypeError(f"an objective's weight must be a number, got {weight!r}")
+        raise ArgumentTypeError(f"an objective's weight must be a number, got {weight!r}")
     if not (isfinite(weight) and weight >= 0):
-        raise ValueError(f"an objective's weight must be finite and not negative, got {weight!r}")
+        raise ArgumentError(f"an objective's weight must be finite and not negative, got {weight!r}")
     return float(weight)
 
 
@@ -285,7 +291,7 @@ def _summands(objective: Objective) -> tuple[tuple[float, Objective], ...]:
         try:
             hash(objective)
         except TypeError as error:
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"{type(objective).__name__} cannot be told from other terms: write @dataclass(frozen=True)"
             ) from error
         return ((1.0, objective),)
@@ -300,7 +306,7 @@ def _gram(x: Array) -> Array:
 
 def _add(statistic: Array | None, update: Array) -> Array:
     if statistic is not None and statistic.shape != update.shape:
-        raise ValueError(
+        raise ArgumentError(
             f"a batch has {update.shape[0]} inputs to the layer, the ones before had {statistic.shape[0]}"
         )
     if statistic is None:

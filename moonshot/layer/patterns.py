@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Protocol, runtime_checkable
 
+from moonshot.errors import ArgumentTypeError, MoonshotError
 from moonshot.linalg.backend import Array, namespace, smallest
 
 
-class PatternError(ValueError):
+class PatternError(MoonshotError):
     """A pattern that cannot be read, or does not fit the layer it is asked of."""
 
 
-class PatternMismatchError(ValueError):
+class PatternMismatchError(MoonshotError):
     """A mask or a weight that does not have the zeros its pattern promises."""
 
 
@@ -59,7 +60,7 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsity, Real) or isinstance(self.sparsity, bool):
-            raise TypeError(f"sparsity must be a number from 0 to 1, got {self.sparsity!r}")
+            raise ArgumentTypeError(f"sparsity must be a number from 0 to 1, got {self.sparsity!r}")
         if not 0 <= self.sparsity <= 1:
             raise PatternError(
                 f"sparsity is the fraction of zeros, from 0 to 1, got {self.sparsity!r}; "
@@ -117,7 +118,7 @@ class NM:
     def __post_init__(self) -> None:
         for name, value in (("n", self.n), ("m", self.m)):
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} of an N:M pattern must be an integer, got {value!r}")
+                raise ArgumentTypeError(f"{name} of an N:M pattern must be an integer, got {value!r}")
         if not (0 <= self.n <= self.m and self.m >= 1):
             raise PatternError(
                 f"N:M keeps n of every m weights, so 0 <= n <= m and m >= 1: got {self.n}:{self.m}"
@@ -197,4 +198,4 @@ def as_pattern(pattern: "Pattern | str | float") -> Pattern:
         return Unstructured(float(pattern))
     if isinstance(pattern, Pattern) and not isinstance(pattern, type):
         return pattern
-    raise TypeError(f'a pattern is 0.5, "50%", "2:4", Unstructured or NM, got {pattern!r}')
+    raise ArgumentTypeError(f'a pattern is 0.5, "50%", "2:4", Unstructured or NM, got {pattern!r}')

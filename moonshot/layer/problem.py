@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
+from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.linalg.backend import Array, all_finite, as_dtype, contiguous, dtype_name, namespace, native
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import project
@@ -104,7 +105,7 @@ class Problem:
         ridge: float | None = None,
     ):
         if not isinstance(hessian, RowHessian):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"hessian must be a RowHessian, got {type(hessian).__name__}: "
                 "write Problem(weight, RowHessian(A, U))"
             )
@@ -120,12 +121,12 @@ class Problem:
         matrix = check_weight(array, name)
         m, d = matrix.shape
         if d != self.hessian.columns or self.hessian.rows not in (None, m):
-            raise ValueError(
+            raise ArgumentError(
                 f"the {name} is {m} x {d}, the Hessian is for {self.hessian.rows or 'any'} rows of "
                 f"{self.hessian.columns} columns: A must be (d, d) and U (m, d, n)"
             )
         if type(matrix) is not type(self.hessian.A):
-            raise TypeError(f"the {name} and the Hessian must be on the same device")
+            raise ArgumentTypeError(f"the {name} and the Hessian must be on the same device")
         return matrix
 
     @property
@@ -178,9 +179,9 @@ def check_weight(array: Array, name: str = "weight") -> Array:
     """`array` (m, d) as it is computed on; TypeError or ValueError where it is no finite matrix."""
     matrix = native(array, name)
     if matrix.ndim != 2 or 0 in matrix.shape:
-        raise ValueError(f"{name} must be (m, d) and not empty, got shape {tuple(matrix.shape)}")
+        raise ArgumentError(f"{name} must be (m, d) and not empty, got shape {tuple(matrix.shape)}")
     if not all_finite(matrix):
-        raise ValueError(f"{name} holds NaN or infinity: the model is broken before pruning")
+        raise ArgumentError(f"{name} holds NaN or infinity: the model is broken before pruning")
     return matrix
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
+from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.layer.assembly import (
     Quadratic,
     check_fraction,
@@ -131,7 +132,7 @@ def _in_common(
     ratio, factor_ratio = _ratio(weightings, with_shared), _ratio(weightings, with_factors)
     for weighting in weightings:
         if not any(term in weighting for term in with_shared):
-            raise ValueError(
+            raise ArgumentError(
                 f"{' + '.join(term.name for term in weighting)} alone has no matrix that rows share to factor: give "
                 "Reconstruction a small weight, or make its problem with objective.problem(...)"
             )
@@ -141,17 +142,17 @@ def _in_common(
 def _weightings(objectives: Iterable[Objective]) -> list[dict[Objective, float]]:
     """The normalised weights of the terms of each objective."""
     if isinstance(objectives, Objective) or not isinstance(objectives, Iterable):
-        raise TypeError("a weighting sweep is made of several objectives: pass a list of them")
+        raise ArgumentTypeError("a weighting sweep is made of several objectives: pass a list of them")
     weightings = []
     for objective in objectives:
         if not isinstance(objective, Objective):
-            raise TypeError(
+            raise ArgumentTypeError(
                 "a weighting sweep is made of objectives such as 0.5 * Reconstruction() + 0.5 * Fisher(), got "
                 f"{objective!r}"
             )
         weightings.append({term: share for share, term in objective.weighted_terms})
     if not weightings:
-        raise ValueError("a weighting sweep needs at least one objective, the list is empty")
+        raise ArgumentError("a weighting sweep needs at least one objective, the list is empty")
     return weightings
 
 
@@ -165,7 +166,7 @@ def _ratio(weightings: list[dict[Objective, float]], terms: list[Objective]) -> 
         here = {term: weighting.get(term, 0.0) / total for term in terms}
         ratio = ratio or here
         if any(abs(here[term] - ratio[term]) > _ROUNDING for term in terms):
-            raise ValueError(
+            raise ArgumentError(
                 f"the ratio of {' to '.join(term.name for term in terms)} changes along the sweep, and with it the "
                 "factorisation: call weighting_sweep once for each ratio"
             )

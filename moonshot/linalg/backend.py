@@ -7,11 +7,16 @@ wherever the dtype allows it. torch and CuPy are never imported for somebody who
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 import array_api_compat
 import numpy as np
 import scipy  # whose linalg is imported where it is first used
+
+from moonshot.errors import ArgumentError, ArgumentTypeError
 
 Array = Any  # a NumPy, CuPy or torch array
 
@@ -29,7 +34,7 @@ def native(array: Array, name: str = "array") -> Array:
     if array_api_compat.is_torch_array(array):
         tensor = array.detach()
         if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and holds no data: load it first")
+            raise ArgumentError(f"{name} is on the meta device and holds no data: load it first")
         if not tensor.is_floating_point():
             _require_real(name, complex_=tensor.is_complex())
             tensor = tensor.double()
@@ -39,7 +44,7 @@ def native(array: Array, name: str = "array") -> Array:
             return tensor.numpy()
         return _to_cupy(tensor)
     if not (array_api_compat.is_numpy_array(array) or array_api_compat.is_cupy_array(array)):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"{name} must be a NumPy, CuPy or torch array, got {type(array).__name__}: "
             "convert it with numpy.asarray first"
         )
@@ -51,17 +56,43 @@ def native(array: Array, name: str = "array") -> Array:
 
 def _require_real(name: str, complex_: bool) -> None:
     if complex_:
-        raise TypeError(f"{name} must hold real numbers: pass a floating-point array")
+        raise ArgumentTypeError(f"{name} must hold real numbers: pass a floating-point array")
 
 
 def _to_cupy(tensor: Array) -> Array:
-    if tensor.device.type != "cuda":
-        return tensor
+    cupy = _cupy() if tensor.device.type == "cuda" else None
+    return tensor if cupy is None else cupy.from_dlpack(tensor)
+
+
+def _cupy() -> ModuleType | None:
     try:
         import cupy
     except ImportError:
-        return tensor
-    return cupy.from_dlpack(tensor)
+        return None
+    return cupy
+
+
+@contextmanager
+def computing_on(array: Array) -> Iterator[None]:
+    """Inside, new arrays are on the device of `array`, and products have all the digits of their dtype.
+
+    CuPy makes arrays on its current device, wherever those are that it computes with; torch rounds float32 where
+    autocast or TF32 is on.
+    """
+    with ExitStack() as stack:
+        if is_cupy(array):
+            stack.enter_context(array.device)
+        elif array_api_compat.is_torch_array(array) and array.device.type in ("cpu", "cuda"):
+            torch = sys.modules["torch"]
+            stack.enter_context(torch.autocast(array.device.type, enabled=False))
+            if (precision := torch.get_float32_matmul_precision()) != "highest":
+                torch.set_float32_matmul_precision("highest")
+                stack.callback(torch.set_float32_matmul_precision, precision)
+            if array.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(array.device))
+                if cupy := _cupy():
+                    stack.enter_context(cupy.cuda.Device(array.device.index))
+        yield
 
 
 def like(result: Array, original: Array) -> Array:

@@ -6,21 +6,25 @@ the factor that SparseGPT obtains by inverting A and factoring the inverse, for 
 squaring the rounding error.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import scipy  # whose linalg is imported where it is first used
 
+from moonshot.errors import MoonshotError
 from moonshot.linalg.backend import (
     Array,
     as_dtype,
     contiguous,
     eye_like,
+    is_cupy,
     is_numpy,
     namespace,
     triangular_solve,
 )
 
 
-class NotPositiveDefiniteError(ValueError):
+class NotPositiveDefiniteError(MoonshotError):
     """A matrix that must be positive definite is not. `pivot` is the smallest pivot found."""
 
     def __init__(self, what: str, pivot: float):
@@ -73,16 +77,27 @@ def cholesky(a: Array, what: str) -> Array:
     """Lower Cholesky factor of one symmetric matrix or a batch; NotPositiveDefiniteError says `what`."""
     xp = namespace(a)
     try:
-        lower = xp.linalg.cholesky(a)
-        finite = bool(xp.all(xp.isfinite(lower)))  # CuPy returns NaN where NumPy raises
+        with _refusing(a):
+            lower = xp.linalg.cholesky(a)
+        pivots = xp.linalg.diagonal(lower)
+        definite = bool(xp.all(xp.isfinite(lower)) & xp.all(pivots > 0))  # not every backend raises
     except Exception as error:  # each backend has its own LinAlgError
         if "LinAlgError" not in type(error).__name__:
             raise
-        finite = False
-    if finite:
+        definite = False
+    if definite:
         return lower
     matrices = as_dtype(a, "float64").reshape(-1, *a.shape[-2:])
     raise NotPositiveDefiniteError(what, min(smallest_pivot(matrix) for matrix in matrices))
+
+
+def _refusing(a: Array) -> AbstractContextManager:
+    """CuPy raises LinAlgError inside, which it does not by itself."""
+    if not is_cupy(a):
+        return nullcontext()
+    import cupyx
+
+    return cupyx.errstate(linalg="raise")
 
 
 def is_positive_definite(a: Array) -> bool:
@@ -91,7 +106,8 @@ def is_positive_definite(a: Array) -> bool:
         single = a.dtype == np.float32
         potrf = scipy.linalg.lapack.spotrf if single else scipy.linalg.lapack.dpotrf
         lower, info = potrf(a.T, lower=1, clean=0, overwrite_a=1)
-        return info == 0 and bool(np.isfinite(np.diag(lower)).all())
+        pivots = np.diag(lower)
+        return info == 0 and bool((np.isfinite(pivots) & (pivots > 0)).all())
     try:
         cholesky(a, "the matrix")
     except NotPositiveDefiniteError:

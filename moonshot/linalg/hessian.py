@@ -3,10 +3,12 @@
 from functools import cached_property
 from typing import Any
 
+from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.linalg.backend import (
     Array,
     all_finite,
     as_dtype,
+    computing_on,
     contiguous,
     dtype_name,
     is_numpy,
@@ -49,16 +51,20 @@ class RowHessian:
     """
 
     def __init__(self, A: Array, U: Array | None = None):
+        with computing_on(A):
+            self._take(A, U)
+
+    def _take(self, A: Array, U: Array | None) -> None:
         shared = native(A, "A")
         if shared.ndim != 2 or shared.shape[0] != shared.shape[1] or shared.shape[0] == 0:
-            raise ValueError(f"A must be a square matrix (d, d), got shape {tuple(shared.shape)}")
+            raise ArgumentError(f"A must be a square matrix (d, d), got shape {tuple(shared.shape)}")
         if not all_finite(shared):
-            raise ValueError("A holds NaN or infinity: look at the calibration data it came from")
+            raise ArgumentError("A holds NaN or infinity: look at the calibration data it came from")
         xp = namespace(shared)
         tolerance = _SYMMETRY[dtype_name(shared)] * float(xp.max(xp.abs(shared)))
         asymmetry = _asymmetry(shared)
         if asymmetry > tolerance:
-            raise ValueError(
+            raise ArgumentError(
                 f"A is not symmetric (max |A - A'| = {asymmetry:.3g}): pass (A + A.T) / 2 if that is meant"
             )
         shared = as_dtype(shared, "float64")
@@ -67,16 +73,16 @@ class RowHessian:
         if U is not None:
             factors = native(U, "U")
             if factors.ndim != 3 or factors.shape[1] != self.columns:
-                raise ValueError(
+                raise ArgumentError(
                     f"U must be (m, d, n) with d = {self.columns}, got shape {tuple(factors.shape)}"
                 )
             if not all_finite(factors):
-                raise ValueError("U holds NaN or infinity: look at the gradients it came from")
+                raise ArgumentError("U holds NaN or infinity: look at the gradients it came from")
             if factors.shape[0] == 0:
-                raise ValueError("U has no rows: pass U=None for a Hessian without factors")
+                raise ArgumentError("U has no rows: pass U=None for a Hessian without factors")
             if factors.shape[2] > 0:
                 if type(factors) is not type(self.A):
-                    raise TypeError("A and U must be on the same device")
+                    raise ArgumentTypeError("A and U must be on the same device")
                 self._factors = contiguous(namespace(factors).permute_dims(factors, (2, 0, 1)))
         self._kind = A[:0]
 
@@ -249,7 +255,7 @@ class RowHessian:
         v = native(V, "V")
         expected = (self.rows if self.rows is not None else "m", self.columns)
         if v.ndim != 2 or v.shape[1] != self.columns or self.rows not in (None, v.shape[0]):
-            raise ValueError(f"expected an array of shape {expected}, got {tuple(v.shape)}")
+            raise ArgumentError(f"expected an array of shape {expected}, got {tuple(v.shape)}")
         return as_dtype(v, "float64")
 
     def _matvec(self, v: Array) -> Array:

@@ -3,6 +3,7 @@
 from functools import cache, cached_property
 from math import inf, sqrt
 
+from moonshot.errors import ArgumentError
 from moonshot.linalg.backend import Array
 from moonshot.linalg.cache import FirstFewCache
 from moonshot.linalg.hessian import RowHessian
@@ -27,9 +28,9 @@ class WeightedHessians:
     def weighted(self, shared: float, factors: float) -> RowHessian:
         """`shared A + factors U_i U_i'`. ValueError for weights that are not finite, or give no definite Hessian."""
         if not 0 < shared < inf:
-            raise ValueError(f"the weight of the shared matrix must be positive, got {shared!r}")
+            raise ArgumentError(f"the weight of the shared matrix must be positive, got {shared!r}")
         if not 0 <= factors < inf:
-            raise ValueError(f"the weight of the factors must be 0 or more, got {factors!r}")
+            raise ArgumentError(f"the weight of the factors must be 0 or more, got {factors!r}")
         return _Weighted(self, shared, factors)
 
 

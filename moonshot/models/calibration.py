@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moonshot.errors import ArgumentTypeError, MoonshotError
 from moonshot.extras import from_extra
 from moonshot.models.batch_tree import map_tensors, samples_of, take_samples
 
@@ -13,7 +14,7 @@ Batch = Any  # a mapping or a sequence of tensors, or one tensor: what `loss(mod
 _OF_IMAGES = ("pixel_values", "image_", "video_")  # what entries are called that may have several for a text
 
 
-class CalibrationError(ValueError):
+class CalibrationError(MoonshotError):
     """Calibration data that is empty, too little or of the wrong kind."""
 
 
@@ -30,7 +31,7 @@ def as_batches(calibration: Any, batch_tokens: int = 2048, batch_samples: int = 
         size = max(batch_tokens // max(calibration.shape[-1], 1), 1) if tokens else batch_samples
         batches: list[Any] = list(calibration.split(size)) if calibration.numel() else []
     elif isinstance(calibration, str | bytes) or not isinstance(calibration, Iterable):
-        raise TypeError(
+        raise ArgumentTypeError(
             "calibration must be a tensor of token ids, a list of batches or a DataLoader, got "
             f"{type(calibration).__name__}: tokenize text with moonshot.models.calibration.windows"
         )
@@ -79,7 +80,7 @@ def _as_batch(batch: Any, index: int) -> Batch:
         _check_tokens(batch, index)
         _check_images(batch, index)
     elif not isinstance(batch, Tensor | list | tuple):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"calibration batch {index} must be a mapping or sequence of tensors or a tensor, got "
             f"{type(batch).__name__}"
         )

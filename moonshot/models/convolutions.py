@@ -5,6 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from moonshot.errors import ArgumentError
 from moonshot.models.layer_view import LayerView
 
 
@@ -37,7 +38,9 @@ class Convolution(LayerView):
         if tensor.ndim == len(self.reach) + 1:
             tensor = tensor[None]
         if tensor.ndim != len(self.reach) + 2:
-            raise ValueError(f"{type(self.module).__name__} cannot have seen or returned {tuple(tensor.shape)}")
+            raise ArgumentError(
+                f"{type(self.module).__name__} cannot have seen or returned {tuple(tensor.shape)}"
+            )
         return tensor.movedim(1, -1)
 
     def positions(self, sizes: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moonshot.errors import ArgumentError
 from moonshot.models.calibration import Batch
 from moonshot.models.losses import model_loss
 from moonshot.models.modules import evaluating
@@ -31,7 +32,9 @@ def perplexity(model: nn.Module, ids: Tensor, batch_size: int = 8) -> Perplexity
     ids: token ids (windows, context). batch_size: windows at once.
     """
     if ids.ndim != 2 or ids.numel() == 0 or ids.shape[1] < 2:
-        raise ValueError(f"ids must be (windows, context) with a context of 2 or more, got {tuple(ids.shape)}")
+        raise ArgumentError(
+            f"ids must be (windows, context) with a context of 2 or more, got {tuple(ids.shape)}"
+        )
     device = next(model.parameters()).device
     total = 0.0
     with evaluating(model):
@@ -63,7 +66,7 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> Accuracy:
             right += int((model(**inputs).logits.argmax(-1) == labels).sum())
             images += len(labels)
     if not images:
-        raise ValueError("there are no images to measure accuracy on")
+        raise ArgumentError("there are no images to measure accuracy on")
     return Accuracy(right / images, images)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moonshot.errors import ArgumentError
 from moonshot.extras import from_extra
 from moonshot.models.calibration import Batch, CalibrationError, open_dataset
 
@@ -123,7 +124,7 @@ def _opened(file: Any) -> "Image.Image":
     image = Image.open(file, formats=[name for name in Image.ID if name != "EPS"])
     if image.width * image.height > _PIXELS:
         image.close()
-        raise ValueError(f"{image.width} x {image.height} pixels are more than {_PIXELS}")
+        raise ArgumentError(f"{image.width} x {image.height} pixels are more than {_PIXELS}")
     return image
 
 

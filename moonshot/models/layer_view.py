@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from moonshot.errors import ArgumentError
+
 NUMBERS = 2**24  # in a chunk at most, unless a single row has more
 
 
@@ -64,7 +66,7 @@ class LayerView:
         """Write matrices (groups, m, d) into the weight, in place and in its dtype."""
         expected = (self.groups, *self.shape)
         if tuple(matrices.shape) != expected:
-            raise ValueError(f"matrices must be {expected}, got {tuple(matrices.shape)}")
+            raise ArgumentError(f"matrices must be {expected}, got {tuple(matrices.shape)}")
         weight = self.weight_view()
         weight.copy_(matrices.detach().reshape(weight.shape).flip(self.flipped))
 
@@ -95,7 +97,7 @@ class LayerView:
         if output_gradients is not None:
             delta = self._of_group(output_gradients, m, group, "output_gradients")
             if tuple(delta.shape[:-1]) != (len(x), *positions):
-                raise ValueError(
+                raise ArgumentError(
                     f"inputs {tuple(inputs.shape)} give {len(x)} samples at positions {positions}, "
                     f"output_gradients are {tuple(output_gradients.shape)}"
                 )
@@ -116,7 +118,7 @@ class LayerView:
         """One group's channels, last: (samples, ..., channels)."""
         tensor = self.channels_last(tensor.detach())
         if tensor.shape[-1] != self.groups * channels:
-            raise ValueError(f"{name} have {tensor.shape[-1]} channels, the layer {self.groups * channels}")
+            raise ArgumentError(f"{name} have {tensor.shape[-1]} channels, the layer {self.groups * channels}")
         return tensor.narrow(-1, group * channels, channels)
 
     @property

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from moonshot.errors import MoonshotError
 from moonshot.models.convolutions import Convolution, TransposedConvolution
 from moonshot.models.expert_view import experts_of
 from moonshot.models.layer_view import LayerView, TransposedLinear
 
 
-class UnsupportedLayerError(ValueError):
+class UnsupportedLayerError(MoonshotError):
     """A layer of a known kind that computes something else, or whose weight is not an ordinary parameter."""
 
 

@@ -6,15 +6,17 @@ from typing import Any
 
 from torch import nn
 
+from moonshot.errors import ArgumentTypeError, MoonshotError
 
-class ModelError(ValueError):
+
+class ModelError(MoonshotError):
     """A model that cannot be pruned as it is."""
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises TypeError for what is no module, ModelError for one without weights."""
+    """Raises ArgumentTypeError for what is no module, ModelError for one without weights."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+        raise ArgumentTypeError(f"model must be a torch module, got {type(model).__name__}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("the model is on the meta device and holds no weights: load it first")
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from moonshot.errors import ArgumentError
+
 
 class Offloaded(Protocol):
     """A tensor in an Offload."""
@@ -76,7 +78,9 @@ class _InFile:
 
     def replace(self, tensor: Tensor) -> None:
         if tensor.nbytes != self._bytes:
-            raise ValueError(f"a tensor of {tensor.nbytes} bytes cannot take the place of one of {self._bytes}")
+            raise ArgumentError(
+                f"a tensor of {tensor.nbytes} bytes cannot take the place of one of {self._bytes}"
+            )
         self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
         try:
             self._file.seek(self._offset)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moonshot.layer.objectives import Objective, Observation
+from moonshot.linalg.backend import computing_on
 from moonshot.models.layer_view import LayerView
 from moonshot.models.modules import ModelError
 from moonshot.models.recording import Seen
@@ -67,22 +68,23 @@ class LayerStatistics:
         paired = [k for k in summed if "output_gradients" in self.terms[k].needs]
         for name, view in self.layers.items():
             mask = masks[name]
-            read, dense, at_outputs = (
-                [view.by_sample(tensor, samples) for tensor in seen.get(name, [])]
-                for seen in (inputs, dense_inputs, deltas)
-            )
-            if read:
-                reads = tuple((x.data_ptr(), x.shape) for x in read) if view.plain_rows else (name,)
-                self._owner.setdefault(name, first_reader.setdefault(reads, name))
-                self.tokens[name] += sum(_count(view, x, mask) for x in read)
-            if self.routed:
-                self._accumulate(name, view, read, None, mask, [k for k in summed if k not in paired])
-                self._accumulate(name, view, dense, at_outputs, mask, paired)
-            else:
-                self._accumulate(name, view, read, at_outputs or None, mask, summed)
-            if "gradients" in self.needs:
-                for x, delta in zip(dense, at_outputs, strict=True):
-                    self._add_gradients(name, view, x, delta, samples, mask)
+            with computing_on(view.weight):
+                read, dense, at_outputs = (
+                    [view.by_sample(tensor, samples) for tensor in seen.get(name, [])]
+                    for seen in (inputs, dense_inputs, deltas)
+                )
+                if read:
+                    reads = tuple((x.data_ptr(), x.shape) for x in read) if view.plain_rows else (name,)
+                    self._owner.setdefault(name, first_reader.setdefault(reads, name))
+                    self.tokens[name] += sum(_count(view, x, mask) for x in read)
+                if self.routed:
+                    self._accumulate(name, view, read, None, mask, [k for k in summed if k not in paired])
+                    self._accumulate(name, view, dense, at_outputs, mask, paired)
+                else:
+                    self._accumulate(name, view, read, at_outputs or None, mask, summed)
+                if "gradients" in self.needs:
+                    for x, delta in zip(dense, at_outputs, strict=True):
+                        self._add_gradients(name, view, x, delta, samples, mask)
         self._seen += samples
 
     def _accumulate(
@@ -157,18 +159,19 @@ class LayerStatistics:
                 (1, view.groups, *view.shape), dtype=torch.float32, device=view.weight.device
             )
         groups = []
-        for group in range(view.groups):
-            statistics = []
-            for k, term in enumerate(self.terms):
-                owner = self._owner.get(name, name) if term.needs == {"inputs"} else name
-                statistic = self._statistics.get((owner, group, k))
-                if statistic is None and term.needs != {"gradients"}:
-                    statistic = term.accumulate(None, _nothing(view))
-                if "gradients" in term.needs:
-                    of_group = None if gradients is None else gradients[:, group]
-                    statistic = term.accumulate(statistic, Observation(gradients=of_group))
-                statistics.append(statistic)
-            groups.append(statistics)
+        with computing_on(view.weight):
+            for group in range(view.groups):
+                statistics = []
+                for k, term in enumerate(self.terms):
+                    owner = self._owner.get(name, name) if term.needs == {"inputs"} else name
+                    statistic = self._statistics.get((owner, group, k))
+                    if statistic is None and term.needs != {"gradients"}:
+                        statistic = term.accumulate(None, _nothing(view))
+                    if "gradients" in term.needs:
+                        of_group = None if gradients is None else gradients[:, group]
+                        statistic = term.accumulate(statistic, Observation(gradients=of_group))
+                    statistics.append(statistic)
+                groups.append(statistics)
         return groups
 
 

@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+from moonshot.errors import MoonshotError
 
-class TargetError(ValueError):
+
+class TargetError(MoonshotError):
     """A target or ignore expression that matches no layer."""
 
 

@@ -9,12 +9,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.layer.objectives import Objective
-from moonshot.layer.patterns import Pattern, Unstructured, as_pattern
+from moonshot.layer.patterns import Pattern, PatternError, Unstructured, as_pattern
 from moonshot.layer.problem import Problem
 from moonshot.models.adapter import Adapter
 from moonshot.models.batchnorm import estimate_in_one_pass
 from moonshot.models.calibration import Batch, set_aside
+from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss, loss_of, mean_loss, model_loss, sample_losses
 from moonshot.models.modules import evaluating
 from moonshot.models.offload import Offload
@@ -26,7 +28,7 @@ from moonshot.pruning import budgets
 from moonshot.pruning.allocation import Allocation
 from moonshot.pruning.calibration_pass import CalibrationPass, in_layer
 from moonshot.pruning.choices import RELATIVE, Choice, Offer, SparseMatrix, menu
-from moonshot.pruning.layer_patterns import PatternLike
+from moonshot.pruning.layer_patterns import PatternLike, refuse_unfit
 from moonshot.pruning.prune import prune_by
 from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
 from moonshot.pruning.selection import best_on_held_out
@@ -53,6 +55,7 @@ def allocate(
     loss: Loss = model_loss,
     rounds: int = 2,
     unreached: Literal["error", "skip"] = "error",
+    unfit: Literal["error", "skip"] = "error",
     scratch: Path | None = None,
     adapter: Adapter | None = None,
     on_step: OnStep | None = None,
@@ -63,7 +66,7 @@ def allocate(
     patterns: what each layer can have, such as ["1:4", "2:4", 0]; those that do not fit a layer are not offered to it.
     By default any fraction of zeros, from a grid that is geometric in the weights kept.
     rounds: how often the layers' curves are weighed by the model's true loss (budgets.measured), 2 passes a layer each.
-    unreached: as in `prune`; the budget is that of the layers that are not skipped.
+    unreached, unfit: as in `prune`; the budget is that of the layers that are not skipped.
     on_step: called with what was just done and the number of steps in all, at most.
     model, calibration, objective, solver, targets, ignore, factors, dampening_frac, seed, loss, scratch,
     adapter: as in `prune`.
@@ -72,7 +75,8 @@ def allocate(
     pruned, which gives its loss as a curve. The curves are handed out (budgets.hand_out) in several units, the answers
     found so far are put into the model to find the best by its true loss, and measured further. At last the model is
     really pruned with an even budget, the best unit's and the measured one, and they are compared on the samples set
-    aside: another replaces the even one only where it gains more than noise (selection.best_on_held_out).
+    aside: another replaces the even one only where it gains more than noise, which chance alone does in 5 % of all
+    cases at most (selection.best_on_held_out).
 
     Memory: the nonzeros of all choices, at most 3.4 times the model, and a bit for each weight and choice.
     Raises what `prune` raises, and BudgetError where the choices cannot have that many zeros.
@@ -88,13 +92,16 @@ def allocate(
         seed=seed,
         loss=loss,
         unreached=unreached,
+        unfit=unfit,
         scratch=scratch,
         adapter=adapter,
     )
     if isinstance(objective, str):
-        raise TypeError('budgets are compared for one objective: name it, prune can choose another by "auto"')
+        raise ArgumentTypeError(
+            'budgets are compared for one objective: name it, prune can choose another by "auto"'
+        )
     if not isinstance(rounds, int) or rounds < 0:
-        raise ValueError(f"rounds must be 0 or a positive integer, got {rounds!r}")
+        raise ArgumentError(f"rounds must be 0 or a positive integer, got {rounds!r}")
     even = _even_pattern(sparsity)
     batches, _ = recipe.batches(model, calibration)
     fitted, held_out = set_aside(batches, seed)
@@ -104,7 +111,8 @@ def allocate(
     if unreached == "error":
         partition.check_reached(names)
     views = {name: layers[name] for name in names if name not in partition.unreached}
-    menus = {name: menu(name, view, even, patterns) for name, view in views.items()}
+    menus, skipped = _menus(views, even, patterns, recipe)
+    views = {name: view for name, view in views.items() if name in menus}
     total = sum(even.zeros(view.problem_shape) for view in views.values())
     budgets.check_total([[zeros for zeros, _ in offered] for offered in menus.values()], total)
     units = 1 + len(objective.weighted_terms)
@@ -138,17 +146,34 @@ def allocate(
             return losses
 
         best, trials = best_on_held_out(candidates, held_out_losses)
-    return Allocation(offer.budgets(candidates[best]), best, trials)
+    return Allocation(offer.budgets(candidates[best]), best, trials, skipped)
 
 
 def _even_pattern(sparsity: PatternLike) -> Unstructured:
     pattern = as_pattern(sparsity)
     if not isinstance(pattern, Unstructured):
-        raise TypeError(
+        raise ArgumentTypeError(
             f'sparsity is a fraction of zeros, such as 0.7 or "70%", got {sparsity!r}: what layers may choose from '
             "goes to patterns"
         )
     return Unstructured(pattern.sparsity)
+
+
+def _menus(
+    views: dict[str, LayerView],
+    even: Unstructured,
+    patterns: Sequence[PatternLike] | None,
+    recipe: Recipe,
+) -> tuple[dict[str, list[tuple[int, Pattern]]], dict[str, str]]:
+    """What each layer can have, and why those that can have nothing are skipped."""
+    menus, reasons = {}, {}
+    for name, view in views.items():
+        try:
+            menus[name] = menu(view, even, patterns)
+        except PatternError as error:
+            reasons[name] = str(error)
+    refuse_unfit(reasons, len(views), recipe.unfit)
+    return menus, reasons
 
 
 def _solved(

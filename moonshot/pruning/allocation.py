@@ -35,11 +35,13 @@ class Allocation(Mapping[str, Pattern]):
     layers: {name: what the layer gets}.
     budget: the name of the trial that it comes from.
     trials: all that were compared, the even budget first.
+    skipped: {name: why it has none and stays dense}, of layers that none of the patterns fits.
     """
 
     layers: dict[str, LayerBudget]
     budget: str
     trials: list[Trial] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Pattern:
         return self.layers[name].pattern
@@ -64,6 +66,7 @@ class Allocation(Mapping[str, Pattern]):
             f"{name:{width}}  {layer.shape[0]:>5} x {layer.shape[1]:<5}  {100 * layer.sparsity:7.2f}  {layer.pattern}"
             for name, layer in self.layers.items()
         ]
+        lines += [f"{name:{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
         lines += [str(trial) for trial in self.trials]
         lines.append(f"{len(self)} layers, {100 * self.sparsity:.2f} % zeros, budget: {self.budget}")
         return "\n".join(lines)

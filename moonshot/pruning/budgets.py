@@ -9,13 +9,15 @@ from itertools import pairwise
 from math import isfinite
 from statistics import median
 
+from moonshot.errors import MoonshotError
+
 Curves = Sequence[Sequence[float]]  # by layer and choice
 Counts = Sequence[Sequence[int]]
 
 _FACTOR = 8.0  # between a layer's weight and the median at most: measured losses are noisy, and may gain
 
 
-class BudgetError(ValueError):
+class BudgetError(MoonshotError):
     """A budget that the layers' choices cannot meet."""
 
 

@@ -1,105 +1,142 @@
 """Layers' answers on disk as soon as there are any, so that an interrupted run can continue."""
 
-import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moonshot.models.batch_tree import leaves, map_leaves
+from moonshot.errors import MoonshotError
+from moonshot.pruning.fingerprint import digest
+from moonshot.pruning.lock import locked
 from moonshot.pruning.report import LayerReport, PartReport, Trial
 
-_WORK, _TRIALS = "work.json", "trials.json"
+_WORK, _TRIALS, _LOCK = "work.json", "trials.json", "lock"
+_LAYER, _PART, _PARTIAL = ".safetensors", ".refit", ".partial"
+
+AnyReport = TypeVar("AnyReport", LayerReport, PartReport)
+
+
+class CheckpointError(MoonshotError):
+    """A folder that is no checkpoint, or has the answers to other work."""
 
 
 class Checkpoint:
     """A folder with the answers of the layers that are done and the refits of parts, a file each, and their work.
 
-    work: what the answers depend on apart from the model's weights, in JSON's types. A folder not there yet is made.
-    done: the layers whose answers it has. Each is stored with the digest of the weight it was found for.
+    work: what the answers depend on apart from the layers' weights, in JSON's types. A folder not there yet is made.
+    done: the layers whose answers it has. Each is stored with the digest of the weight it was found for, and one of
+    its own: what was damaged since is not among them, and a warning names it.
 
-    Raises ValueError for a folder that holds something else or answers to other work, OSError with what to do where
-    it cannot be written.
+    It is locked until `close`, or the end of the process. Raises CheckpointError for a folder that holds something
+    else or answers to other work, LockedError where another process has it, OSError with what to do where it cannot be
+    written.
     """
 
     def __init__(self, folder: str | Path, work: Mapping[str, Any]):
-        self.folder = Path(folder)
+        self.folder = Path(folder).resolve()
         text = json.dumps(dict(work), indent=2)
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            empty = not any(self.folder.iterdir())
-        if empty:
-            self._write(_WORK, text.encode())
-        self._check(json.loads(text))
-        self.done = frozenset(
-            unquote(file.stem) for file in self.folder.iterdir() if file.suffix == ".safetensors"
-        )
+            empty = {file.name for file in self.folder.iterdir()} <= {_LOCK, f"work{_PARTIAL}"}
+        if not empty:
+            self._check(json.loads(text))
+        with ExitStack() as stack, self._writing():
+            stack.enter_context(locked(self.folder / _LOCK, self.folder))
+            if empty:
+                self._write(_WORK, text.encode())
+            self.done = frozenset(self._sound_answers())
+            self._held = stack.pop_all()
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._held.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _check(self, work: Mapping[str, Any]) -> None:
         try:
             earlier = json.loads((self.folder / _WORK).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(
+        except (OSError, ValueError):
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise CheckpointError(
                 f"{self.folder} is no checkpoint: choose an empty folder, or one that is not there yet"
-            ) from error
+            )
         if other := [key for key in {**earlier, **work} if earlier.get(key) != work.get(key)]:
-            raise ValueError(
+            raise CheckpointError(
                 f"{self.folder} has the answers of other work, {', '.join(other)} differ: choose another folder, or "
                 "remove it to begin again"
             )
 
+    def _sound_answers(self) -> Iterable[str]:
+        for file in sorted(self.folder.glob(f"*{_LAYER}")):
+            if _read(file, LayerReport):
+                yield unquote(file.name.removesuffix(_LAYER))
+            else:
+                self._damaged(file, "the layer is solved")
+
+    def _damaged(self, file: Path, what: str) -> None:
+        warnings.warn(f"{file} is damaged: {what} again", stacklevel=2)
+
     def store(self, name: str, dense: Tensor, weight: Tensor, report: LayerReport) -> None:
         """Write a layer's answer: the pruned weight and its report, and that it is for `dense`."""
-        about = {"report": json.dumps(asdict(report)), "dense": _digest([dense])}
-        self._write(_file_name(name), save({"weight": weight.detach().cpu().contiguous()}, about))
+        self._store(f"{quote(name, safe='')}{_LAYER}", [weight], report, [dense])
 
     def answer(self, name: str, dense: Tensor) -> tuple[Tensor, LayerReport]:
         """The pruned weight and the report of a layer that is done.
 
-        Raises ValueError where `dense` is not what the answer was found for, or the file cannot be read.
+        Raises CheckpointError where `dense` is not what the answer was found for, or the file can no longer be read.
         """
-        about, tensors = _read(self.folder / _file_name(name), "do the layer again")
-        if about["dense"] != _digest([dense]):
-            raise ValueError(
-                f"{self.folder} has the answers of another model, whose {name} has other weights: choose another "
-                "folder, or remove it to begin again"
-            )
-        report = json.loads(about["report"])
-        return tensors["weight"], LayerReport(**{**report, "shape": tuple(report["shape"])})
+        file = self.folder / f"{quote(name, safe='')}{_LAYER}"
+        found = _read(file, LayerReport)
+        if found is None:
+            raise CheckpointError(f"{file} was damaged while this runs: start again to do the layer again")
+        (weight,), report, before = found
+        self._same(before, [dense], name)
+        return weight, report
 
     def store_part(
         self, name: str, pruned: Iterable[Tensor], fitted: Iterable[Tensor], report: PartReport
     ) -> None:
         """Write a part's refit: its tensors and report, and that they are for the part with these `pruned` tensors."""
-        about = {"report": json.dumps(asdict(report)), "pruned": _digest(pruned)}
-        tensors = {str(k): tensor.detach().cpu().contiguous() for k, tensor in enumerate(fitted)}
-        self._write(_part_name(name), save(tensors, about))
+        self._store(f"{quote(name, safe='')}{_PART}", fitted, report, pruned)
 
     def part(self, name: str, pruned: Iterable[Tensor]) -> tuple[list[Tensor], PartReport] | None:
-        """What `store_part` was given, None if it was not.
+        """What `store_part` was given, None if it was not or is damaged.
 
-        Raises ValueError where the part was another before, or the file cannot be read.
+        Raises CheckpointError where the part was another before.
         """
-        path = self.folder / _part_name(name)
-        if not path.exists():
+        file = self.folder / f"{quote(name, safe='')}{_PART}"
+        if not file.exists():
             return None
-        about, tensors = _read(path, "refit the part again")
-        if about["pruned"] != _digest(pruned):
-            raise ValueError(
-                f"{self.folder} has a refit of another model, whose {name} has other weights: choose another folder, "
-                "or remove it to begin again"
+        found = _read(file, PartReport)
+        if found is None:
+            self._damaged(file, "the part is refitted")
+            return None
+        tensors, report, before = found
+        self._same(before, pruned, name)
+        return tensors, report
+
+    def _same(self, before: str, now: Iterable[Tensor], name: str) -> None:
+        if before != digest(now):
+            raise CheckpointError(
+                f"{self.folder} has the answers of another model, whose {name} has other weights: choose another "
+                "folder, or remove it to begin again"
             )
-        return [tensors[str(k)] for k in range(len(tensors))], PartReport(**json.loads(about["report"]))
 
     def store_trials(self, best: str, trials: list[Trial]) -> None:
         """Write the name of the best objective, and what all of them gave."""
@@ -107,19 +144,41 @@ class Checkpoint:
         self._write(_TRIALS, json.dumps(found, indent=2).encode())
 
     def trials(self) -> tuple[str, list[Trial]] | None:
-        """What `store_trials` was given, None if it was not."""
-        if not (self.folder / _TRIALS).exists():
+        """What `store_trials` was given, None if it was not or is damaged."""
+        file = self.folder / _TRIALS
+        if not file.exists():
             return None
-        found = json.loads((self.folder / _TRIALS).read_text(encoding="utf-8"))
-        return found["best"], [Trial(**trial) for trial in found["trials"]]
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            return str(found["best"]), [Trial(**trial) for trial in found["trials"]]
+        except (OSError, ValueError, TypeError, KeyError):
+            self._damaged(file, "objectives are tried")
+            return None
+
+    def _store(
+        self, name: str, tensors: Iterable[Tensor], report: LayerReport | PartReport, before: Iterable[Tensor]
+    ) -> None:
+        stored = [tensor.detach().cpu().contiguous() for tensor in tensors]
+        about = {"report": json.dumps(asdict(report)), "before": digest(before)}
+        about["digest"] = digest([*about.values(), *stored])
+        names = ["weight"] if len(stored) == 1 else map(str, range(len(stored)))
+        self._write(name, save(dict(zip(names, stored, strict=True)), about))
 
     def _write(self, name: str, content: bytes) -> None:
-        """Write a file that is there whole or not at all."""
+        """Write a file that is there whole or not at all, even if the power goes."""
         file = self.folder / name
-        partial = file.with_suffix(".partial")
+        partial = file.with_suffix(_PARTIAL)
         with self._writing():
-            partial.write_bytes(content)
+            with open(partial, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
             os.replace(partial, file)
+            folder = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the name
+            finally:
+                os.close(folder)
 
     @contextmanager
     def _writing(self):
@@ -156,38 +215,22 @@ def _is_ours(name: str, layers: Iterable[str]) -> bool:
     return name in others or (kind in ("safetensors", "refit", "partial") and known)
 
 
-def _file_name(layer: str) -> str:
-    return f"{quote(layer, safe='')}.safetensors"
-
-
-def _part_name(part: str) -> str:
-    return f"{quote(part, safe='')}.refit"
-
-
-def _read(path: Path, purpose: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a file."""
+def _read(file: Path, kind: type[AnyReport]) -> tuple[list[Tensor], AnyReport, str] | None:
+    """The tensors of a file, their report, and the digest of what they are for; None where it is damaged."""
     try:
-        with safe_open(path, "pt") as file:
-            return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {path}: {error}; remove it to {purpose}") from error
-
-
-def data_digest(batches: Iterable[Any]) -> str:
-    """A digest of calibration data: batches of tensors in containers of any kind."""
-    found = list(batches)
-    return _digest([repr(map_leaves(lambda _: None, found)), *leaves(found)])
-
-
-def _digest(parts: Iterable[Any]) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            found.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            content: Any = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            found.update(content)
-        elif isinstance(part, np.ndarray):
-            found.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
-        else:
-            found.update(repr(part).encode())
-    return found.hexdigest()
+        with safe_open(file, "pt") as opened:
+            about, names = opened.metadata(), list(opened.keys())
+            ordered = names if len(names) == 1 else [str(k) for k in range(len(names))]
+            tensors: list[Tensor] = [opened.get_tensor(name) for name in ordered]
+        if about["digest"] != digest([about["report"], about["before"], *tensors]):
+            return None
+        about_it = json.loads(about["report"])
+        if "shape" in about_it:
+            about_it["shape"] = tuple(about_it["shape"])
+        report = kind(**about_it)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    if isinstance(report, LayerReport) and [tuple(tensor.shape) for tensor in tensors] != [report.shape]:
+        return None
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return (tensors, report, about["before"]) if finite else None

@@ -19,9 +19,12 @@ _SPARSER, _DENSER = 6, 20  # steps from the even budget, each sqrt(2) times fewe
 
 
 def menu(
-    name: str, view: LayerView, even: Unstructured, patterns: Sequence[PatternLike] | None
+    view: LayerView, even: Unstructured, patterns: Sequence[PatternLike] | None
 ) -> list[tuple[int, Pattern]]:
-    """(zeros, pattern) of what a layer can have, the densest first, no two with as many zeros."""
+    """(zeros, pattern) of what a layer can have, the densest first, no two with as many zeros.
+
+    Raises PatternError where that is nothing.
+    """
     if patterns is None:
         density = 1 - even.sparsity
         grid = {min(density * 2 ** (k / 2), 1.0) for k in range(-_SPARSER, _DENSER + 1)} | {1.0}
@@ -32,13 +35,13 @@ def menu(
     refused: list[str] = []
     for pattern in offered:
         try:
-            check_fit(name, view, pattern)
+            check_fit(view, pattern)
         except PatternError as error:
             refused.append(str(error))
         else:
             fitting.setdefault(pattern.zeros(view.problem_shape), pattern)
     if not fitting:
-        raise PatternError(f"{name} can have none of the patterns: {'; '.join(refused) or 'there are none'}")
+        raise PatternError(f"none of the patterns fits: {'; '.join(refused) or 'there are none'}")
     return sorted(fitting.items(), key=lambda choice: choice[0])
 
 

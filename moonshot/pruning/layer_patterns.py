@@ -1,6 +1,7 @@
 """Which pattern each layer of a model is pruned to."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 from moonshot.layer.patterns import Pattern, PatternError, as_pattern
 from moonshot.models.layer_view import LayerView
@@ -13,11 +14,11 @@ PatternLike = Pattern | str | float
 
 def layer_patterns(
     partition: Partition, pattern: PatternLike | Mapping[str, PatternLike], recipe: Recipe
-) -> dict[str, Pattern]:
-    """{layer name: pattern} of the layers to prune, checked against every layer's shape.
+) -> tuple[dict[str, Pattern], dict[str, str]]:
+    """{layer name: pattern} of the layers to prune, checked against every layer's shape, and why others are skipped.
 
-    Raises TargetError for names and expressions that match no layer, PatternError for a layer that cannot have its
-    pattern, ModelError for layers that no sample reached, unless the recipe skips them.
+    Raises TargetError for names and expressions that match no layer, and unless the recipe skips them PatternError for
+    layers that cannot have their pattern, ModelError for those that no sample reached.
     """
     layers = partition.layers()
     if isinstance(pattern, Mapping):
@@ -31,42 +32,51 @@ def layer_patterns(
         patterns = {name: as_pattern(pattern[name]) for name in names}
     else:
         patterns = dict.fromkeys(partition.select(recipe.targets, recipe.ignore), as_pattern(pattern))
-    check_fits(layers, patterns)
     if recipe.unreached == "error":
         partition.check_reached(patterns)
-    return patterns
+    skipped = {name: "no calibration sample reached it" for name in patterns if name in partition.unreached}
+    skipped |= check_fits(
+        {name: layers[name] for name in patterns if name not in skipped}, patterns, recipe.unfit
+    )
+    return {name: chosen for name, chosen in patterns.items() if name not in skipped}, skipped
 
 
-def check_fits(layers: Mapping[str, LayerView], patterns: Mapping[str, Pattern]) -> None:
-    """PatternError for the first layer that cannot have its pattern, which names all others too."""
-    errors = {}
-    for name, pattern in patterns.items():
+def check_fits(
+    views: Mapping[str, LayerView], patterns: Mapping[str, Pattern], unfit: Literal["error", "skip"] = "error"
+) -> dict[str, str]:
+    """{layer name: why it cannot have its pattern}; PatternError as `refuse_unfit`."""
+    reasons: dict[str, str] = {}
+    for name, view in views.items():
         try:
-            check_fit(name, layers[name], pattern)
-        except ValueError as error:
-            errors[name] = error
-    if errors:
-        first, *others = errors
-        if others:
-            errors[first].add_note(f"and in {', '.join(others)}")
-        raise errors[first]
+            check_fit(view, patterns[name])
+        except ValueError as error:  # what one's own pattern raises
+            reasons[name] = str(error)
+    refuse_unfit(reasons, len(views), unfit)
+    return reasons
 
 
-def check_fit(name: str, view: LayerView, pattern: Pattern) -> None:
+def refuse_unfit(reasons: Mapping[str, str], layers: int, unfit: Literal["error", "skip"]) -> None:
+    """PatternError that names all that do not fit of so many layers, unless they are skipped and not all there are."""
+    if not reasons or (unfit == "skip" and len(reasons) < layers):
+        return
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    remedy = '; or leave all of them dense with unfit="skip"' if len(reasons) < layers else ""
+    raise PatternError("; ".join(f"{', '.join(who)}: {reason}" for reason, who in names.items()) + remedy)
+
+
+def check_fit(view: LayerView, pattern: Pattern) -> None:
     """PatternError where a layer cannot have a pattern.
 
     Groups of an N:M pattern must stay within one position of a convolution's kernel.
     """
-    try:
-        pattern.validate(view.problem_shape)
-        if not hasattr(pattern, "groups"):
-            return
-        size, _ = pattern.groups(view.problem_shape)
-        if size < view.shape[1] and view.channels % size:
-            raise PatternError(
-                f"{pattern} needs input channels divisible by {size}, the layer has {view.channels}: "
-                "leave it out with ignore, or give it a pattern of its own"
-            )
-    except ValueError as error:
-        error.add_note(f"in layer {name}")
-        raise
+    pattern.validate(view.problem_shape)
+    if not hasattr(pattern, "groups"):
+        return
+    size, _ = pattern.groups(view.problem_shape)
+    if size < view.shape[1] and view.channels % size:
+        raise PatternError(
+            f"{pattern} needs input channels divisible by {size}, the layer has {view.channels}: "
+            "leave it out with ignore, or give it a pattern of its own"
+        )

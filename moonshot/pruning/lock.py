@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from moonshot.errors import MoonshotError
+
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # by a network file system, say
 
 
-class LockedError(ValueError):
+class LockedError(MoonshotError):
     """Another process is at work on the same folder."""
 
 

@@ -5,11 +5,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from moonshot.errors import ArgumentTypeError
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern
 from moonshot.models.adapter import Adapter
@@ -18,8 +20,10 @@ from moonshot.models.losses import Loss, model_loss
 from moonshot.models.partition import partition_model
 from moonshot.models.precision import zeros
 from moonshot.models.settings import with_model_ready
+from moonshot.pruning.allocation import Allocation
 from moonshot.pruning.auto import CANDIDATES, best_objective
-from moonshot.pruning.checkpoint import Checkpoint, data_digest
+from moonshot.pruning.checkpoint import Checkpoint
+from moonshot.pruning.fingerprint import data_digest, exact, state_digest
 from moonshot.pruning.layer_patterns import PatternLike, layer_patterns
 from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
 from moonshot.pruning.refit import Refit
@@ -48,6 +52,7 @@ def prune(
     bound: bool = False,
     batch_norm: bool = True,
     unreached: Literal["error", "skip"] = "error",
+    unfit: Literal["error", "skip"] = "error",
     scratch: Path | None = None,
     adapter: Adapter | None = None,
     refit: bool | Refit = False,
@@ -60,7 +65,8 @@ def prune(
     calibration: token ids (samples, tokens), a list of batches, or a DataLoader (models.calibration.as_batches).
     pattern: one for all layers, or {layer name: pattern} for those to prune.
     objective: what the layers' answers are judged by; "auto" tries those in pruning.auto.CANDIDATES on three quarters
-    of the samples, in one pass through the model, and takes the one that does best on the rest.
+    of the samples, in one pass through the model, and takes the one that does best on the rest, if it gains more than
+    chance explains (at a level of 5 %, pruning.selection).
     solver: of the layers' problems; `ADMM()` unless given.
     targets, ignore: names, globs or `re:` expressions of layers (models.targets.select).
     factors: per-sample gradients are reduced to this many by random signs, without bias, for terms that need them.
@@ -76,6 +82,8 @@ def prune(
     Report.skipped names them.
     refit: whether, and how, the surviving weights of each part, its norms and biases are fitted to the dense part once
     its layers are pruned; True for the defaults of Refit. Masks do not change.
+    unfit: what becomes of layers that cannot have the pattern, such as 2:4 on a convolution with three channels: an
+    error that names them all, or "skip", as above.
     scratch: a folder to offload to, in files that are gone afterwards: the layers' weights as they were, and the hidden
     states and gradients between the model's parts. In memory unless given.
     adapter: how the model is divided into parts, and what its layers are (models.adapter); found out unless given.
@@ -100,6 +108,7 @@ def prune(
         seed=seed,
         loss=loss,
         unreached=unreached,
+        unfit=unfit,
         scratch=scratch,
         adapter=adapter,
     )
@@ -132,16 +141,12 @@ def prune_by(
     fit = _as_refit(refit)
     batches, unused = recipe.batches(model, calibration)
     partition = partition_model(model, batches, recipe.loss, recipe.adapter)
-    patterns = layer_patterns(partition, pattern, recipe)
-    skipped = {name: "no calibration sample reached it" for name in patterns if name in partition.unreached}
-    patterns = {name: chosen for name, chosen in patterns.items() if name not in skipped}
+    patterns, skipped = layer_patterns(partition, pattern, recipe)
+    if isinstance(pattern, Allocation):
+        skipped |= pattern.skipped
     if not isinstance(pattern, Mapping):
         skipped |= partition.skipped(recipe.targets, recipe.ignore)
     report = Report(_described(recipe, pattern, batches, fit), _versions(), skipped=skipped, unused=unused)
-    stored = None
-    if checkpoint is not None:
-        stored = Checkpoint(checkpoint, _work(recipe, report, patterns, batches, bound, batch_norm))
-        report.resumed = len(stored.done)
     trials = len(CANDIDATES) if isinstance(recipe.objective, str) else 0
     total = (trials + 1) * len(patterns)
 
@@ -151,7 +156,13 @@ def prune_by(
 
     begin = time.perf_counter()
     run = PruningRun(model, partition, patterns, recipe, batch_norm, advance)
-    with run.restored_on_failure() as restore:
+    with ExitStack() as stack:
+        stored = None
+        if checkpoint is not None:
+            work = _work(recipe, report, patterns, model, batches, fit, bound, batch_norm)
+            stored = stack.enter_context(Checkpoint(checkpoint, work))
+            report.resumed = len(stored.done)
+        restore = stack.enter_context(run.restored_on_failure())
         objective = recipe.objective
         if isinstance(objective, str):
             objective, report.trials = _best_objective(run, batches, stored)
@@ -170,7 +181,7 @@ def _as_refit(refit: bool | Refit) -> Refit | None:
     if isinstance(refit, bool):
         return Refit() if refit else None
     if not isinstance(refit, Refit):
-        raise TypeError(f"refit must be True, False or such as moonshot.Refit(epochs=6), got {refit!r}")
+        raise ArgumentTypeError(f"refit must be True, False or such as moonshot.Refit(epochs=6), got {refit!r}")
     return refit
 
 
@@ -178,9 +189,9 @@ def _best_objective(
     run: PruningRun, batches: list[Batch], stored: Checkpoint | None
 ) -> tuple[Objective, list[Trial]]:
     """`best_objective`, or what an earlier run found."""
-    if stored is not None and (trials := stored.trials()):
-        best, found = trials
-        return next(candidate for candidate in CANDIDATES if candidate.name == best), found
+    by_name = {candidate.name: candidate for candidate in CANDIDATES}
+    if stored is not None and (trials := stored.trials()) and trials[0] in by_name:
+        return by_name[trials[0]], trials[1]
     objective, found = best_objective(run, batches)
     if stored is not None:
         stored.store_trials(objective.name, found)
@@ -204,21 +215,32 @@ def _work(
     recipe: Recipe,
     report: Report,
     patterns: Mapping[str, Pattern],
+    model: nn.Module,
     batches: Iterable[Any],
+    fit: Refit | None,
     bound: bool,
     batch_norm: bool,
 ) -> dict[str, Any]:
-    """What a layer's answer depends on, apart from the model's weights."""
-    loss, objective = recipe.loss, recipe.objective
-    return report.recipe | {
-        "objective": objective if isinstance(objective, str) else objective.name,
-        "patterns": {name: str(pattern) for name, pattern in patterns.items()},
-        "calibration": data_digest(batches),
-        "loss": f"{loss.__module__}.{getattr(loss, '__qualname__', type(loss).__qualname__)}",
-        "bound": bound,
-        "batch_norm": batch_norm,
-        "moonshot": report.versions["moonshot"],
+    """What a layer's answer depends on, apart from the weights of the layers."""
+    objects = {
+        "objective": recipe.objective,
+        "solver": recipe.solver,
+        "loss": recipe.loss,
+        "adapter": recipe.adapter,
+        "refit": fit,
     }
+    return (
+        report.recipe
+        | {what: exact(value, what) for what, value in objects.items()}
+        | {
+            "patterns": {name: exact(pattern, "pattern") for name, pattern in patterns.items()},
+            "calibration": data_digest(batches),
+            "model": state_digest(model, without=patterns),
+            "bound": bound,
+            "batch_norm": batch_norm,
+            "moonshot": report.versions["moonshot"],
+        }
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.models.adapter import Adapter
 from moonshot.models.calibration import Batch, as_batches, check_length, moved, tokens_at_once
@@ -35,27 +36,29 @@ class Recipe:
     seed: int = 0
     loss: Loss = model_loss
     unreached: Literal["error", "skip"] = "error"
+    unfit: Literal["error", "skip"] = "error"
     scratch: Path | None = None
     adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         if self.objective != "auto" and not isinstance(self.objective, Objective):
-            raise TypeError(
+            raise ArgumentTypeError(
                 'objective must be "auto" or such as 0.7 * Reconstruction() + 0.3 * Fisher(), got '
                 f"{self.objective!r}"
             )
         if isinstance(self.solver, type) or not isinstance(self.solver, Solver):
-            raise TypeError(f"solver must be an instance such as moonshot.ADMM(), got {self.solver!r}")
-        if self.unreached not in ("error", "skip"):
-            raise ValueError(f'unreached must be "error" or "skip", got {self.unreached!r}')
+            raise ArgumentTypeError(f"solver must be an instance such as moonshot.ADMM(), got {self.solver!r}")
+        for name in ("unreached", "unfit"):
+            if getattr(self, name) not in ("error", "skip"):
+                raise ArgumentError(f'{name} must be "error" or "skip", got {getattr(self, name)!r}')
         if not isinstance(self.factors, int) or self.factors < 1:
-            raise ValueError(f"factors must be a positive integer, got {self.factors!r}")
+            raise ArgumentError(f"factors must be a positive integer, got {self.factors!r}")
         if self.adapter is not None and not isinstance(self.adapter, Adapter):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"adapter must be an instance of a subclass of moonshot.Adapter, got {self.adapter!r}"
             )
         if not 0 <= self.dampening_frac < float("inf"):
-            raise ValueError(f"dampening_frac must be a number from 0 on, got {self.dampening_frac!r}")
+            raise ArgumentError(f"dampening_frac must be a number from 0 on, got {self.dampening_frac!r}")
 
     def batches(self, model: nn.Module, calibration: Any) -> tuple[list[Batch], dict[str, str]]:
         """The calibration data as batches on the model's device, and why samples are left out, by batch and sample.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moonshot.errors import ArgumentError
 from moonshot.models.batchnorm import running_statistics
 from moonshot.models.calibration import (
     Batch,
@@ -53,11 +54,11 @@ class Refit:
     def __post_init__(self) -> None:
         for name in ("epochs", "steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+                raise ArgumentError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive, got {self.lr!r}")
+            raise ArgumentError(f"lr must be positive, got {self.lr!r}")
         if not 0 < self.share < 1:
-            raise ValueError(f"share must be between 0 and 1, got {self.share!r}")
+            raise ArgumentError(f"share must be between 0 and 1, got {self.share!r}")
 
     def split(self, batches: list[Batch]) -> list[Batch]:
         """The batches made so small that a step, and what is set aside, can be made of whole ones.

@@ -10,7 +10,7 @@ class LayerReport:
     """How one layer was pruned.
 
     name: in the model. shape: (m, d), as a matrix.
-    pattern, sparsity: what was asked for, and the fraction of zeros there is.
+    pattern, sparsity: what was asked for, and the fraction of weights that the mask leaves out.
     relative: the objective, in units of that of an empty layer.
     terms: each term's loss, in units of that of an empty layer.
     damping: the ridge that was needed, as a fraction of the Hessians' mean diagonal.

@@ -4,6 +4,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
+from moonshot.errors import ArgumentError
 from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem, Status
 from moonshot.linalg.backend import Array, namespace, squares
@@ -60,14 +61,14 @@ class ADMM:
 
     def __post_init__(self) -> None:
         if not 0 < self.rho < math.inf:
-            raise ValueError(f"rho must be positive and finite, got {self.rho!r}")
+            raise ArgumentError(f"rho must be positive and finite, got {self.rho!r}")
         if not self.growth > 1:
-            raise ValueError(f"growth must be above 1, or the method would not settle, got {self.growth!r}")
+            raise ArgumentError(f"growth must be above 1, or the method would not settle, got {self.growth!r}")
         if not self.tolerance >= 0:
-            raise ValueError(f"tolerance must be a share of the weights, 0 or more, got {self.tolerance!r}")
+            raise ArgumentError(f"tolerance must be a share of the weights, 0 or more, got {self.tolerance!r}")
         for field in ("iterations", "refits"):
             if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
-                raise ValueError(f"{field} must be a positive integer, got {getattr(self, field)!r}")
+                raise ArgumentError(f"{field} must be a positive integer, got {getattr(self, field)!r}")
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         return None

@@ -6,16 +6,26 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from moonshot.bounds.certificate import lower_bound
+from moonshot.errors import ArgumentTypeError, MoonshotError
 from moonshot.layer.patterns import Pattern, PatternMismatchError, as_pattern
 from moonshot.layer.problem import Problem, Result, Status
-from moonshot.linalg.backend import Array, all_finite, cast_like, dtype_name, like, namespace, native
+from moonshot.linalg.backend import (
+    Array,
+    all_finite,
+    cast_like,
+    computing_on,
+    dtype_name,
+    like,
+    namespace,
+    native,
+)
 
 
-class SolverError(ValueError):
+class SolverError(MoonshotError):
     """A solver broke a promise: its answer is not finite, misses the pattern, or is worse than its start."""
 
 
-class NotSupportedError(ValueError):
+class NotSupportedError(MoonshotError):
     """A solver does not handle this problem or pattern; the message says why."""
 
 
@@ -77,14 +87,18 @@ def solve(
     solver's answer is unusable.
     """
     if not isinstance(problem, Problem):
-        raise TypeError(f"problem must be a moonshot.Problem, got {type(problem).__name__}")
+        raise ArgumentTypeError(f"problem must be a moonshot.Problem, got {type(problem).__name__}")
     if isinstance(solver, type) or not isinstance(solver, Solver):
-        raise TypeError(f"solver must be an instance such as moonshot.ADMM(), got {solver!r}")
+        raise ArgumentTypeError(f"solver must be an instance such as moonshot.ADMM(), got {solver!r}")
     pattern = as_pattern(pattern)
     pattern.validate(problem.shape)
     if reason := solver.unsupported(problem, pattern):
         raise NotSupportedError(f"{solver.name} is not compatible with this problem: {reason}")
+    with computing_on(problem.weight):
+        return _graded(problem, pattern, solver, state, bound)
 
+
+def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, bound: bool) -> Result:
     begin = time.perf_counter()
     if state is None:
         state = solver.init(problem)

@@ -8,6 +8,7 @@ import numpy as np
 import scipy  # whose linalg is imported where it is first used
 
 from moonshot.bounds.branching import COLUMNS, Rows, branch
+from moonshot.errors import ArgumentError
 from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import Array, is_numpy, native
@@ -44,9 +45,11 @@ class Exact:
 
     def __post_init__(self) -> None:
         if not isinstance(self.nodes, int) or isinstance(self.nodes, bool) or self.nodes < 1:
-            raise ValueError(f"nodes must be a positive integer, got {self.nodes!r}")
+            raise ArgumentError(f"nodes must be a positive integer, got {self.nodes!r}")
         if self.seconds is not None and (not isinstance(self.seconds, Real) or not self.seconds > 0):
-            raise ValueError(f"seconds must be a positive number, or None for no limit, got {self.seconds!r}")
+            raise ArgumentError(
+                f"seconds must be a positive number, or None for no limit, got {self.seconds!r}"
+            )
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         if reason := lacks_groups(pattern, problem.shape, "branch and bound"):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from moonshot.errors import ArgumentError
 from moonshot.layer.patterns import Pattern, equal_groups
 from moonshot.layer.problem import Problem, Status, check_weight
 from moonshot.linalg.backend import Array, as_dtype, namespace, native, squares
@@ -62,7 +63,7 @@ class IHT:
     def __post_init__(self) -> None:
         for limit in ("iterations", "steps", "refits"):
             if not isinstance(getattr(self, limit), int) or getattr(self, limit) < 1:
-                raise ValueError(f"{limit} must be a positive integer, got {getattr(self, limit)!r}")
+                raise ArgumentError(f"{limit} must be a positive integer, got {getattr(self, limit)!r}")
         if self.start is not None:
             check_weight(self.start, "start")
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from moonshot.errors import ArgumentError
 from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import (
@@ -57,7 +58,7 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         if not isinstance(self.block, int) or self.block < 1:
-            raise ValueError(f"block must be a positive integer, got {self.block!r}")
+            raise ArgumentError(f"block must be a positive integer, got {self.block!r}")
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         return lacks_groups(pattern, problem.shape, "a sweep")

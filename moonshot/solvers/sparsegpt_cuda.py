@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moonshot.errors import ArgumentError
 from moonshot.linalg.backend import Array, dtype_name, namespace
 
 _SHARED = 48 * 1024  # bytes of shared memory that every thread block may have
@@ -70,11 +71,11 @@ def _run(name: str, p: Array, columns: int, *arguments: Any) -> None:
     d, m, rank, _ = p.shape
     width = max(32, 1 << (columns - 1).bit_length())
     if 3 * p.dtype.itemsize * width > _SHARED:  # two of them, and a row's factors
-        raise ValueError(
+        raise ArgumentError(
             f"{columns} columns at once do not fit into shared memory: use SparseGPT() with a smaller block"
         )
     if not all(item.flags.c_contiguous for item in arguments if hasattr(item, "flags")):
-        raise ValueError(f"{name} reads arrays in C order only")
+        raise ArgumentError(f"{name} reads arrays in C order only")
     passed = tuple(np.int32(item) if isinstance(item, int) else item for item in (*arguments, d, m))
     launch(name, dtype_name(p), rank, width, m, _THREADS[name], passed)
 

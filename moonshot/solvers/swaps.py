@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem, Status
 from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, triangular_solve
@@ -52,9 +53,11 @@ class Swaps:
 
     def __post_init__(self) -> None:
         if isinstance(self.inner, type) or not isinstance(self.inner, Solver):
-            raise TypeError(f"inner must be a solver's instance such as moonshot.ADMM(), got {self.inner!r}")
+            raise ArgumentTypeError(
+                f"inner must be a solver's instance such as moonshot.ADMM(), got {self.inner!r}"
+            )
         if not self.moves > 0:
-            raise ValueError(f"moves must be positive, got {self.moves!r}")
+            raise ArgumentError(f"moves must be positive, got {self.moves!r}")
 
     @property
     def name(self) -> str:
