@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs bench bench-large bench-growth bench-solvers comparison
+.PHONY: help demo test test-faults test-slow lint docs bench bench-large bench-growth bench-solvers comparison
 
 bin := .venv/bin
 ready := .venv/.ready
@@ -10,6 +10,7 @@ results := benchmarks/solvers/outputs/results.csv
 help:
 	@echo "make demo       prune the small model that comes along and show what it costs"
 	@echo "make test       linters, types, documentation and the tests of a few minutes"
+	@echo "make test-faults  runs that are killed, full disks, damaged folders, at random: ten minutes"
 	@echo "make test-slow  the longer tests, and random ones on new examples"
 	@echo "make lint       linters and types alone"
 	@echo "make docs       the documentation, in docs/_build"
@@ -37,6 +38,9 @@ docs: $(ready)
 
 test: lint docs
 	$(bin)/python -m pytest -n 2 -m "not slow"
+
+test-faults: $(ready)
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(bin)/python -m pytest -s tests/faults
 
 test-slow: $(ready)
 	$(bin)/python -m pytest -n 2 -m "slow or fresh" --hypothesis-profile fresh

@@ -31,9 +31,9 @@ def decoder(config=LlamaConfig, dtype=torch.float32, **changes):
     return AutoModelForCausalLM.from_config(config(**(SIZES | changes)), dtype=dtype)
 
 
-def model_folder(path, **changes):
-    """A decoder in bfloat16 in a folder, with the tokenizer of the shipped Llama."""
-    decoder(dtype=torch.bfloat16, vocab_size=2048, **changes).save_pretrained(path)
+def model_folder(path, shard="1GB", **changes):
+    """A decoder in bfloat16 in a folder, with the tokenizer of the shipped Llama. shard: a file's size at most."""
+    decoder(dtype=torch.bfloat16, vocab_size=2048, **changes).save_pretrained(path, max_shard_size=shard)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO / "model" / name, path / name)
     return path

@@ -134,7 +134,10 @@ def classifier(path):
             lambda p: change(p / "config.json", attn_implementation="org/kernel"),
             "attention by 'org/kernel', code",
         ),
+        (lambda p: change(p / "config.json", attn_implementation={"text": "a/b"}), "attention by 'a/b', code"),
+        (lambda p: change(p / "config.json", num_hidden_layers=2**70), "asks for num_hidden_layers = 11805"),
         (lambda p: change(p / "config.json", model_type=3), "cannot load a model"),
+        (lambda p: change(p / "config.json", architectures=5), "cannot load a causal language model"),
         (lambda p: change(p / "config.json", hidden_size="x"), "cannot load a model"),
         (
             lambda p: change(p / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),

@@ -1,6 +1,7 @@
 """Models and their tokenizers or image processors, from a folder or a hub name."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,6 +12,11 @@ from torch import nn
 
 from moonshot.extras import from_extra
 from moonshot.files.source import FolderError, check_weights, find_folder, reading, weight_files
+
+_COUNT, _MODULES = (
+    re.compile("layer|block|depth|expert"),
+    10**4,
+)  # keys that say how many modules there are, at most
 
 
 class Source:
@@ -27,19 +33,23 @@ class Source:
             import transformers  # noqa: F401 - or say what to install
         self.name, self.trusted = str(name), trust_remote_code
         self.folder = find_folder(self.name)
-        self._check_kernels()
+        self._check_config()
 
-    def _check_kernels(self) -> None:
-        """A configuration may name code for attention that transformers gets from the hub."""
+    def _check_config(self) -> None:
+        """What transformers does not ask of a configuration before it acts on it."""
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return  # transformers says what is wrong
-        if not self.trusted and (found := [text for text in _attention(config) if "/" in text]):
+        kernels = [str(name) for key, name in _entries(config) if "attn_implementation" in key]
+        if not self.trusted and (found := [name for name in kernels if "/" in name]):
             raise FolderError(
                 f"{self.name} runs attention by {found[0]!r}, code from the hub: read that, and if you trust it say "
                 "--trust-remote-code (trust_remote_code=True in Python)"
             )
+        counts = [(key, n) for key, n in _entries(config) if isinstance(n, int) and _COUNT.search(key)]
+        if found := [f"{key} = {n}" for key, n in counts if n > _MODULES]:
+            raise FolderError(f"{self.folder / 'config.json'} asks for {found[0]}: get it once more")
 
     @cached_property
     def config(self) -> Any:
@@ -103,6 +113,10 @@ class Source:
 
         Raises FolderError for what was trained as something else.
         """
+        with reading(self.kind, self.name):
+            return self._model_class()
+
+    def _model_class(self) -> Any:
         import transformers
 
         config, images = self.config, self.is_image_classifier
@@ -191,14 +205,19 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _attention(config: Any) -> Iterator[str]:
-    """Every value under a key such as attn_implementation, however deep."""
-    values = config.items() if isinstance(config, dict) else ()
-    for key, value in values:
-        if "attn_implementation" in key:
-            yield from map(str, value.values() if isinstance(value, dict) else [value])
-        else:
-            yield from _attention(value)
+def _entries(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in a configuration, however deep; what is in a list has the list's key.
+
+    A dictionary under attn_implementation has one for each part of the model, under that key.
+    """
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _entries(value, key if "attn_implementation" in key else name)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _entries(value, key)
+    else:
+        yield key, config
 
 
 def _more(names: list[Any]) -> str:

@@ -36,7 +36,7 @@ def reading(what: str, name: str) -> Iterator[None]:
             "get the model as safetensors"
         ) from error
     except Exception as error:  # what transformers and the libraries below it raise has no common base class
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split("\nException raised from")[0].split()) or type(error).__name__
         if "trust_remote_code" in reason:
             reason = (
                 "it needs code of its own: read that, and if you trust it say --trust-remote-code "
