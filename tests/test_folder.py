@@ -255,15 +255,17 @@ def test_what_a_folder_came_with_goes_along_and_nothing_else(folder, tmp_path):
     assert "50.00 % of the weights of 14 layers are zero" in card.text and "as much space" in card.text
 
 
-def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path):
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "generation_config.json", "LICENSE"])
+def test_a_link_out_of_the_folder_is_not_followed(folder, tmp_path, name):
     (tmp_path / "id_rsa").write_text("secret")
-    (folder / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "id_rsa")
     with (
-        pytest.raises(FolderError, match="notes.txt is a link out of its folder"),
+        pytest.raises(FolderError, match=f"{name} is a link out of its folder"),
         opened(folder, tmp_path / "pruned"),
     ):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "id_rsa"]
+    assert names(tmp_path) == ["dense", "id_rsa"]
 
 
 def test_a_hub_name_is_read_from_the_hubs_cache(folder, tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ def companions(folder: Path, code: bool = False) -> list[str]:
     names = [path for path in sorted(folder.iterdir()) if _goes_along(path, code)]
     names += sorted((folder / _TEMPLATES).glob("*.jinja"))
     files = [path for path in names if path.is_file()]
-    for path in files:
+    for path in (*files, *(folder / name for name in sorted(_OURS))):  # of ours the model may have its own
         _check_link(path, folder)
     return [str(path.relative_to(folder)) for path in files]
 
