@@ -54,7 +54,6 @@ def test_a_source_tree_and_the_base_packages_are_enough_to_prune():
     ("code", "extra"),
     [
         ("from moonshot.storage import load; load('model')", "cli"),
-        ("from moonshot.storage import load_classifier; load_classifier('model')", "vision"),
         ("from moonshot.storage import read_text; read_text('wikitext')", "cli"),
         ("from moonshot.models.images import find_pictures; find_pictures('images')", "vision"),
         ("from moonshot.files.plan import free_memory; import torch; free_memory(torch.device('cpu'))", "cli"),
