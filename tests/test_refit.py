@@ -170,7 +170,7 @@ def test_a_refit_of_other_work_is_refused(tmp_path):
     other = decoder()
     with torch.no_grad():
         other.model.layers[0].input_layernorm.weight[0] = 2
-    with pytest.raises(ValueError, match="refit of another model, whose model.layers.0 has other weights"):
+    with pytest.raises(ValueError, match="answers of other work, model differ"):
         ms.prune(other, tokens(), 0.5, refit=REFIT, checkpoint=tmp_path, **FAST)
 
 
