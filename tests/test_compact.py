@@ -155,6 +155,12 @@ def test_from_the_command_line(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, "prune", demo / "model", *common, "--compact", "--save", tmp_path / "compact") == 0
     assert "moonshot unpack" in capsys.readouterr().out
     assert run(monkeypatch, "unpack", tmp_path / "compact", "--save", tmp_path / "again") == 0
+    said = []
+    for name in ("plain", "compact"):
+        arguments = ["--data", demo / "heldout.txt", "--seqlen", 64, "--nsamples", 4]
+        assert run(monkeypatch, "eval", tmp_path / name, *arguments) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
     plain, again = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "again"))
     assert all(torch.equal(plain[key], again[key]) for key in plain)
     assert size(tmp_path / "compact", ".compact") < 0.85 * size(tmp_path / "plain", ".safetensors")

@@ -228,6 +228,7 @@ def evaluate(
     """Print the perplexity of a causal language model on a text, or the accuracy of an image classifier."""
     from moonshot.app.data import pictures, text_windows
     from moonshot.app.prune import print_skipped
+    from moonshot.files.compact import load_any
     from moonshot.files.load import Source
     from moonshot.files.text import read_text
     from moonshot.models.evaluation import accuracy, perplexity
@@ -237,11 +238,11 @@ def evaluate(
     if source.is_image_classifier:
         found = pictures(data, seqlen)
         images = ImageBatches(source.skeleton(), source.processor, found, nsamples or None, 0)
-        say(console, f"accuracy {accuracy(source.load(), images)}")
+        say(console, f"accuracy {accuracy(load_any(source), images)}")
         print_skipped(console, images.skipped)
     else:
         ids = text_windows(source, read_text(data), nsamples or None, seqlen, None)
-        say(console, f"perplexity {perplexity(source.load(), ids)}")
+        say(console, f"perplexity {perplexity(load_any(source), ids)}")
 
 
 @app.command()

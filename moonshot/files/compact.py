@@ -121,6 +121,11 @@ def load_compact(folder: str | Path) -> nn.Module:
     return model
 
 
+def load_any(source: Source) -> nn.Module:
+    """The model of a folder, compact or not."""
+    return load_compact(source.folder) if (source.folder / CONTENTS).is_file() else source.load()
+
+
 def _packed(key: str, tensor: Tensor, read: Callable[[], Tensor]) -> dict[str, Entry]:
     """A tensor as values and bits where that is smaller, or as it is."""
     present, bits = int(_present(tensor).sum()), -(-tensor.numel() // 8)
