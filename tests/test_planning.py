@@ -110,6 +110,7 @@ def planned_and_taken(hidden, scratch, **options):
     """Bytes of memory that pruning a block of this width is said to take, and takes."""
     ms.prune(decoder(), tokens(), "2:4", **options)  # what is imported and compiled
     sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "head_dim": hidden // 4}
+    sizes["max_position_embeddings"] = 128
     model = decoder(vocab_size=2000, num_hidden_layers=1, **sizes)
     ids = torch.randint(1, 2000, (16, 128), generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:

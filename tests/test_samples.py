@@ -18,7 +18,7 @@ from moonshot.models.modules import ModelError
 from moonshot.models.partition import partition_model
 from moonshot.models.sample_targets import with_equal_targets
 from moonshot.models.statistics import LayerStatistics
-from moonshot.pruning.checkpoint import data_digest
+from moonshot.pruning.fingerprint import data_digest
 
 JOINT = 0.5 * ms.Reconstruction() + 0.3 * ms.Fisher() + 0.2 * ms.TokenFisher()
 OPTIONS = dict(objective=JOINT, solver=ms.SparseGPT())

@@ -216,8 +216,8 @@ def test_the_products_of_a_run_are_counted():
     assert one == [6] * ((1 + 2) + 1 + (1 + 3) + 1 + (1 + 2) + 1)
     whole = cases.rows_multiplied(layer.joint(), ms.IHT())
     assert len(whole) > len(one) and whole[0] == 6 and min(whole) < 6  # rows that have settled are left out
-    # two iterations; the refit's start and steps; the losses of the answer and of where it began
-    assert cases.rows_multiplied(layer.single(), ms.ADMM(iterations=2, refits=3)) == [6] * (2 + (1 + 3) + 2)
+    # two iterations; the refit's start and steps; the losses of the answer and of both starts
+    assert cases.rows_multiplied(layer.single(), ms.ADMM(iterations=2, refits=3)) == [6] * (2 + (1 + 3) + 3)
     assert cases.rows_multiplied(layer.joint(), ms.SparseGPT()) == []
 
 

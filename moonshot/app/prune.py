@@ -148,7 +148,8 @@ class PruneCommand:
             return
         views = dict(layers_of("", skeleton))
         if self.columns is not None:
-            check_fits(views, column_patterns(skeleton, self.columns))
+            patterns = column_patterns(skeleton, self.columns)
+            check_fits({name: views[name] for name in patterns}, patterns)
             return
         others = [name for name, _ in skeleton.named_modules() if name not in views]  # may be named, too
         names = set(select([*views, *others], self.targets, self.ignore))
