@@ -18,7 +18,6 @@ from moonshot.linalg.backend import (
     namespace,
     native,
     on_host,
-    squares,
     zeros_like_shape,
 )
 from moonshot.linalg.factor import NotPositiveDefiniteError, inverse_factor
@@ -68,8 +67,7 @@ class OBS:
     best, and goes on. The first unstructured pattern follows every row to its last weight; all others on the
     same state reuse that. A row budget takes the start of each row's trace, a layer budget hands zeros to the
     rows along the lower convex hulls of their losses. N:M patterns have a pass of their own, in which a group of m
-    that has lost m - n weights is closed. The weights are then the exact minimiser on the support, or on that of the
-    largest weights (Magnitude) where even those as they are cost less.
+    that has lost m - n weights is closed. The weights are then the exact minimiser on the support.
 
     Cost of a trace: d^3 / 6 multiply-adds a row, in float64, and d^2 numbers a thread.
 
@@ -117,10 +115,7 @@ class OBS:
         keep = namespace(state.centre).ones_like(state.centre, dtype=bool)
         rows = asarray_like(np.arange(m), order)[:, None]
         keep[rows, order] = asarray_like(np.arange(order.shape[1]) >= counts[:, None], order)
-        weight, plain = _refit(state, keep), pattern.keep(squares(as_dtype(state.centre, state.dtype)))
-        if _loss(state, state.centre * plain) < _loss(state, weight):
-            keep, weight = plain, _refit(state, plain)
-        return Answer(as_dtype(weight, state.dtype), keep)
+        return Answer(as_dtype(_refit(state, keep), state.dtype), keep)
 
 
 def _eliminate(state: _State, groups: np.ndarray, quotas: np.ndarray) -> tuple[Array, Array]:
@@ -188,10 +183,6 @@ def _share_out(trace: _Trace, zeros: int) -> np.ndarray:
         return counts
     longer[np.argmax(fewer)] -= surplus
     return longer
-
-
-def _loss(state: _State, weight: Array) -> float:
-    return float(namespace(weight).sum(native(state.hessian.quadratic(weight - state.centre))))
 
 
 def _refit(state: _State, keep: Array) -> Array:
