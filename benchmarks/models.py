@@ -152,7 +152,7 @@ MODELS = {
             moe_intermediate_size=64,
         )
     ),
-    "Mamba": Tried(transformer("MambaForCausalLM", **TEXT, state_size=8), ignore=["conv1d", "dt_proj"]),
+    "Mamba": Tried(transformer("MambaForCausalLM", **TEXT, state_size=8)),
     "BERT": Tried(transformer("BertForSequenceClassification", **TEXT, num_labels=CLASSES), labelled_tokens),
     "T5": Tried(
         transformer("T5ForConditionalGeneration", **T5, pad_token_id=0, decoder_start_token_id=0),

@@ -127,13 +127,19 @@ def partition_model(
             ):
                 adapter = ChainAdapter()
         for batch in _samples(model, batches) if routed else batches:
-            if len(run.reached(views)) == len(views) and not (routed and adapter.whole_model):
+            if len(run.reached(views) | run.uncalled) == len(views) and not (routed and adapter.whole_model):
                 break
             run = run.and_then(trials.run(batch))
         decoder = trials.decoder(batches) if _has_decoder(model) else frozenset()
+    reached = run.reached(views)
+    reasons |= {
+        name: "the model reads its weight without calling it"
+        for name in views
+        if name in run.uncalled and name not in reached
+    }
     parts = adapter.parts(model, run)
     _check_parts(model, parts)
-    reached, inside = run.reached(views), {name for part in parts for name, _ in adapter.layers(*part)}
+    inside = {name for part in parts for name, _ in adapter.layers(*part)}
     unreached = {
         name: view
         for name, view in views.items()
