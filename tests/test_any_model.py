@@ -293,6 +293,22 @@ def test_attention_of_torch_is_named_whose_projection_is_never_called():
         assert name.removesuffix(".weight") in report.layers or value.equal(before[name]), name
 
 
+def test_what_is_left_alone_is_named_and_can_be_asked_for():
+    model, calibration, *_ = built("BERT")
+    report = ms.prune(model, calibration, 0.5, objective=ms.Reconstruction(), solver=ms.Magnitude())
+    assert report.left_alone == {
+        "bert.pooler.dense": "outside the blocks",
+        "classifier": "on top of the base model",
+    }
+    assert "left alone, outside the blocks: bert.pooler.dense" in str(report).splitlines()
+    with pytest.raises(TargetError, match="'pooler.dense' matches no layer") as caught:
+        ms.prune(model, calibration, 0.5, targets="pooler.dense")
+    assert "adapter=GraphAdapter()" in caught.value.__notes__[0]
+    targets = ["pooler.dense", "classifier"]
+    report = ms.prune(model, calibration, 0.5, targets=targets, adapter=GraphAdapter(), solver=ms.SparseGPT())
+    assert set(report.layers) == {"bert.pooler.dense", "classifier"} and not report.left_alone
+
+
 class Twice(nn.Module):
     """A layer used twice, one that never runs, an in-place activation, and arguments that differ by call."""
 

@@ -89,9 +89,13 @@ def trial_run(
         return output
 
     parts = [block for _, block in blocks]
-    with counting(model.modules()) as calls, watching(views, record), running_in_float32(model, parts):
-        with _Reads(views) as reads:
-            value = loss_of(loss, model, batch)
+    with (
+        counting(model.modules()) as calls,
+        watching(views, record),
+        running_in_float32(model, parts),
+        _Reads(views) as reads,
+    ):
+        value = loss_of(loss, model, batch)
     check_loss(value)
     return TrialRun(
         list(calls),
