@@ -13,7 +13,7 @@ import argparse
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import moonshot as ms
 import torch
@@ -128,7 +128,6 @@ def vision(family: str, **config: object) -> Make:
 class Tried:
     make: Make
     data: Data = tokens
-    ignore: list[str] = field(default_factory=list)
 
 
 MODELS = {
@@ -152,7 +151,7 @@ MODELS = {
             moe_intermediate_size=64,
         )
     ),
-    "Mamba": Tried(transformer("MambaForCausalLM", **TEXT, state_size=8), ignore=["conv1d", "dt_proj"]),
+    "Mamba": Tried(transformer("MambaForCausalLM", **TEXT, state_size=8)),
     "BERT": Tried(transformer("BertForSequenceClassification", **TEXT, num_labels=CLASSES), labelled_tokens),
     "T5": Tried(
         transformer("T5ForConditionalGeneration", **T5, pad_token_id=0, decoder_start_token_id=0),
@@ -180,15 +179,21 @@ METHODS = {"magnitude": ms.Magnitude(), "ADMM": ms.ADMM()}
 
 
 @torch.no_grad()
-def built(tried: Tried, samples: int, seed: int) -> tuple[nn.Module, list, list]:
-    """(model, calibration, held out)"""
-    torch.manual_seed(seed)
-    model = tried.make().eval()
+def random_weights(model: nn.Module) -> nn.Module:
+    """The model with weights of variance 1 / inputs, and biases in batch norms."""
     for _, view in layers_of("", model):
         view.weight.data.normal_(std=view.shape[1] ** -0.5)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.bias.fill_(1)
+    return model
+
+
+@torch.no_grad()
+def built(tried: Tried, samples: int, seed: int) -> tuple[nn.Module, list, list]:
+    """(model, calibration, held out)"""
+    torch.manual_seed(seed)
+    model = random_weights(tried.make().eval())
     calibration, held_out = (as_batches(split(tried.data(samples))) for _ in range(2))
     reestimate(model, calibration, model_loss)
     return model, calibration, held_out
@@ -229,8 +234,7 @@ def measured(tried: Tried, samples: int, seed: int) -> tuple[list[str], bool]:
         for solver in METHODS.values():
             pruned = copy.deepcopy(model)
             wanted = pattern if names is None else dict.fromkeys(names, pattern)
-            ignore = tried.ignore if names is None else ()
-            report = ms.prune(pruned, calibration, wanted, solver=solver, ignore=ignore)
+            report = ms.prune(pruned, calibration, wanted, solver=solver)
             moved.append(float((logits(pruned, held_out) - dense).norm() / dense.norm()))
         names = list(report.layers)
         cells += [str(len(names)), f"{100 * zeros(pruned, names):.2f}", *(f"{error:.3f}" for error in moved)]

@@ -267,19 +267,46 @@ def test_a_chain_and_a_graph_see_the_same():
         torch.testing.assert_close(weighted, other_weighted, rtol=1e-3, atol=1e-12)
 
 
-def test_a_layer_whose_weight_a_model_reads_without_calling_it_is_named():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_whose_weight_a_model_reads_without_calling_it_is_named(dtype):
     torch.manual_seed(0)
-    model = language(transformers.MambaConfig, state_size=4)()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(
-        ModelError, match=r"no calibration sample reached .*mixer.conv1d, .*mixer.dt_proj: leave"
-    ):
-        ms.prune(model, tokens(), 0.5)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    report = ms.prune(model, tokens(), 0.5, objective=JOINT, solver=ms.SparseGPT(), unreached="skip")
+    model = language(transformers.MambaConfig, state_size=4)().to(dtype)
+    report = ms.prune(model, tokens(), 0.5, objective=JOINT, solver=ms.SparseGPT())
     assert {name.split(".")[-1] for name in report.skipped} == {"conv1d", "dt_proj", "mixer"}
     assert "MambaMixer holds A_log" in report.skipped["backbone.layers.0.mixer"]
+    assert "reads its weight without calling it" in report.skipped["backbone.layers.0.mixer.dt_proj"]
     assert len(report.layers) == 6 and report.sparsity == pytest.approx(0.5, abs=2e-3)
+    model.backbone.layers[0].spare = nn.Linear(8, 8, dtype=dtype)  # nothing reads it
+    with pytest.raises(ModelError, match="no calibration sample reached backbone.layers.0.spare: leave"):
+        ms.prune(model, tokens(), 0.5)
+
+
+def test_attention_of_torch_is_named_whose_projection_is_never_called():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2)
+    batches = [torch.randn(6, 5, 16)]
+    before = copy.deepcopy(encoder.state_dict())
+    report = ms.prune(encoder, batches, 0.5, loss=lambda model, x: model(x).square().mean())
+    assert set(report.layers) == {f"layers.{k}.linear{j}" for k in (0, 1) for j in (1, 2)}
+    assert set(report.skipped) == {f"layers.{k}.self_attn{end}" for k in (0, 1) for end in ("", ".out_proj")}
+    for name, value in encoder.state_dict().items():
+        assert name.removesuffix(".weight") in report.layers or value.equal(before[name]), name
+
+
+def test_what_is_left_alone_is_named_and_can_be_asked_for():
+    model, calibration, *_ = built("BERT")
+    report = ms.prune(model, calibration, 0.5, objective=ms.Reconstruction(), solver=ms.Magnitude())
+    assert report.left_alone == {
+        "bert.pooler.dense": "outside the blocks",
+        "classifier": "on top of the base model",
+    }
+    assert "left alone, outside the blocks: bert.pooler.dense" in str(report).splitlines()
+    with pytest.raises(TargetError, match="'pooler.dense' matches no layer") as caught:
+        ms.prune(model, calibration, 0.5, targets="pooler.dense")
+    assert "adapter=GraphAdapter()" in caught.value.__notes__[0]
+    targets = ["pooler.dense", "classifier"]
+    report = ms.prune(model, calibration, 0.5, targets=targets, adapter=GraphAdapter(), solver=ms.SparseGPT())
+    assert set(report.layers) == {"bert.pooler.dense", "classifier"} and not report.left_alone
 
 
 class Twice(nn.Module):

@@ -10,6 +10,7 @@ from moonshot.layer.objectives import quadratics_of
 from moonshot.layer.weighting_sweep import weighting_sweeps
 from moonshot.models.calibration import as_batches, count_samples, set_aside
 from moonshot.models.losses import model_loss, sample_losses
+from moonshot.models.modules import ModelError
 from moonshot.pruning.auto import CANDIDATES
 from moonshot.pruning.selection import LEVEL, best_on_held_out
 from tests.models import decoder, tokens
@@ -64,6 +65,11 @@ def test_a_gain_of_four_standard_errors_replaces_the_first_among_five_rivals():
 
 def test_one_sample_tells_nothing():
     assert best_on_held_out({"a": torch.ones(1), "b": torch.zeros(1)}, lambda loss: loss)[0] == "a"
+
+
+def test_a_loss_that_only_compares_samples_cannot_choose():
+    with pytest.raises(ModelError, match="by itself is 0, as where a loss compares the samples"):
+        best_on_held_out({"a": torch.zeros(4), "b": FIRST}, lambda losses: losses)
 
 
 def test_samples_set_aside_are_the_others():

@@ -34,6 +34,7 @@ class Partition:
     routers: names of the layers that choose among experts, or weigh them.
     unreached: the layers that no sample of any batch reached, in a part or not.
     left_out: {name: why it stays as it is} of layers and other weights that cannot be pruned (models.left_out).
+    outside: names of the layers, and of modules with other weights, that are in no part.
     decoder: names of the layers that read the decoder's tokens in an encoder-decoder.
     routed: some layers do not read the same number of rows for every sample, such as experts; samples are then
     replayed one by one, so that all that a layer reads in a batch belongs to one sample, and none of it is padding.
@@ -47,6 +48,7 @@ class Partition:
     routed: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
     decoder: frozenset[str] = frozenset()
+    outside: frozenset[str] = frozenset()
 
     def layers(self) -> dict[str, LayerView]:
         """{name in the model: layer} of all in the parts that can be pruned, and of those that were not reached."""
@@ -71,10 +73,25 @@ class Partition:
         """{name: why it stays as it is} of those that `select` would give and that cannot be pruned."""
         return {name: self.left_out[name] for name in self._matching(targets, ignore) if name in self.left_out}
 
+    def left_alone(self) -> dict[str, str]:
+        """{name: why it is pruned only if it is named, or cannot be named at all} of all such."""
+        return (
+            dict.fromkeys(sorted(self.outside), "outside the blocks")
+            | dict.fromkeys(sorted(self.heads), "on top of the base model")
+            | dict.fromkeys(sorted(self.routers), "routers of experts")
+        )
+
     def _matching(self, targets: str | Iterable[str] | None, ignore: str | Iterable[str]) -> list[str]:
         left_alone = self.heads | self.routers
         names = [*self.layers(), *self.left_out]
-        return select([n for n in names if targets is not None or n not in left_alone], targets, ignore)
+        try:
+            return select([n for n in names if targets is not None or n not in left_alone], targets, ignore)
+        except TargetError as error:
+            if self.outside:
+                error.add_note(
+                    "layers outside the blocks can be pruned with adapter=GraphAdapter() (models.graph)"
+                )
+            raise
 
     def check_reached(self, names: Iterable[str]) -> None:
         """Raises ModelError for a layer that no sample reached."""
@@ -127,26 +144,34 @@ def partition_model(
             ):
                 adapter = ChainAdapter()
         for batch in _samples(model, batches) if routed else batches:
-            if len(run.reached(views)) == len(views) and not (routed and adapter.whole_model):
+            if len(run.reached(views) | run.uncalled) == len(views) and not (routed and adapter.whole_model):
                 break
             run = run.and_then(trials.run(batch))
         decoder = trials.decoder(batches) if _has_decoder(model) else frozenset()
+    reached = run.reached(views)
+    reasons |= {
+        name: "the model reads its weight without calling it"
+        for name in views
+        if name in run.uncalled and name not in reached
+    }
     parts = adapter.parts(model, run)
     _check_parts(model, parts)
-    reached, inside = run.reached(views), {name for part in parts for name, _ in adapter.layers(*part)}
+    inside = {name for part in parts for name, _ in adapter.layers(*part)}
     unreached = {
         name: view
         for name, view in views.items()
         if name not in reached and (adapter.whole_model or name in inside) and name not in reasons
     }
+    outside: frozenset[str] = frozenset()
     if not adapter.whole_model:
-        reasons = {
-            name: reason
-            for name, reason in reasons.items()
-            if any(f"{name}.".startswith(f"{part}.") for part, _ in parts)
-        }
+        outside = frozenset(
+            name
+            for name in (*views, *reasons)
+            if not any(f"{name}.".startswith(f"{part}.") for part, _ in parts)
+        )
+        reasons = {name: reason for name, reason in reasons.items() if name not in outside}
     found = routers(model) if routed else frozenset()
-    return Partition(adapter, parts, head, found, unreached, routed, reasons, decoder)
+    return Partition(adapter, parts, head, found, unreached, routed, reasons, decoder, outside)
 
 
 def _reasons(left_out: Mapping[str, str]) -> str:

@@ -1,9 +1,13 @@
 """One pass of a model to learn how it runs: which modules, in which order, and how many rows each layer reads."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from moonshot.models.calibration import Batch
 from moonshot.models.layer_view import LayerView
@@ -19,6 +23,7 @@ class TrialRun:
     order: the modules in the order of their first calls; once: those that ran once in every pass.
     rows: {layer name: rows it read in each of its calls}; tokens: the same, all dimensions together.
     loss: of the first batch.
+    uncalled: names of the layers whose weight the model read in a pass without calling them.
     """
 
     order: list[nn.Module]
@@ -26,18 +31,41 @@ class TrialRun:
     rows: dict[str, list[int]]
     tokens: dict[str, list[int]]
     loss: float
+    uncalled: set[str] = field(default_factory=set)
 
     def and_then(self, other: "TrialRun") -> "TrialRun":
         """What this run and another showed together: a module runs once if it did so in both."""
         rows = {
             name: self.rows.get(name, []) + other.rows.get(name, []) for name in {**self.rows, **other.rows}
         }
-        return TrialRun(self.order, self.once & other.once, rows, self.tokens, self.loss)
+        once, uncalled = self.once & other.once, self.uncalled | other.uncalled
+        return TrialRun(self.order, once, rows, self.tokens, self.loss, uncalled)
 
     def reached(self, views: dict[str, LayerView]) -> set[str]:
         """The layers that ran. An expert counts as one where any of its parameter did."""
         ran = {(views[name].module, views[name].parameter) for name in self.rows}
         return {name for name, view in views.items() if (view.module, view.parameter) in ran}
+
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]  # what changes a weight's dtype
+
+
+class _Reads(TorchFunctionMode):
+    """The names of the layers from whose weights something is computed."""
+
+    def __init__(self, views: dict[str, LayerView]):
+        super().__init__()
+        self.names: set[str] = set()
+        self._layers = {id(getattr(view.module, view.parameter)): name for name, view in views.items()}
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor | tuple) and function != _DATA:
+            ids = map(id, tree_leaves((args, kwargs)))
+            self.names.update(self._layers[i] for i in ids if i in self._layers)
+        return result
 
 
 @torch.no_grad()
@@ -61,9 +89,19 @@ def trial_run(
         return output
 
     parts = [block for _, block in blocks]
-    with counting(model.modules()) as calls, watching(views, record), running_in_float32(model, parts):
+    with (
+        counting(model.modules()) as calls,
+        watching(views, record),
+        running_in_float32(model, parts),
+        _Reads(views) as reads,
+    ):
         value = loss_of(loss, model, batch)
     check_loss(value)
     return TrialRun(
-        list(calls), {module for module, count in calls.items() if count == 1}, rows, tokens, float(value)
+        list(calls),
+        {module for module, count in calls.items() if count == 1},
+        rows,
+        tokens,
+        float(value),
+        {name for name in reads.names if calls.keys().isdisjoint(views[name].modules)},
     )

@@ -147,6 +147,8 @@ def prune_by(
     if not isinstance(pattern, Mapping):
         skipped |= partition.skipped(recipe.targets, recipe.ignore)
     report = Report(_described(recipe, pattern, batches, fit), _versions(), skipped=skipped, unused=unused)
+    if recipe.targets is None and not isinstance(pattern, Mapping):
+        report.left_alone = partition.left_alone()
     trials = len(CANDIDATES) if isinstance(recipe.objective, str) else 0
     total = (trials + 1) * len(patterns)
 

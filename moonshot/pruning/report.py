@@ -75,6 +75,7 @@ class Report:
     recipe: what was asked for. versions: of Python and the packages that did it.
     layers: {name: its report}.
     skipped: the layers that were to be pruned and are as they were, with the reason.
+    left_alone: the layers that are pruned only if asked for, with the reason; empty where targets are given.
     unused: the calibration samples that were left out, with the reason.
     resumed: how many layers' answers an earlier run had left in a checkpoint.
     parts: those that were refitted, by name; empty unless that was asked for.
@@ -87,6 +88,7 @@ class Report:
     versions: dict[str, str]
     layers: dict[str, LayerReport] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
     parts: dict[str, PartReport] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
@@ -123,6 +125,9 @@ class Report:
                 + (f", {layer.note}" if layer.note else "")
             )
         lines += [f"{name:{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
+        for reason in dict.fromkeys(self.left_alone.values()):
+            names = [name for name, why in self.left_alone.items() if why == reason]
+            lines.append(f"left alone, {reason}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
         lines += self._refitted()
         if self.unused:
             lines.append(f"{len(self.unused)} samples left out: {_listed(self.unused)}")

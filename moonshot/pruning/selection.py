@@ -6,6 +6,7 @@ from typing import TypeVar
 import scipy  # whose stats are imported where they are first used
 from torch import Tensor
 
+from moonshot.models.modules import ModelError
 from moonshot.pruning.report import Trial
 
 Candidate = TypeVar("Candidate")
@@ -22,9 +23,18 @@ def best_on_held_out(
     compared sample by sample, which takes out how hard a sample is. Where none is better than the first, one replaces
     it by chance in 5 % of all cases at most, however many there are: a one-sided paired t-test of each, corrected by
     Holm's method.
+
+    Raises ModelError where the loss of every sample alone is zero, as that of contrastive models is.
     """
     names = list(candidates)
-    losses = [held_out_losses(candidate).double() for candidate in candidates.values()]
+    losses: list[Tensor] = []
+    for candidate in candidates.values():
+        losses.append(held_out_losses(candidate).double())
+        if not losses[0].any():
+            raise ModelError(
+                "the loss of every held-out sample by itself is 0, as where a loss compares the samples of a batch: "
+                "candidates cannot be told apart by it; choose the objective or budgets yourself"
+            )
     trials: list[Trial] = []
     for name, loss in zip(names, losses, strict=True):
         gains = losses[0] - loss
