@@ -6,10 +6,9 @@ from itertools import product
 
 import numpy as np
 import pytest
-
-import moonshot as ms
 import torch
 
+import moonshot as ms
 from conftest import Backend
 from moonshot.bounds import certificate
 from moonshot.bounds.certificate import lower_bound
