@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -132,14 +133,17 @@ def partition_model(
             run = run.and_then(trials.run(batch))
         decoder = trials.decoder(batches) if _has_decoder(model) else frozenset()
     parts = adapter.parts(model, run)
-    _check_parts(model, parts)
+    _check_parts(model, parts, run.order)
     reached, inside = run.reached(views), {name for part in parts for name, _ in adapter.layers(*part)}
     unreached = {
         name: view
         for name, view in views.items()
         if name not in reached and (adapter.whole_model or name in inside) and name not in reasons
     }
-    if not adapter.whole_model:
+    if adapter.whole_model:
+        outside = [name for name in views if name in reached and name not in inside]
+        reasons = dict.fromkeys(outside, "it is in none of the adapter's parts") | reasons
+    else:
         reasons = {
             name: reason
             for name, reason in reasons.items()
@@ -153,8 +157,8 @@ def _reasons(left_out: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
 
 
-def _check_parts(model: nn.Module, parts: Parts) -> None:
-    """Raises ModelError for parts that are not the model's, or are inside one another."""
+def _check_parts(model: nn.Module, parts: Parts, order: list[nn.Module]) -> None:
+    """Raises ModelError for parts that are not the model's, are inside one another, or ran in another order."""
     modules = dict(model.named_modules())
     if not parts:
         raise ModelError(f"the adapter finds no parts in {type(model).__name__}: `parts` must name some")
@@ -168,6 +172,14 @@ def _check_parts(model: nn.Module, parts: Parts) -> None:
         raise ModelError(
             f"the adapter's parts overlap: {', '.join(inside) or 'one is named twice'}; each layer belongs to one part"
         )
+    place = {module: k for k, module in enumerate(order)}
+    ran = [(name, place[part]) for name, part in parts if part in place]
+    for (before, first), (name, second) in pairwise(ran):
+        if second < first:
+            raise ModelError(
+                f"the adapter's part {name!r} runs before {before!r}: `parts` must give them in the order in "
+                "which they run"
+            )
 
 
 class _Trials:
