@@ -142,6 +142,10 @@ def test_parts_of_ones_own_see_what_was_pruned_before_them():
             "is not what the model has under that name",
         ),
         (lambda model: [("model", model.model), ("model.norm", model.model.norm)], "overlap: model.norm"),
+        (
+            lambda model: [(f"model.layers.{k}", model.model.layers[k]) for k in (1, 0)],
+            "part 'model.layers.0' runs before 'model.layers.1'",
+        ),
     ],
 )
 def test_an_adapters_mistakes_are_named(parts, words):
@@ -156,6 +160,19 @@ def test_an_adapters_mistakes_are_named(parts, words):
         ms.prune(model, tokens(), "2:4", adapter=Wrong)
     with pytest.raises(TypeError, match="abstract"):
         Adapter()
+
+
+def test_layers_in_no_part_of_an_adapter_are_skipped_with_a_word():
+    class Second(ms.GraphAdapter):
+        def parts(self, model, run):
+            return [("model.layers.1", model.model.layers[1])]
+
+    report = ms.prune(decoder(), tokens(), "2:4", objective=ms.Reconstruction(), adapter=Second())
+    assert all(name.startswith("model.layers.1.") for name in report.layers)
+    first = {name for name in report.skipped if name.startswith("model.layers.0.")}
+    assert len(first) == len(report.layers)
+    assert set(report.skipped.values()) == {"it is in none of the adapter's parts"}
+    assert first == set(report.skipped), "the head is left alone anyway"
 
 
 def test_all_of_them_by_name_on_the_command_line(monkeypatch, tmp_path, capsys):

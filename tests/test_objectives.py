@@ -298,17 +298,24 @@ class Given(Objective):
         return Quadratic(shared=statistic)
 
 
+def indefinite(largest, least):
+    """A matrix (D, D) with a positive diagonal whose eigenvalues are `largest` five times and `least`."""
+    shared = np.diag(np.full(D, largest))
+    shared[:2, :2] += (least - largest) / 2
+    return shared
+
+
 def test_damping_is_raised_tenfold_until_it_helps_and_recorded():
-    shared = np.diag([1.0, 1.0, 1.0, 1.0, 1.0, -0.02])  # mean 0.83: needs a fraction of 0.0241
+    shared = indefinite(1.0, -0.02)  # mean 0.83: needs a fraction of 0.0241
     problem = Given().assemble(WEIGHT, [shared], dampening_frac=1e-3)
     assert problem.damping == pytest.approx(0.1)
-    scale = 1 / np.sum(WEIGHT**2 @ np.diag(shared))
+    scale = 1 / np.sum((WEIGHT @ shared) * WEIGHT)
     expected = scale * (shared + 0.1 * np.trace(shared) / D * np.eye(D))
     np.testing.assert_allclose(problem.hessian.row(0), expected, rtol=1e-12)
 
 
 def test_damping_that_does_not_help_is_an_error():
-    shared = np.diag([3.0, 3.0, 3.0, 3.0, 3.0, -1.0])
+    shared = indefinite(3.0, -1.0)
     with pytest.raises(NotPositiveDefiniteError, match="raise dampening_frac") as caught:
         Given().assemble(WEIGHT, [shared], dampening_frac=1e-9)
     assert caught.value.pivot < 0
@@ -350,6 +357,54 @@ def test_a_fraction_that_is_none_is_refused(fraction):
 
 
 # what is refused
+
+
+@dataclass(frozen=True)
+class Broken(Reconstruction):
+    """Reconstruction with something done to its Gram matrix."""
+
+    made: str = ""
+
+    def quadratic(self, statistic, weight):
+        return {
+            "no quadratic": statistic,
+            "nothing": Quadratic(),
+            "transposed factors": Quadratic(factors=np.ones((D, M, 2))),
+            "too narrow": Quadratic(shared=statistic[:3, :3]),
+            "negative": Quadratic(shared=-statistic),
+            "half": Quadratic(shared=np.triu(statistic)),
+            "negative coefficient": Quadratic(shared=statistic, coefficient=-1.0),
+        }[self.made]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("no quadratic", "quadratic must return a moonshot.Quadratic, it returns ndarray"),
+        ("nothing", "neither a shared matrix nor factors: does accumulate return the statistic"),
+        (
+            "transposed factors",
+            r"factors of the quadratic must be \(m, d, n\) with m = 3, d = 6; it is \(6, 3, 2\)",
+        ),
+        ("too narrow", r"shared of the quadratic must be \(d, d\)"),
+        ("negative", "shared of the quadratic is not positive semidefinite: -.* is on its diagonal"),
+        ("half", "shared of the quadratic is not symmetric"),
+        ("negative coefficient", "coefficient of the quadratic must be finite and not negative"),
+    ],
+)
+def test_a_term_that_gives_no_quadratic_of_the_layer_is_refused(made, message):
+    with pytest.raises(ms.MoonshotError, match=rf"Broken\(made='{made}'\): .*{message}"):
+        Broken(made).problem(WEIGHT, **observed())
+
+
+class Misspelt(Reconstruction):
+    needs: ClassVar[frozenset[str]] = frozenset({"inptus"})
+
+
+def test_what_a_term_needs_is_an_observation():
+    with pytest.raises(ms.MoonshotError, match=r"Misspelt: needs must name some of \('inputs', .*'inptus'"):
+        ms.prune(torch.nn.Linear(4, 4), torch.ones(8, 4), 0.5, objective=R + Misspelt())
+
 
 REFUSED = {
     "no inputs": (R, {"inputs": None}, ValueError, "Reconstruction needs inputs: pass inputs="),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import moonshot as ms
 from conftest import Backend
 from moonshot.bounds import certificate
 from moonshot.bounds.certificate import lower_bound
@@ -233,6 +234,13 @@ def test_what_float16_cannot_hold_is_an_error(solver):
                 solve(problem, "1:4", solver)
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+def test_a_weight_too_large_to_square_is_an_error():
+    x = np.random.default_rng(0).normal(size=(20, 8))
+    with pytest.raises(ms.MoonshotError, match="beyond the largest float64: scale the weight"):
+        solve(Reconstruction().problem(np.full((4, 8), 1e200), inputs=x), "2:4", Magnitude())
+
+
 def test_terms_are_reported_without_damping():
     rng = np.random.default_rng(0)
     weight, x, g = rng.normal(size=(3, 8)), rng.normal(size=(30, 8)), rng.normal(size=(5, 3, 8))
@@ -303,6 +311,10 @@ WRONG = {
         "returned NaN or infinity: raise dampening_frac",
     ),
     "infinity": (lambda w, k, c: Answer(spoiled(w, (1, 1), np.inf), k), "returned NaN or infinity"),
+    "too large to square": (
+        lambda w, k, c: Answer(spoiled(w, tuple(np.argwhere(k)[0]), 1e200), k),
+        r"ended at F = (inf|nan): its weights are too large for float64",
+    ),
     "one row": (lambda w, k, c: Answer(w[:1], k[:1]), "returned a weight of shape"),
     "transposed": (lambda w, k, c: Answer(w.T, k.T), "returned a weight of shape"),
     "a mask of another shape": (lambda w, k, c: Answer(w, k[:, :4]), "returned a mask of shape"),
@@ -312,6 +324,7 @@ WRONG = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
 @pytest.mark.parametrize("pattern", [0.5, Unstructured(0.5, "row"), "2:4"], ids=str)
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_solver_is_caught(name, pattern):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from moonshot.checks.faults import Faults, Unchanged, is_instance
+from moonshot.layer.assembly import fault_of
 from moonshot.layer.objectives import OBSERVATIONS, Objective, Observation, Quadratic
 from moonshot.layer.problem import Deviation
 
@@ -183,30 +184,15 @@ def _rest(array: np.ndarray) -> np.ndarray:
 
 def _malformed(quadratic: Any) -> str | None:
     """What is wrong with a quadratic, in words."""
-    if not isinstance(quadratic, Quadratic):
-        return f"quadratic must return a moonshot.Quadratic, it returns {type(quadratic).__name__}"
-    shapes = {"shared": (_D, _D), "factors": (_M, _D, None), "centre": (_M, _D)}
-    if quadratic.shared is None and quadratic.factors is None:
-        return "quadratic gives neither a shared matrix nor factors"
-    if not (quadratic.coefficient >= 0 and np.isfinite(quadratic.coefficient)):
-        return f"coefficient of the quadratic must be finite and not negative, it is {quadratic.coefficient}"
-    for name, shape in shapes.items():
+    if fault := fault_of(quadratic, (_M, _D)):
+        return fault
+    for name in ("shared", "factors", "centre"):
         array = getattr(quadratic, name)
-        if array is None:
-            continue
-        if len(array.shape) != len(shape) or any(
-            k not in (None, n) for k, n in zip(shape, array.shape, strict=True)
-        ):
-            expected = "(m, d, n)" if name == "factors" else "(d, d)" if name == "shared" else "(m, d)"
-            return f"{name} of the quadratic must be {expected} with m = {_M}, d = {_D}; it is {tuple(array.shape)}"
-        if not np.isfinite(np.asarray(array)).all():
+        if array is not None and not np.isfinite(np.asarray(array)).all():
             return f"{name} of the quadratic holds NaN or infinity"
     if quadratic.shared is not None:
         shared = np.asarray(quadratic.shared, np.float64)
-        largest = abs(shared).max()
-        if abs(shared - shared.T).max() > 1e-5 * largest:
-            return "shared of the quadratic is not symmetric"
         least = float(np.linalg.eigvalsh((shared + shared.T) / 2)[0])
-        if least < -1e-5 * largest:
+        if least < -1e-5 * abs(shared).max():
             return f"shared of the quadratic is not positive semidefinite: an eigenvalue is {least:.3g}"
     return None

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from numbers import Real
+from typing import Any
 
 from moonshot.errors import ArgumentError
 from moonshot.layer.problem import Deviation, Problem, Term
 from moonshot.linalg.backend import Array, as_dtype, eye_like, namespace, native
 from moonshot.linalg.factor import NotPositiveDefiniteError, eigenbasis
-from moonshot.linalg.hessian import RowHessian
+from moonshot.linalg.hessian import RowHessian, asymmetry
 
 _DAMPING_STEPS = 6
+_ROUNDING = 1e-5  # relative to the largest entry of a shared matrix
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,44 @@ def check_fraction(dampening_frac: float) -> float:
     return float(dampening_frac)
 
 
+def fault_of(quadratic: Any, shape: tuple[int, int]) -> str | None:
+    """What is wrong with what a term gives as its quadratic for a layer of this shape (m, d), in words, or None.
+
+    Nothing that takes longer than a look at every entry of the shared matrix is looked at.
+    """
+    if not isinstance(quadratic, Quadratic):
+        return f"quadratic must return a moonshot.Quadratic, it returns {type(quadratic).__name__}"
+    m, d = shape
+    if quadratic.shared is None and quadratic.factors is None:
+        return "quadratic gives neither a shared matrix nor factors: does accumulate return the statistic?"
+    if not (quadratic.coefficient >= 0 and isfinite(quadratic.coefficient)):
+        return f"coefficient of the quadratic must be finite and not negative, it is {quadratic.coefficient}"
+    for name, expected in {"shared": (d, d), "factors": (m, d, None), "centre": (m, d)}.items():
+        array = getattr(quadratic, name)
+        found = expected if array is None else tuple(getattr(array, "shape", ()))
+        if len(found) != len(expected) or any(n not in (None, k) for n, k in zip(expected, found, strict=True)):
+            letters = {"shared": "(d, d)", "factors": "(m, d, n)", "centre": "(m, d)"}[name]
+            return f"{name} of the quadratic must be {letters} with m = {m}, d = {d}; it is {found}"
+    return None if quadratic.shared is None else _fault_of_shared(native(quadratic.shared, "shared"))
+
+
+def _fault_of_shared(shared: Array) -> str | None:
+    xp = namespace(shared)
+    diagonal = xp.linalg.diagonal(shared)
+    least, rounding = float(xp.min(diagonal)), _ROUNDING * float(xp.max(abs(diagonal)))
+    if least < -rounding:
+        return f"shared of the quadratic is not positive semidefinite: {least:.3g} is on its diagonal"
+    if asymmetry(shared) > rounding:
+        return "shared of the quadratic is not symmetric"
+    return None
+
+
 def normalised(name: str, share: float, quadratic: Quadratic, weight: Array, zero: Deviation) -> Term:
     """The term in units of its own loss at zero; its factors carry sqrt(share / q(0)) from here on.
 
     zero: how far zero is from the weight.
     """
-    m, d = weight.shape
     shared, factors = quadratic.shared, quadratic.factors
-    if shared is not None and tuple(shared.shape) != (d, d):
-        raise ArgumentError(f"{name}: inputs have {shared.shape[0]} columns, the weight has {d}")
-    if factors is not None and tuple(factors.shape[:2]) != (m, d):
-        raise ArgumentError(f"{name}: factors must be (m, d, n) with (m, d) = {(m, d)}")
     centre = weight
     if quadratic.centre is not None:
         centre = native(quadratic.centre, "centre")

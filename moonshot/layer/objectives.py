@@ -17,6 +17,7 @@ from moonshot.layer.assembly import (
     check_fraction,
     damped,
     damped_problem,
+    fault_of,
     mean_diagonal,
     normalised,
     stacked,
@@ -84,6 +85,14 @@ class Objective:
         """The observations that any of its terms reads."""
         return frozenset[str]().union(*(term.needs for _, term in self.weighted_terms))
 
+    def check_needs(self) -> None:
+        """ArgumentError for a term whose `needs` names something else than OBSERVATIONS, or nothing."""
+        for _, term in self.weighted_terms:
+            if not term.needs or set(term.needs) - set(OBSERVATIONS):
+                raise ArgumentError(
+                    f"{term.name}: needs must name some of {OBSERVATIONS}, it is {set(term.needs) or '{}'}"
+                )
+
     def accumulate(self, statistic: Any, observation: Observation) -> Any:
         """The statistic after one more batch; `statistic` is None at the first.
 
@@ -122,12 +131,14 @@ class Objective:
         dampening_frac: the ridge, as a fraction of the Hessians' mean diagonal.
         """
         observation = Observation(inputs, output_gradients, gradients)
+        self.check_needs()
         for _, term in self.weighted_terms:
             if missing := [
                 name for name in OBSERVATIONS if name in term.needs and getattr(observation, name) is None
             ]:
                 raise ArgumentError(f"{term.name} needs {missing[0]}: pass {missing[0]}=...")
         with computing_on(weight):
+            _check_columns(inputs, weight)
             statistics = [term.accumulate(None, observation) for _, term in self.weighted_terms]
         return self.assemble(weight, statistics, dampening_frac=dampening_frac)
 
@@ -254,10 +265,17 @@ class TokenFisher(Objective):
 def quadratics_of(
     terms: Iterable[Objective], weight: Array, statistics: Iterable[Any]
 ) -> dict[Objective, Quadratic]:
-    """{term: its quadratic} on a layer with this weight (m, d). statistics: one for each term."""
+    """{term: its quadratic} on a layer with this weight (m, d). statistics: one for each term.
+
+    Raises ArgumentError for what is no quadratic of such a layer (assembly.fault_of).
+    """
     with computing_on(weight):
-        w = check_weight(weight)
-        return {term: term.quadratic(statistic, w) for term, statistic in zip(terms, statistics, strict=True)}
+        w, quadratics = check_weight(weight), {}
+        for term, statistic in zip(terms, statistics, strict=True):
+            quadratics[term] = term.quadratic(statistic, w)
+            if fault := fault_of(quadratics[term], w.shape):
+                raise ArgumentError(f"{term.name}: {fault}")
+        return quadratics
 
 
 def quadratics_of_groups(
@@ -275,6 +293,12 @@ def quadratics_of_groups(
         quadratics_of(terms, weight, of_group) for weight, of_group in zip(rows, statistics, strict=True)
     ]
     return {term: stacked([group[term] for group in by_group], rows) for term in terms}
+
+
+def _check_columns(inputs: Array | None, weight: Array) -> None:
+    shapes = [tuple(getattr(array, "shape", ())) for array in (inputs, weight)]
+    if all(len(shape) == 2 for shape in shapes) and shapes[0][1] != shapes[1][1]:
+        raise ArgumentError(f"inputs have {shapes[0][1]} columns, the weight has {shapes[1][1]}")
 
 
 def _check_weighting(weight: float) -> float:

@@ -62,13 +62,13 @@ class RowHessian:
             raise ArgumentError("A holds NaN or infinity: look at the calibration data it came from")
         xp = namespace(shared)
         tolerance = _SYMMETRY[dtype_name(shared)] * float(xp.max(xp.abs(shared)))
-        asymmetry = _asymmetry(shared)
-        if asymmetry > tolerance:
+        difference = asymmetry(shared)
+        if difference > tolerance:
             raise ArgumentError(
-                f"A is not symmetric (max |A - A'| = {asymmetry:.3g}): pass (A + A.T) / 2 if that is meant"
+                f"A is not symmetric (max |A - A'| = {difference:.3g}): pass (A + A.T) / 2 if that is meant"
             )
         shared = as_dtype(shared, "float64")
-        self.A = (shared + shared.T) / 2 if asymmetry else shared
+        self.A = (shared + shared.T) / 2 if difference else shared
         self._factors: Array | None = None
         if U is not None:
             factors = native(U, "U")
@@ -286,7 +286,7 @@ class RowHessian:
         return apply
 
 
-def _asymmetry(a: Array) -> float:
+def asymmetry(a: Array) -> float:
     """The largest `|a_ij - a_ji|`."""
     if is_numpy(a):
         from moonshot.linalg import kernels

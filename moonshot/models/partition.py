@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,7 @@ def partition_model(
         if name in run.uncalled and name not in reached
     }
     parts = adapter.parts(model, run)
-    _check_parts(model, parts)
+    _check_parts(model, parts, run.order)
     inside = {name for part in parts for name, _ in adapter.layers(*part)}
     unreached = {
         name: view
@@ -163,7 +164,10 @@ def partition_model(
         if name not in reached and (adapter.whole_model or name in inside) and name not in reasons
     }
     outside: frozenset[str] = frozenset()
-    if not adapter.whole_model:
+    if adapter.whole_model:
+        forgotten = [name for name in views if name in reached and name not in inside]
+        reasons = dict.fromkeys(forgotten, "it is in none of the adapter's parts") | reasons
+    else:
         outside = frozenset(
             name
             for name in (*views, *reasons)
@@ -178,8 +182,8 @@ def _reasons(left_out: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
 
 
-def _check_parts(model: nn.Module, parts: Parts) -> None:
-    """Raises ModelError for parts that are not the model's, or are inside one another."""
+def _check_parts(model: nn.Module, parts: Parts, order: list[nn.Module]) -> None:
+    """Raises ModelError for parts that are not the model's, are inside one another, or ran in another order."""
     modules = dict(model.named_modules())
     if not parts:
         raise ModelError(f"the adapter finds no parts in {type(model).__name__}: `parts` must name some")
@@ -193,6 +197,14 @@ def _check_parts(model: nn.Module, parts: Parts) -> None:
         raise ModelError(
             f"the adapter's parts overlap: {', '.join(inside) or 'one is named twice'}; each layer belongs to one part"
         )
+    place = {module: k for k, module in enumerate(order)}
+    ran = [(name, place[part]) for name, part in parts if part in place]
+    for (before, first), (name, second) in pairwise(ran):
+        if second < first:
+            raise ModelError(
+                f"the adapter's part {name!r} runs before {before!r}: `parts` must give them in the order in "
+                "which they run"
+            )
 
 
 class _Trials:

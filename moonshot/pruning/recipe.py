@@ -46,6 +46,8 @@ class Recipe:
                 'objective must be "auto" or such as 0.7 * Reconstruction() + 0.3 * Fisher(), got '
                 f"{self.objective!r}"
             )
+        if isinstance(self.objective, Objective):
+            self.objective.check_needs()
         if isinstance(self.solver, type) or not isinstance(self.solver, Solver):
             raise ArgumentTypeError(f"solver must be an instance such as moonshot.ADMM(), got {self.solver!r}")
         for name in ("unreached", "unfit"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from moonshot.bounds.certificate import lower_bound
-from moonshot.errors import ArgumentTypeError, MoonshotError
+from moonshot.errors import ArgumentError, ArgumentTypeError, MoonshotError
 from moonshot.layer.patterns import Pattern, PatternMismatchError, as_pattern
 from moonshot.layer.problem import Problem, Result, Status
 from moonshot.linalg.backend import (
@@ -99,6 +99,11 @@ def solve(
 
 
 def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, bound: bool) -> Result:
+    zero_value = problem.zero_value()
+    if not math.isfinite(zero_value):
+        raise ArgumentError(
+            f"F(0) is {zero_value}, beyond the largest float64: scale the weight, or what the Hessian is made of, down"
+        )
     begin = time.perf_counter()
     if state is None:
         state = solver.init(problem)
@@ -113,7 +118,11 @@ def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, boun
             f"{solver.name} compensates with weights beyond the largest {dtype_name(returned)}: "
             "convert the model to bfloat16 or float32 first"
         )
-    (value, losses), zero_value = problem.graded(graded), problem.zero_value()
+    value, losses = problem.graded(graded)
+    if not math.isfinite(value):
+        raise SolverError(
+            f"{solver.name} ended at F = {value}: its weights are too large for float64; look at its parameters"
+        )
     if answer.start is not None:
         start_value = problem.value(answer.start)
         rounded = bool(namespace(weight).any(graded != weight))
