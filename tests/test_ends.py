@@ -146,6 +146,10 @@ def test_what_moonshot_wrote_is_replaced_on_demand(monkeypatch, tmp_path, capsys
             "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj",
         ),
         (["--targets", "nothing"], "matches no layer"),
+        (
+            ["--solver", "sparsegpt", "--pattern", "tests.examples.blocks:Blocks(sparsity=0.5)"],
+            "SparseGPT cannot prune model.layers.0.self_attn.q_proj to 50% of",
+        ),
         (["--allocate", "--choice", "2;4"], "cannot read the pattern"),
         (["--data", "{}/gone.txt"], "is no file, folder or loadable dataset"),
         (["--checkpoint", "{}"], "--save {}/out and --checkpoint {} must be folders apart"),

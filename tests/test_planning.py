@@ -5,7 +5,7 @@ import gc
 import re
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numba
@@ -101,6 +101,56 @@ def test_a_plan_of_a_real_solver(solver):
     assert "about" in str(found) and "MiB of memory" in str(found)
 
 
+@dataclass(frozen=True)
+class Demanding(ms.Magnitude):
+    """For 2:4 on so many columns without factors, and fails at anything else, as one may."""
+
+    columns: int = 1000
+
+    def unsupported(self, problem, pattern):
+        if problem.hessian.rank:
+            return "it takes no factors"
+        return None if problem.shape[1] <= self.columns else f"it takes {self.columns} columns"
+
+    def compute(self, state, pattern):
+        assert pattern.n == 2
+        return super().compute(state, pattern)
+
+
+def test_a_solver_is_timed_at_what_is_asked_of_it():
+    demanding, pattern = Demanding(), ms.NM(2, 4)
+    alone = planned(decoder(), tokens(), ms.Reconstruction(), demanding, pattern=pattern)
+    assert alone.seconds > 0
+    untimed = planned(decoder(), tokens(), JOINT, demanding, pattern=pattern)
+    assert untimed.seconds is None and str(untimed).startswith("a time that cannot be estimated")
+    exact = planned(decoder(), tokens(), ms.Reconstruction(), ms.Exact(), pattern=pattern)
+    assert exact.seconds is None  # rows of 256 are too many for it
+
+
+def test_a_slow_solver_is_timed_once(monkeypatch):
+    monkeypatch.setattr(planning, "_multiplication_rate", lambda device: 1e30)
+    clock, calls = iter(range(0, 1000, 30)), []
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(
+        planning, "_probe", lambda solver, pattern, rank, size, device: lambda: calls.append(size)
+    )
+    assert planned(decoder(), tokens()).seconds > 0 and calls == [256]
+
+
+def test_what_a_solver_refuses_is_known_from_shapes():
+    def check(columns, m=4, factors=False):
+        shapes = {"a": (8, 16), "b": (8, columns)}
+        patterns = {name: [ms.NM(2, m)] for name in shapes}
+        planning.check_supported(Demanding(columns=64), shapes, patterns, factors, CPU)
+
+    check(64)
+    check(10**6, m=3)  # which does not fit 512 columns: nothing can be said
+    with pytest.raises(ms.solvers.NotSupportedError, match="cannot prune b to 2:4: it takes 64 columns"):
+        check(10**6)
+    with pytest.raises(ms.solvers.NotSupportedError, match="cannot prune a to 2:4: it takes no factors"):
+        check(64, factors=True)
+
+
 def resident(figure):
     """Bytes of memory that this process has now ("VmRSS"), or has had at most ("VmHWM")."""
     return 1024 * int(re.search(rf"{figure}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -160,7 +210,8 @@ def test_what_a_solvers_threads_work_on_counts(monkeypatch, solver):
 
 def test_the_time_is_said_in_words():
     assert str(Plan(1000, 3 << 30, 5 << 20)) == (
-        "about 17 minutes, at most 3.0 GiB of memory, and 5 MiB that can be offloaded to disk"
+        "about 17 minutes, at most 3.0 GiB of memory beyond what this process has now, and 5 MiB that can be offloaded "
+        "to disk"
     )
     assert "about 12 seconds" in str(Plan(12, 1, 1))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -120,8 +121,7 @@ class PruneCommand:
         """Raises ValueError or TypeError for arguments that nothing can be done with."""
         if self.choices and not self.allocate:
             raise ArgumentError("--choice is what --allocate chooses from: add --allocate")
-        for choice in self.choices or ():
-            as_pattern(choice)
+        self._choices()
         if self.columns is not None and (self.allocate or self.targets or self.adapter):
             raise ArgumentError(
                 "--columns prunes the layers that read hidden units and heads, alike in every block: leave --allocate, "
@@ -140,25 +140,40 @@ class PruneCommand:
             _check_apart("--save", self.save, "the model", Path(self.model))
 
     def _check_layers(self, skeleton: nn.Module) -> None:
-        """Raises TargetError or PatternError where that follows from the layers' names and shapes.
+        """Raises TargetError, PatternError or NotSupportedError where that follows from the layers' names and shapes.
 
         Which layers outside a transformer's blocks are pruned is found out when it runs.
         """
         if self.adapter is not None:
             return
         views = dict(layers_of("", skeleton))
+        patterns: dict[str, Pattern]
         if self.columns is not None:
-            patterns = column_patterns(skeleton, self.columns)
+            patterns = dict(column_patterns(skeleton, self.columns))
             check_fits({name: views[name] for name in patterns}, patterns)
-            return
-        others = [name for name, _ in skeleton.named_modules() if name not in views]  # may be named, too
-        names = set(select([*views, *others], self.targets, self.ignore))
-        inside = [name for block in find_blocks(skeleton) for name, _ in layers_of(*block)]
-        if self.targets is None:
-            names -= heads(skeleton) | routers(skeleton)
-        if not self.allocate and self.unfit == "error":
-            fitting = {name: views[name] for name in inside if name in names}
-            check_fits(fitting, dict.fromkeys(fitting, self.pattern))
+        else:
+            others = [name for name, _ in skeleton.named_modules() if name not in views]  # may be named, too
+            names = set(select([*views, *others], self.targets, self.ignore))
+            inside = [name for block in find_blocks(skeleton) for name, _ in layers_of(*block)]
+            if self.targets is None:
+                names -= heads(skeleton) | routers(skeleton)
+            patterns = {name: self.pattern for name in inside if name in names}
+            if not self.allocate and self.unfit == "error":
+                check_fits({name: views[name] for name in patterns}, patterns)
+        planning.check_supported(
+            self.solver,
+            {name: views[name].problem_shape for name in patterns},
+            {name: self._choices() or [pattern] for name, pattern in patterns.items()},
+            "gradients" in self._terms().needed,
+            torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+
+    def _choices(self) -> list[Pattern]:
+        return [as_pattern(choice) for choice in self.choices or ()]
+
+    def _terms(self) -> Objective:
+        """The objective, or one with all terms of those that "auto" tries."""
+        return DEFAULT_OBJECTIVE if isinstance(self.objective, str) else self.objective
 
     def _calibration(self, source: Source, skeleton: nn.Module) -> tuple[Any, list[str] | None]:
         """The calibration data, and the names of broken images; None for text."""
@@ -215,8 +230,9 @@ class PruneCommand:
         plan = planning.plan(
             source.model,
             as_batches(calibration, tokens_at_once(source.model)),
-            objective=DEFAULT_OBJECTIVE if isinstance(self.objective, str) else self.objective,
+            objective=self._terms(),
             solver=self.solver,
+            pattern=self.pattern,
             targets=self.targets,
             ignore=self.ignore,
             factors=self.factors,
@@ -256,7 +272,7 @@ class PruneCommand:
                     source.model,
                     calibration,
                     self.pattern,  # type: ignore[arg-type]
-                    objective=DEFAULT_OBJECTIVE if isinstance(self.objective, str) else self.objective,
+                    objective=self._terms(),
                     patterns=self.choices,
                     on_step=advance,
                     **recipe,

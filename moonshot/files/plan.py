@@ -8,8 +8,9 @@ within a factor of about two; memory is meant as an upper bound.
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from moonshot.errors import MoonshotError
 from moonshot.extras import from_extra
 from moonshot.layer.objectives import Objective
-from moonshot.layer.patterns import Unstructured
+from moonshot.layer.patterns import Pattern, Unstructured
 from moonshot.layer.problem import Problem
 from moonshot.linalg.hessian import RowHessian
 from moonshot.models.blocks import find_blocks
@@ -28,12 +29,16 @@ from moonshot.models.layers import layers_of
 from moonshot.models.precision import tensors_outside
 from moonshot.models.targets import select
 from moonshot.pruning.refit import Refit
-from moonshot.solvers.base import Solver
+from moonshot.solvers.base import NotSupportedError, Solver
 
 _FACTORS, _SHARED, _WEIGHTS = 4, 6, 14  # arrays of each kind that a problem and its solver are, at most
 _FITTED = 5  # arrays of a part's size in its refit: gradients, two moments, supports, and the best so far
 _LOGITS = 4  # arrays of the size of a batch's logits in the loss and its gradient
 _PROBES = 256, 512  # sizes of the problems solved to time a solver
+_PATIENCE = (
+    20  # seconds, after which nothing is timed again; a problem of 256 that takes a tenth is the only one
+)
+_HALF = Unstructured(0.5)
 _CGROUP, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -45,11 +50,12 @@ class ResourceError(MoonshotError):
 class Plan:
     """What pruning takes: seconds; bytes of memory beyond what the process has, at most; bytes of disk meanwhile.
 
+    seconds: None where the solver takes none of the small problems that it would be timed on.
     memory is without what can be offloaded (the weights as they were, hidden states and gradients between blocks):
     `offloaded` bytes, in memory or on disk.
     """
 
-    seconds: float
+    seconds: float | None
     memory: int
     offloaded: int
 
@@ -66,10 +72,17 @@ class Plan:
         return self.memory + self.offloaded > free
 
     def __str__(self) -> str:
-        minutes = self.seconds / 60
-        time = f"{minutes:.0f} minutes" if minutes >= 1.5 else f"{self.seconds:.0f} seconds"
         memory, offloaded = _gib(self.memory), _gib(self.offloaded)
-        return f"about {time}, at most {memory} of memory, and {offloaded} that can be offloaded to disk"
+        return (
+            f"{self._time()}, at most {memory} of memory beyond what this process has now, and {offloaded} that can be "
+            "offloaded to disk"
+        )
+
+    def _time(self) -> str:
+        if self.seconds is None:
+            return "a time that cannot be estimated for this solver"
+        minutes = self.seconds / 60
+        return f"about {minutes:.0f} minutes" if minutes >= 1.5 else f"about {self.seconds:.0f} seconds"
 
 
 class Layer(NamedTuple):
@@ -97,6 +110,7 @@ def plan(
     *,
     objective: Objective,
     solver: Solver,
+    pattern: Pattern = _HALF,
     targets: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] = (),
     factors: int = 16,
@@ -105,6 +119,7 @@ def plan(
 ) -> Plan | None:
     """What `prune` takes with these arguments; None for what is no transformer on tokens (batches with input_ids).
 
+    pattern: what the solver is timed at, or 50% where that does not fit the problems it is timed on.
     trials: how many objectives on the same terms are tried first; refit: how parts are fitted afterwards, if at all.
     """
     counts = count(
@@ -120,8 +135,9 @@ def plan(
     if counts is None:
         return None
     device = next(model.parameters()).device
-    seconds = counts.multiplications / _multiplication_rate(device)
-    seconds += _solver_seconds(solver, counts.rank, counts.layers, device) * (1 + trials)
+    seconds = _solver_seconds(solver, pattern, counts.rank, counts.layers, device)
+    if seconds is not None:
+        seconds = counts.multiplications / _multiplication_rate(device) + seconds * (1 + trials)
     return Plan(seconds, counts.memory + _working_memory(solver, counts.layers), counts.offloaded)
 
 
@@ -230,40 +246,99 @@ def _multiplication_rate(device: torch.device, size: int = 1024) -> float:
     return size**3 * products / _seconds(device, lambda: [a @ a for _ in range(products)])
 
 
-def _solver_seconds(solver: Solver, rank: int, layers: list[Layer], device: torch.device) -> float:
-    """The time of all layers, from that of two small square ones: linear in the rows, a power of the columns."""
-    small, large = (_seconds(device, _probe(solver, rank, size, device)) for size in _PROBES)
-    power = min(max(math.log2(large / small), 2.5), 4.0)  # of a square layer
-    return sum(large * (m / _PROBES[1]) * (d / _PROBES[1]) ** (power - 1) for m, d, _ in layers)
+def check_supported(
+    solver: Solver,
+    shapes: Mapping[str, tuple[int, int]],
+    patterns: Mapping[str, Sequence[Pattern]],
+    factors: bool,
+    device: torch.device,
+) -> None:
+    """Raises NotSupportedError, which names the layer, where the solver says that it cannot take one.
+
+    shapes: (m, d) by layer; one with more than 512 rows or columns is asked about as if it had 512. patterns: by layer;
+    those that do not fit such a layer are not asked about. factors: whether rows have factors of their own.
+    """
+    asked = set()
+    for name, (m, d) in shapes.items():
+        m, d = (min(length, _PROBES[1]) for length in (m, d))
+        for pattern in patterns[name]:
+            if (m, d, str(pattern)) in asked or not _fits(pattern, (m, d)):
+                continue
+            asked.add((m, d, str(pattern)))
+            weight, shared, own = _numbers(m, d, int(factors), device)
+            if reason := solver.unsupported(Problem(weight, RowHessian(shared, own)), pattern):
+                raise NotSupportedError(f"{solver.name} cannot prune {name} to {pattern}: {reason}")
 
 
-def _probe(solver: Solver, rank: int, size: int, device: torch.device) -> Callable[[], object]:
-    """Prune a square layer of random numbers by half."""
+def _fits(pattern: Pattern, shape: tuple[int, int]) -> bool:
+    try:
+        pattern.validate(shape)
+    except ValueError:  # what one's own pattern raises
+        return False
+    return True
+
+
+def _solver_seconds(
+    solver: Solver, pattern: Pattern, rank: int, layers: list[Layer], device: torch.device
+) -> float | None:
+    """The time of all layers, from that of two small square ones: linear in the rows, a power of the columns.
+
+    Where the smaller takes long it is the only one. None where the solver takes neither pattern.
+    """
+    times: list[float] = []
+    for size in _PROBES:
+        solve = _probe(solver, pattern, rank, size, device)
+        if solve is None:
+            return None
+        times.append(_seconds(device, solve))
+        if times[0] > _PATIENCE / 10:
+            break
+    size, longest = _PROBES[len(times) - 1], times[-1]
+    power = min(max(math.log2(longest / times[0]), 2.5), 4.0) if times[1:] else 3.0  # of a square layer
+    return sum(longest * (m / size) * (d / size) ** (power - 1) for m, d, _ in layers)
+
+
+def _probe(
+    solver: Solver, pattern: Pattern, rank: int, size: int, device: torch.device
+) -> Callable[[], object] | None:
+    """Prune a square layer of random numbers to the pattern, or by half; None where the solver takes neither."""
+    weight, shared, factors = _numbers(size, size, rank, device)
+
+    def problem() -> Problem:  # a new one each time: a Hessian remembers what was derived from it
+        return Problem(weight, RowHessian(shared, factors))
+
+    def solve(tried: Pattern) -> object:
+        return solver.compute(solver.init(problem()), tried)
+
+    for tried in (pattern, _HALF):
+        if _fits(tried, (size, size)) and not solver.unsupported(problem(), tried):
+            return partial(solve, tried)
+    return None
+
+
+def _numbers(m: int, d: int, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight (m, d), shared Hessian (d, d) and factors (m, d, rank) of a random layer."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    x = normal(2 * size, size) * torch.logspace(0, -1, size, device=device)
-    shared = (x.T @ x).double() / (2 * size) + 0.01 * torch.eye(size, device=device)
-    factors = normal(rank, size, size).permute(1, 2, 0) if rank else None
-    weight = normal(size, size)
-
-    def solve() -> object:
-        problem = Problem(weight, RowHessian(shared, factors))
-        return solver.compute(solver.init(problem), Unstructured(0.5))
-
-    return solve
+    x = normal(2 * d, d) * torch.logspace(0, -1, d, device=device)
+    shared = (x.T @ x).double() / (2 * d) + 0.01 * torch.eye(d, device=device)
+    factors = normal(rank, m, d).permute(1, 2, 0) if rank else None
+    return normal(m, d), shared, factors
 
 
 def _seconds(device: torch.device, run: Callable[[], object]) -> float:
-    """How long something takes, the second time."""
+    """How long something takes, the second time; the first where that was long already."""
     for _ in range(2):
         begin = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         elapsed = time.perf_counter() - begin
+        if elapsed > _PATIENCE:
+            break
     return elapsed
 
 
@@ -277,7 +352,7 @@ def free_memory(device: torch.device, most: float | None = None) -> int:
     if most is None:
         return free
     taken = torch.cuda.memory_reserved(device) if cuda else _process_memory()
-    return max(min(free, int(most * 2**30) - taken), 0)
+    return max(int(min(free, most * 2**30 - taken)), 0)
 
 
 def _process_memory() -> int:
