@@ -13,6 +13,7 @@ import moonshot as ms
 from every_solver import SOLVERS
 from moonshot.app import cli
 from moonshot.checks import check_objective, check_pattern, check_solver
+from moonshot.files import plan as planning
 from moonshot.models.adapter import Adapter
 from strategies import random_layer
 from tests.examples.blocks import Blocks
@@ -212,3 +213,50 @@ def test_all_of_them_by_name_on_the_command_line(monkeypatch, tmp_path, capsys):
     assert report["recipe"]["solver"] == "DiagonalSaliency(power=0.5)"
     assert report["recipe"]["objective"] == "0.5 Reconstruction + 0.5 SalientInputs(power=0.25)"
     assert report["recipe"]["pattern"] == "25% of 4 x 2 blocks" and report["sparsity"] == 0.25
+
+
+PLUG_INS = """
+class Nameless:
+    def unsupported(self, problem, pattern): return None
+    def init(self, problem): return problem
+    def compute(self, problem, pattern): return problem.weight
+
+class Returning(Nameless):
+    name = "returning"
+"""
+
+
+@pytest.mark.parametrize(
+    ("solver", "words"),
+    [
+        ("plugged:Nameless", "plugged:Nameless is no solver: it is missing name; docs/extending.md says"),
+        ("plugged:Returning", "returning returned Tensor: compute must return a moonshot.Answer"),
+        ("lacking:Any", "cannot import lacking: No module named 'not_installed'\n"),
+        ("nowhere.at.all:Any", "the file nowhere/at/all.py must be in"),
+        (
+            "{}/plugged.py:Any",
+            "is no module's name: write it as Python imports it, plugged:Any, with its folder",
+        ),
+    ],
+)
+def test_what_is_wrong_with_one_of_ones_own_is_said(monkeypatch, tmp_path, capsys, solver, words):
+    (tmp_path / "plugged.py").write_text(PLUG_INS)
+    (tmp_path / "lacking.py").write_text("import not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--solver", solver.replace("{}", str(tmp_path)), "--pattern", "2:4", "--targets", "*.0.mlp.*"]
+    arguments += [
+        "--data",
+        DEMO / "calibration.txt",
+        "--nsamples",
+        2,
+        "--seqlen",
+        16,
+        "--save",
+        tmp_path / "out",
+    ]
+    arguments += ["--objective", "reconstruction"]
+    monkeypatch.setattr(planning, "_solver_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(sys, "argv", ["moonshot", "prune", *map(str, [DEMO / "model", *arguments])])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()

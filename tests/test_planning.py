@@ -293,6 +293,7 @@ def test_memory_within_a_limit_of_ones_own():
     taken = psutil.Process().memory_info().rss
     assert free_memory(CPU, taken / 2**30 + 0.5) == pytest.approx(2**29, rel=0.2)
     assert free_memory(CPU, 0.001) == 0
+    assert free_memory(CPU, 1e300) > 0
 
 
 def test_factors_are_no_more_than_samples():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moonshot import solvers
-from moonshot.errors import ArgumentError
+from moonshot.errors import ArgumentError, MoonshotError
 from moonshot.layer.columns import Columns
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.layer.patterns import Pattern, as_pattern
@@ -134,13 +134,20 @@ def _imported(name: str, flag: str) -> Any:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ArgumentError(f"{flag} {name}: write module:Class")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ArgumentError(
+            f"{flag} {name}: {module} is no module's name: write it as Python imports it, "
+            f"{Path(module).stem}:{attribute}, with its folder on PYTHONPATH"
+        )
     try:
         found = import_module(module)
     except ImportError as error:
-        raise ArgumentError(
-            f"{flag} {name}: cannot import {module}: {error}; the file {module.replace('.', '/')}.py must be in "
-            f"{Path.cwd()} or on PYTHONPATH"
-        ) from error
+        where = ""
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(
+            f"{error.name}."
+        ):  # or its package
+            where = f"; the file {module.replace('.', '/')}.py must be in {Path.cwd()} or on PYTHONPATH"
+        raise ArgumentError(f"{flag} {name}: cannot import {module}: {error}{where}") from error
     if not isinstance(getattr(found, attribute, None), type):
         classes = [key for key, value in vars(found).items() if isinstance(value, type)]
         raise ArgumentError(
@@ -155,10 +162,26 @@ def _made(kind: type, arguments: dict[str, Any], protocol: type, name: str) -> A
     except TypeError as error:
         takes = ", ".join(inspect.signature(kind).parameters) or "no options"
         raise ArgumentError(f"{name}: {error}; it takes {takes}") from error
-    made = kind(**arguments)
+    try:
+        made = kind(**arguments)
+    except MoonshotError:
+        raise
+    except (TypeError, ValueError) as error:  # a value of another kind than its options have
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise ArgumentError(f"{name} cannot be made with {given or 'no options'}: {error}") from error
     if not isinstance(made, protocol):
-        raise ArgumentError(f"{name} is no {protocol.__name__.lower()}: docs/extending.md says what one needs")
+        raise ArgumentError(
+            f"{name} is no {protocol.__name__.lower()}: {_lack(made, protocol)}; docs/extending.md says what one needs"
+        )
     return made
+
+
+def _lack(made: Any, protocol: type) -> str:
+    """What makes an object none of a kind."""
+    if not getattr(protocol, "_is_protocol", False):
+        return f"it must be a subclass of moonshot.{protocol.__name__}"
+    names = [name for name in dir(protocol) if not name.startswith("_") and not hasattr(made, name)]
+    return f"it is missing {', '.join(names)}"
 
 
 def _arguments(text: str) -> dict[str, Any]:
@@ -172,10 +195,13 @@ def _arguments(text: str) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+    """A value as Python writes it, a number, which may be nan or inf, or the text itself."""
+    for read in (ast.literal_eval, float):
+        try:
+            return read(text)
+        except (SyntaxError, ValueError):
+            continue
+    return text
 
 
 def _number(text: str, part: str) -> float:

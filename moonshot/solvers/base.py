@@ -110,6 +110,10 @@ def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, boun
     answer = solver.compute(state, pattern)
     seconds = time.perf_counter() - begin
 
+    if not isinstance(answer, Answer):
+        raise SolverError(
+            f"{solver.name} returned {type(answer).__name__}: compute must return a moonshot.Answer"
+        )
     weight, mask = _checked(answer, problem, pattern, solver)
     returned = cast_like(weight, problem.weight)
     graded = native(returned)
