@@ -99,6 +99,31 @@ def test_the_same_command_is_done_already(monkeypatch, tmp_path, capsys, argumen
     assert "out exists" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_other_work_is_refused_at_once(monkeypatch, tmp_path, capsys, arguments):
+    answers = ["--checkpoint", tmp_path / "answers"]
+    with monkeypatch.context() as patch:
+        at_layer(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        assert run(patch, *arguments, *answers) == 130
+    capsys.readouterr()
+    (tmp_path / "other.txt").write_text((DEMO / "heldout.txt").read_text()[::-1])
+    assert run(monkeypatch, *arguments, *answers, "--data", tmp_path / "other.txt") == 1
+    said = capsys.readouterr().err
+    assert "calibration differ: choose another folder" in said and "continues from there" not in said
+    monkeypatch.setattr("moonshot.app.prune.opened", lambda *_, **__: pytest.fail("opened"))
+    for change, what in {
+        ("--pattern", "50%"): "pattern",
+        ("--seed", 1): "seed",
+        ("--refit",): "refit",
+        ("--solver", "wanda"): "solver",
+        ("--solver", "admm", "--solver-option", "rho=0.5"): "solver",
+        ("--checkpoint", arguments[1]): "is no checkpoint",
+    }.items():
+        assert run(monkeypatch, *arguments, *answers, *change) == 1
+        said = capsys.readouterr().err
+        assert (f"other work, {what} differ" if what != "is no checkpoint" else what) in said
+        assert "continues from there" not in said
+
+
 def test_a_closed_output_does_not_end_a_run(tmp_path, arguments):
     reader, writer = os.pipe()
     os.close(reader)

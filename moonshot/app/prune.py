@@ -34,7 +34,10 @@ from moonshot.models.targets import select
 from moonshot.models.units import column_patterns
 from moonshot.pruning import checkpoint
 from moonshot.pruning.auto import CANDIDATES
+from moonshot.pruning.checkpoint import CheckpointError
+from moonshot.pruning.fingerprint import exact
 from moonshot.pruning.layer_patterns import check_fits
+from moonshot.pruning.lock import LockedError
 from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
 from moonshot.pruning.refit import Refit
 from moonshot.pruning.report import Report
@@ -92,6 +95,7 @@ class PruneCommand:
             say(console, f"done already: {self.save}")
             return
         check_free(self.save, self.overwrite)
+        self._check_checkpoint()
         source = Source(self.model, self.trust_remote_code)
         skeleton = source.skeleton()
         self._check_layers(skeleton)
@@ -138,6 +142,26 @@ class PruneCommand:
             _check_apart("--save", self.save, "--checkpoint", self.checkpoint)
         if self.overwrite:
             _check_apart("--save", self.save, "the model", Path(self.model))
+
+    def _check_checkpoint(self) -> None:
+        """Raises CheckpointError for a folder with something else, or answers that cannot be those of this command."""
+        if self.checkpoint is None or (earlier := checkpoint.work_of(self.checkpoint)) is None:
+            return
+        uniform = not self.allocate and self.columns is None
+        objects = {
+            "objective": self.objective,
+            "solver": self.solver,
+            "adapter": self.adapter,
+            "refit": Refit() if self.refit else None,
+        }
+        now = {what: exact(value, what) for what, value in objects.items()} | {
+            "pattern": str(self.pattern) if uniform else "per layer",
+            "factors": self.factors,
+            "dampening_frac": self.dampening_frac,
+            "seed": self.seed,
+            "bound": self.bound,
+        }
+        checkpoint.refuse_other(self.checkpoint, earlier, json.loads(json.dumps(now)))
 
     def _check_layers(self, skeleton: nn.Module) -> None:
         """Raises TargetError, PatternError or NotSupportedError where that follows from the layers' names and shapes.
@@ -214,7 +238,7 @@ class PruneCommand:
             answers = 0 if self.checkpoint is None else len(list(self.checkpoint.glob("*.safetensors")))
             if self._is_saved():
                 error.add_note(f"({self.save} is saved)")
-            elif answers:
+            elif answers and not isinstance(error, CheckpointError | LockedError):  # which are about the folder
                 error.add_note(
                     f"(nothing was saved, but {self.checkpoint} has the answers of {answers} layers: the same command "
                     "continues from there)"

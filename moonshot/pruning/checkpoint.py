@@ -47,9 +47,10 @@ class Checkpoint:
         text = json.dumps(dict(work), indent=2)
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            empty = {file.name for file in self.folder.iterdir()} <= {_LOCK, f"work{_PARTIAL}"}
-        if not empty:
-            self._check(json.loads(text))
+        earlier, now = work_of(self.folder), json.loads(text)
+        empty = earlier is None
+        if earlier is not None:
+            refuse_other(self.folder, earlier, {**dict.fromkeys(earlier), **now})
         with ExitStack() as stack, self._writing():
             stack.enter_context(locked(self.folder / _LOCK, self.folder))
             if empty:
@@ -66,21 +67,6 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _check(self, work: Mapping[str, Any]) -> None:
-        try:
-            earlier = json.loads((self.folder / _WORK).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            earlier = None
-        if not isinstance(earlier, dict):
-            raise CheckpointError(
-                f"{self.folder} is no checkpoint: choose an empty folder, or one that is not there yet"
-            )
-        if other := [key for key in {**earlier, **work} if earlier.get(key) != work.get(key)]:
-            raise CheckpointError(
-                f"{self.folder} has the answers of other work, {', '.join(other)} differ: choose another folder, or "
-                "remove it to begin again"
-            )
 
     def _sound_answers(self) -> Iterable[str]:
         for file in sorted(self.folder.glob(f"*{_LAYER}")):
@@ -188,6 +174,33 @@ class Checkpoint:
             raise OSError(
                 f"cannot store answers in {self.folder}: {error}; free some space or choose another folder"
             ) from error
+
+
+def work_of(folder: Path) -> dict[str, Any] | None:
+    """What the answers in a folder depend on; None for one that is empty or not there.
+
+    Raises CheckpointError for a folder that holds something else.
+    """
+    if not folder.is_dir() or {file.name for file in folder.iterdir()} <= {_LOCK, f"work{_PARTIAL}"}:
+        return None
+    try:
+        work = json.loads((folder / _WORK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        work = None
+    if not isinstance(work, dict):
+        raise CheckpointError(
+            f"{folder} is no checkpoint: choose an empty folder, or one that is not there yet"
+        )
+    return work
+
+
+def refuse_other(folder: Path, earlier: Mapping[str, Any], work: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where anything in `work` is not as it was in the work of a folder's answers."""
+    if other := [key for key, value in work.items() if earlier.get(key) != value]:
+        raise CheckpointError(
+            f"{folder} has the answers of other work, {', '.join(other)} differ: choose another folder, or "
+            "remove it to begin again"
+        )
 
 
 def remove(folder: Path) -> None:
