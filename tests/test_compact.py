@@ -14,6 +14,7 @@ import moonshot as ms
 from moonshot.app import cli
 from moonshot.files.compact import compact_folder, load_compact, unpack_folder
 from moonshot.files.folder import save
+from moonshot.files.load import load
 from moonshot.files.source import FolderError, weight_files
 from tests.models import decoder, tokens
 
@@ -138,6 +139,17 @@ def test_other_folders_are_refused(tmp_path):
         compact_folder(tmp_path, tmp_path / "compact")
     with pytest.raises(FolderError, match="is no compact folder"):
         load_compact(tmp_path)
+
+
+def test_a_compact_folder_says_how_it_is_read_and_is_not_written_into(saved, tmp_path):
+    compact = compact_folder(saved["2:4"], tmp_path / "compact")
+    with pytest.raises(FolderError, match="is a compact folder: make an ordinary one .* moonshot.load_compact"):
+        load(str(compact))
+    before = sorted(compact.rglob("*"))
+    for destination in (compact, compact / "inside"):
+        with pytest.raises(FolderError, match="must be folders apart"):
+            unpack_folder(compact, destination, overwrite=True)
+    assert sorted(compact.rglob("*")) == before
 
 
 def run(monkeypatch, *arguments):

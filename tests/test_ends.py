@@ -97,6 +97,10 @@ def test_the_same_command_is_done_already(monkeypatch, tmp_path, capsys, argumen
     assert (tmp_path / "out" / "report.json").read_bytes() == before
     assert run(monkeypatch, *command, "--seed", 1) == 1
     assert "out exists" in capsys.readouterr().err
+    config = Path(arguments[1]) / "config.json"
+    config.write_text(config.read_text())  # the model may be another now
+    assert run(monkeypatch, *command) == 1
+    assert "out exists" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_other_work_is_refused_at_once(monkeypatch, tmp_path, capsys, arguments):
@@ -174,6 +178,10 @@ def test_what_moonshot_wrote_is_replaced_on_demand(monkeypatch, tmp_path, capsys
             "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj",
         ),
         (["--targets", "nothing"], "matches no layer"),
+        (["--data", ""], "the data has no name: give a text file"),
+        (["--save", ""], "cannot save to '.': give the name of a folder to write"),
+        (["--allocate"], "--allocate shares out a fraction of zeros, such as --sparsity 0.5, not 2:4"),
+        (["--pattern", "1:3"], "(--unfit skip)"),
         (
             ["--solver", "sparsegpt", "--pattern", "tests.examples.blocks:Blocks(sparsity=0.5)"],
             "SparseGPT cannot prune model.layers.0.self_attn.q_proj to 50% of",
@@ -238,6 +246,13 @@ def test_what_looks_like_markup_is_printed(monkeypatch, tmp_path, capsys, argume
     out = tmp_path / "[" / "b]"  # together [/b], which ends what was never begun
     assert run(monkeypatch, *arguments[:-1], out) == 0
     assert f"saved: {out}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no file can be made in Linux's /proc")
+def test_a_place_that_cannot_be_written_to(monkeypatch, capsys, arguments):
+    assert run(monkeypatch, *arguments[:-1], "/proc/out") == 1
+    said = capsys.readouterr().err
+    assert "could not save to /proc/out: " in said and "choose another folder" in said
 
 
 def test_a_full_disk_is_found_before_anything_is_copied(monkeypatch, tmp_path, capsys, arguments):

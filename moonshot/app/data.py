@@ -39,4 +39,6 @@ def pictures(data: str, seqlen: int | None) -> Pictures:
     """The images that --data names."""
     if seqlen is not None:
         raise ArgumentError("--seqlen is tokens of text, and the model is an image classifier: leave it out")
+    if not data:
+        raise ArgumentError("the data has no name: give a folder of images or a dataset")
     return find_pictures(data)

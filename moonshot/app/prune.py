@@ -17,12 +17,12 @@ from moonshot.app.data import pictures, text_windows
 from moonshot.app.terminal import one_line, say, visible
 from moonshot.errors import ArgumentError
 from moonshot.files import plan as planning
-from moonshot.files.draft import check_free
+from moonshot.files.draft import check_apart, check_free
 from moonshot.files.folder import Opened, opened
 from moonshot.files.load import Source
 from moonshot.files.text import read_text
 from moonshot.layer.objectives import Objective
-from moonshot.layer.patterns import Pattern, as_pattern
+from moonshot.layer.patterns import Pattern, Unstructured, as_pattern
 from moonshot.models.adapter import Adapter
 from moonshot.models.blocks import find_blocks
 from moonshot.models.calibration import as_batches, tokens_at_once
@@ -97,6 +97,7 @@ class PruneCommand:
         check_free(self.save, self.overwrite)
         self._check_checkpoint()
         source = Source(self.model, self.trust_remote_code)
+        source.check_files()
         skeleton = source.skeleton()
         self._check_layers(skeleton)
         calibration, broken = self._calibration(source, skeleton)
@@ -126,6 +127,11 @@ class PruneCommand:
         if self.choices and not self.allocate:
             raise ArgumentError("--choice is what --allocate chooses from: add --allocate")
         self._choices()
+        if self.allocate and not isinstance(self.pattern, Unstructured):
+            raise ArgumentError(
+                f"--allocate shares out a fraction of zeros, such as --sparsity 0.5, not {self.pattern}: the patterns "
+                "that layers may have go to --choice"
+            )
         if self.columns is not None and (self.allocate or self.targets or self.adapter):
             raise ArgumentError(
                 "--columns prunes the layers that read hidden units and heads, alike in every block: leave --allocate, "
@@ -139,9 +145,9 @@ class PruneCommand:
             raise ArgumentError(f"--seed is a number from 0 to 2^63 - 1, got {self.seed}")
         Recipe(self.objective, self.solver, factors=self.factors, dampening_frac=self.dampening_frac)
         if self.checkpoint is not None:
-            _check_apart("--save", self.save, "--checkpoint", self.checkpoint)
+            check_apart("--save", self.save, "--checkpoint", self.checkpoint)
         if self.overwrite:
-            _check_apart("--save", self.save, "the model", Path(self.model))
+            check_apart("--save", self.save, "the model", Path(self.model))
 
     def _check_checkpoint(self) -> None:
         """Raises CheckpointError for a folder with something else, or answers that cannot be those of this command."""
@@ -215,7 +221,14 @@ class PruneCommand:
         """
         if self.checkpoint is None or (self.overwrite and not self.checkpoint.exists()):
             return False
-        return self._is_saved()
+        return self._is_saved() and not self._is_outdated()
+
+    def _is_outdated(self) -> bool:
+        """Whether a file of the model or the data has changed since --save was written."""
+        saved = (self.save / "report.json").stat().st_mtime
+        paths = [Path(self.model), Path(self.data)]
+        files = [path for folder in paths for path in (folder, *folder.rglob("*")) if path.is_file()]
+        return any(path.stat().st_ctime > saved for path in files)
 
     def _is_saved(self) -> bool:
         """Whether --save has what this command gives."""
@@ -350,10 +363,3 @@ def print_skipped(console: Console, skipped: list[str]) -> None:
     if skipped:
         names = ", ".join(map(one_line, skipped))
         say(console, f"{len(skipped)} broken images skipped: {names}")
-
-
-def _check_apart(first: str, one: Path, second: str, other: Path) -> None:
-    """Raises ValueError where a folder is another one, inside it or around it."""
-    here, there = one.resolve(), other.resolve()
-    if here.is_relative_to(there) or there.is_relative_to(here):
-        raise ArgumentError(f"{first} {one} and {second} {other} must be folders apart from one another")

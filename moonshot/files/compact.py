@@ -20,13 +20,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from moonshot.files.draft import drafted, saving
+from moonshot.files.draft import check_apart, drafted, saving
 from moonshot.files.load import Source, quiet
 from moonshot.files.mapped import DTYPES
-from moonshot.files.source import INDEX, FolderError, check_weights, is_inside, reading, weight_files
+from moonshot.files.source import CONTENTS, INDEX, FolderError, check_weights, is_inside, reading, weight_files
 from moonshot.files.tensors import Entry, write_tensors
 
-CONTENTS = "compact.json"
 _VERSION = 1
 _AS_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -44,6 +43,7 @@ def compact_folder(folder: str | Path, destination: str | Path, *, overwrite: bo
         raise FolderError(
             f"{source} is no folder that moonshot prune saved with its weights in safetensors files"
         )
+    check_apart("the folder", source, "the destination", final)
     with drafted(final, overwrite) as draft, saving(final):
         _copy_others(source, draft.path, {*names, INDEX})
         write_compact(source, draft.path)
@@ -80,6 +80,7 @@ def unpack_folder(folder: str | Path, destination: str | Path, *, overwrite: boo
     """
     source, final = Path(folder), Path(destination)
     contents = _contents(source)
+    check_apart("the compact folder", source, "the destination", final)
     with drafted(final, overwrite) as draft, saving(final):
         _copy_others(source, draft.path, {*contents["files"], CONTENTS})
         for packed, about in contents["files"].items():

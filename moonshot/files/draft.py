@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -17,15 +17,27 @@ _MARK = ".moonshot-draft"  # in a folder that moonshot may remove, whoever made 
 _FILES = "files"  # the key in report.json under which a saved folder lists what moonshot wrote
 
 
+def check_apart(first: str, one: Path, second: str, other: Path) -> None:
+    """Raises FolderError where a folder is another one, inside it or around it."""
+    here, there = one.resolve(), other.resolve()
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise FolderError(f"{first} {one} and {second} {other} must be folders apart from one another")
+
+
 def check_free(final: Path, overwrite: bool = False) -> None:
     """Raises FileExistsError where a folder is there and may not be replaced, FolderError where moonshot must not.
 
-    Only what moonshot wrote is replaced: a folder with its report, and with no other files.
+    Only what moonshot wrote is replaced: a folder with its report, and with no other files. Nothing is written to a
+    path without a name, such as "" or "..".
     """
+    if final.name in ("", ".."):
+        raise FolderError(f"cannot save to {str(final)!r}: give the name of a folder to write")
     if not os.path.lexists(final):
         return
     if not overwrite:
-        raise FileExistsError(f"{final} exists: choose another folder, add --overwrite, or remove it first")
+        raise FileExistsError(
+            f"{final} exists: choose another folder, add --overwrite (overwrite=True in Python), or remove it first"
+        )
     written = _written(final)
     if written is None:
         raise FolderError(f"{final} is no folder that moonshot wrote: choose another, or remove it first")
@@ -68,9 +80,10 @@ def drafted(final: Path, overwrite: bool = False) -> Iterator[Draft]:
     Raises what `check_free` does, LockedError, or OSError with what to do.
     """
     check_free(final, overwrite)
-    with saving(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-    with locked(final.parent / f".{final.name}.lock", final) as alone:
+    with ExitStack() as stack:
+        with saving(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            alone = stack.enter_context(locked(final.parent / f".{final.name}.lock", final))
         if alone:
             _clean_up(final)
         check_free(final, overwrite)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moonshot.extras import from_extra
-from moonshot.files.source import FolderError, check_weights, find_folder, reading, weight_files
+from moonshot.files.source import CONTENTS, FolderError, check_weights, find_folder, reading, weight_files
 
 _COUNT, _MODULES = (
     re.compile("layer|block|depth|expert"),
@@ -101,7 +101,15 @@ class Source:
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def check_files(self) -> list[str]:
-        """`weight_files`, each looked at by safetensors."""
+        """`weight_files`, each looked at by safetensors.
+
+        Raises FolderError where one is not whole, and for a compact folder.
+        """
+        if (self.folder / CONTENTS).is_file():
+            raise FolderError(
+                f"{self.name} is a compact folder: make an ordinary one of it by moonshot unpack {self.name} --save "
+                "FOLDER, or read it in Python by moonshot.load_compact"
+            )
         names = weight_files(self.folder)
         for name in names:
             check_weights(self.folder / name)

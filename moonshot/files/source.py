@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from moonshot.errors import MoonshotError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONTENTS = "compact.json"  # of a folder without its zeros (files.compact)
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 _SUFFIXES = {".json", ".jinja", ".model", ".tiktoken", ".txt"}
 _LEGAL = ("licen", "notice", "copying", "use_policy")  # how the names of files with terms of use begin
@@ -55,6 +56,8 @@ def find_folder(name: str) -> Path:
     Raises FolderError where there is no such folder and no such name.
     """
     path = Path(name)
+    if not name:
+        raise FolderError("the model has no name: give a folder or a hub name")
     if path.is_dir():
         return path
     if path.exists():

@@ -12,6 +12,8 @@ def read_text(data: str) -> str:
     A datasets name may carry a configuration and a split: "wikitext:wikitext-2-raw-v1:train". Raises ValueError where
     there is no text.
     """
+    if not data:
+        raise ArgumentError("the data has no name: give a text file, a folder or a dataset")
     path = Path(data)
     parts = _file_texts(path) if path.is_file() or path.is_dir() else _dataset_texts(data)
     text = "\n\n".join(parts)

@@ -99,7 +99,7 @@ class Partition:
         if unreached := [name for name in names if name in self.unreached]:
             raise ModelError(
                 f"no calibration sample reached {', '.join(unreached)}: leave them out with ignore={unreached}, or "
-                'with unreached="skip"'
+                'with unreached="skip" (--unreached skip)'
             )
 
     def replay(

@@ -154,7 +154,7 @@ def _even_pattern(sparsity: PatternLike) -> Unstructured:
     if not isinstance(pattern, Unstructured):
         raise ArgumentTypeError(
             f'sparsity is a fraction of zeros, such as 0.7 or "70%", got {sparsity!r}: what layers may choose from '
-            "goes to patterns"
+            "goes to patterns (--choice)"
         )
     return Unstructured(pattern.sparsity)
 

@@ -62,7 +62,7 @@ def refuse_unfit(reasons: Mapping[str, str], layers: int, unfit: Literal["error"
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
-    remedy = '; or leave all of them dense with unfit="skip"' if len(reasons) < layers else ""
+    remedy = '; or leave all of them dense with unfit="skip" (--unfit skip)' if len(reasons) < layers else ""
     raise PatternError("; ".join(f"{', '.join(who)}: {reason}" for reason, who in names.items()) + remedy)
 
 

@@ -60,7 +60,7 @@ class Exact:
         if columns > COLUMNS:
             return (
                 f"a row has {columns} columns, and branch and bound searches {COLUMNS} at most: use ADMM, with "
-                "bound=True for how far from the optimum it is at most"
+                "bound=True (--bound) for how far from the optimum it is at most"
             )
         return None
 
