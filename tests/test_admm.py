@@ -19,6 +19,7 @@ from strategies import random_layer
         ("growth", nan, "growth must be above 1"),
         ("tolerance", -1e-3, "tolerance must be a share of the weights, 0 or more"),
         ("tolerance", nan, "tolerance must be a share of the weights, 0 or more"),
+        ("rho", "a", "rho must be a number, got 'a'"),
         ("iterations", 0, "iterations must be a positive integer"),
         ("refits", 2.5, "refits must be a positive integer"),
     ],

@@ -198,6 +198,13 @@ def test_a_solver_that_fails_names_the_layer():
         ({"unreached": "ignore"}, ValueError, "skip"),
         ({"rounds": -1}, ValueError, "rounds"),
         ({"patterns": ["2:4", 0], "sparsity": 0.7}, BudgetError, "sparser pattern"),
+        (
+            {"patterns": [0.9, 0.95], "sparsity": 0.1},
+            BudgetError,
+            "densest choices have .* add a denser pattern",
+        ),
+        ({"patterns": "2:4"}, TypeError, r"patterns are several to choose from, such as \["),
+        ({"patterns": 3}, TypeError, "patterns are several"),
         ({"patterns": ["2:4"]}, PatternError, "out: none of the patterns fits"),
         ({"patterns": []}, PatternError, "needed, idle, odd, out: none of the patterns fits"),
     ],

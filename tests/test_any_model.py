@@ -359,7 +359,7 @@ def test_both_uses_of_a_layer_count():
 def test_a_layer_that_never_runs_is_named():
     model = Twice()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ModelError, match=r"no calibration sample reached unused: .* ignore=\['unused'\]"):
+    with pytest.raises(ModelError, match=r"no calibration sample reached unused: .* with ignore, "):
         ms.prune(model, pairs(), 0.5, loss=pair_loss)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     report = ms.prune(model, pairs(), 0.5, loss=pair_loss, ignore="unused")

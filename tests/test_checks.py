@@ -11,6 +11,7 @@ from moonshot.checks import CheckError, check_objective, check_pattern, check_so
 from moonshot.checks.exhaustive import all_masks, optimum
 from moonshot.layer.patterns import PatternError, PatternMismatchError
 from strategies import random_layer
+from tests.examples.blocks import Blocks
 from tests.examples.diagonal_saliency import DiagonalSaliency
 from tests.examples.normalised_reconstruction import NormalisedReconstruction
 
@@ -228,6 +229,16 @@ def test_what_the_wrong_solvers_are_made_of_is_right():
 @pytest.mark.parametrize("wrong", WRONG_SOLVERS, ids=lambda wrong: wrong.__name__)
 def test_a_wrong_solver_is_named(wrong):
     assert_named(faults(check_solver, wrong()), WRONG_SOLVERS[wrong])
+
+
+def test_rows_may_differ_where_blocks_span_them():
+    assert check_solver(ms.Magnitude(), [Blocks(0.5)]) == ()
+
+
+@pytest.mark.parametrize("patterns", [[], "2:4", 0.5])
+def test_patterns_to_check_a_solver_on_are_several(patterns):
+    with pytest.raises(TypeError, match="patterns are one or more to prune to"):
+        check_solver(ms.Magnitude(), patterns)
 
 
 def test_a_solver_of_one_pattern_is_checked_on_that():

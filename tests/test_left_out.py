@@ -14,6 +14,7 @@ from torch.nn.utils.prune import l1_unstructured
 import moonshot as ms
 from moonshot.models.calibration import as_batches
 from moonshot.models.layers import layers_of
+from moonshot.models.left_out import left_out
 from moonshot.models.modules import ModelError
 from moonshot.models.partition import partition_model
 from moonshot.models.targets import TargetError
@@ -316,6 +317,18 @@ def test_what_is_left_out_is_named_with_the_reason(name):
     assert reason in str(report) and json.loads(report.to_json())["skipped"] == report.skipped
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_what_is_quantised_is_left_out(dtype):
+    class Quantised(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.float(), self.bias)
+
+    model = Around(Quantised(4, 4), nn.Conv2d(4, 4, 1))
+    model.layer.weight = nn.Parameter(model.layer.weight.detach().to(dtype), requires_grad=False)
+    reasons = left_out(model, dict(layers_of("", model)))
+    assert reasons == {"layer": f"the weight of Quantised is {dtype}: prune before quantising"}
+
+
 def test_a_convolution_with_standardised_weights():
     torch.manual_seed(0)
     model = Around(Standardised(4, 8, 3), nn.Conv2d(3, 4, 3))
@@ -324,7 +337,7 @@ def test_a_convolution_with_standardised_weights():
     total = sum(parameter.numel() for parameter in model.parameters())
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
     assert report.model_sparsity == pytest.approx((4 * 27 + 24) / 2 / total)
-    assert f"{100 * report.model_sparsity:.2f} % of all weights" in str(report)
+    assert f"{100 * report.model_sparsity:.2f} % of the whole model is zero" in str(report)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from transformers import (
 import moonshot as ms
 from moonshot.files.folder import save
 from moonshot.models.blocks import Chain, find_blocks
-from moonshot.models.calibration import CalibrationError, as_batches
+from moonshot.models.calibration import CalibrationError, as_batches, windows
 from moonshot.models.chain import block_gradients
+from moonshot.models.evaluation import perplexity
 from moonshot.models.losses import model_loss
 from moonshot.models.modules import ModelError
 from moonshot.models.offload import Offload
@@ -187,11 +188,30 @@ def test_extreme_sparsities(sparsity):
         (dict(calibration=[{}]), CalibrationError, "no samples"),
         (dict(calibration=torch.rand(2, 4)), CalibrationError, "pass loss="),
         (dict(calibration=[3]), TypeError, "mapping or sequence of tensors"),
+        (dict(calibration=tokens() + 100), CalibrationError, "token id 1.., the model's vocabulary has 61"),
+        (
+            dict(calibration=[{"input_ids": tokens() > 3}]),
+            CalibrationError,
+            "must be integers .* of torch.bool",
+        ),
+        (dict(checkpoint=3), TypeError, "checkpoint must be a folder"),
+        (dict(scratch=-1), TypeError, "scratch must be a folder"),
+        (dict(seed="x"), ValueError, "seed must be an integer from 0"),
+        (dict(seed=2**70), ValueError, "seed must be an integer from 0"),
+        (dict(dampening_frac="x"), ValueError, "dampening_frac must be a number"),
+        (dict(bound="nonsense"), TypeError, "bound must be True or False"),
+        (dict(loss="a"), TypeError, "loss must be a callable"),
         (dict(loss=lambda model, batch: 1.0), ModelError, "scalar tensor, got float"),
         (dict(targets="nothing"), TargetError, "matches no layer"),
         (dict(ignore="nothing"), TargetError, "matches no layer"),
         (dict(pattern={"nothing": 0.5}), TargetError, "no such layer"),
-        (dict(pattern="2:5"), ValueError, "divisible by 5"),
+        (dict(pattern={1: 0.5}), TargetError, "no such layer: 1; layers are .*, .*, .*, .*, ...$"),
+        (dict(pattern={}), TargetError, "mapping of patterns is empty"),
+        (dict(targets=[]), TargetError, "targets is empty"),
+        (dict(ignore="*"), TargetError, "ignore leaves out all that targets match"),
+        (dict(targets=3), TypeError, 'each target expression is text such as "q_proj", got 3'),
+        (dict(ignore=[3]), TypeError, "each ignore expression is text"),
+        (dict(pattern="2:5"), ValueError, "q_proj, .*, .*, .*, ...: 2:5 needs .* divisible by 5"),
         (dict(pattern=1.5), ValueError, "fraction of zeros"),
         (dict(objective="auto?"), TypeError, "objective must be"),
         (dict(objective="auto"), CalibrationError, "at least 8"),
@@ -207,6 +227,16 @@ def test_bad_input_is_refused_and_changes_nothing(change, error, words):
     with pytest.raises(error, match=words):
         ms.prune(model, **arguments)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_perplexity_and_windows_say_what_they_take():
+    for ids in (None, tokens().tolist()):
+        with pytest.raises(TypeError, match="ids must be a tensor"):
+            perplexity(decoder(), ids)
+    with pytest.raises(CalibrationError, match="vocabulary has 61"):
+        perplexity(decoder(), tokens() + 100)
+    with pytest.raises(TypeError, match="tokenizer must be one of transformers'"):
+        windows(None, "text", 1, 2)
 
 
 def test_a_failure_halfway_restores_the_model():
@@ -250,7 +280,7 @@ def test_zeros_beyond_the_pattern_are_counted():
     found = report.layers["model.layers.0.self_attn.k_proj"]
     zeros = layer.weight.numel() - int(layer.weight.count_nonzero())
     assert found.zero_survivors == 16 == zeros - found.sparsity * layer.weight.numel()
-    assert "16 weights more are zero" in str(report)
+    assert "beyond what the patterns ask for, 16 weights of these layers are zero" in str(report)
 
 
 def test_the_report_is_saved_as_json(tmp_path):

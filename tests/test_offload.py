@@ -25,6 +25,17 @@ def tied(dtype=torch.bfloat16):
     return decoder(dtype=dtype, tie_word_embeddings=True)
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_file_is_closed_with_the_last_that_is_in_it(tmp_path):
+    stored = Offload(tmp_path).store(torch.arange(3))
+    file = stored._file
+    assert torch.equal(stored.read(), torch.arange(3)) and list(tmp_path.iterdir()) == []
+    seek = file.seek
+    del stored, file
+    with pytest.raises(ValueError, match="closed file"):
+        seek(0)
+
+
 @pytest.fixture(params=["memory", "file"])
 def folder(request, tmp_path):
     return tmp_path if request.param == "file" else None

@@ -234,6 +234,16 @@ def test_what_float16_cannot_hold_is_an_error(solver):
                 solve(problem, "1:4", solver)
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_a_matrix_of_numpy_is_an_array_and_a_masked_one_is_refused():
+    layer = random_layer(0, 4, 8, 3)
+    expected = solve(layer.problem, "2:4", Magnitude())
+    matrix = Problem(np.matrix(layer.problem.weight), layer.problem.hessian)
+    np.testing.assert_array_equal(solve(matrix, "2:4", Magnitude()).weight, expected.weight)
+    with pytest.raises(ms.MoonshotError, match=r"weight is a masked array: fill it first"):
+        Problem(np.ma.masked_array(layer.problem.weight), layer.problem.hessian)
+
+
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
 def test_a_weight_too_large_to_square_is_an_error():
     x = np.random.default_rng(0).normal(size=(20, 8))

@@ -48,6 +48,10 @@ def native(array: Array, name: str = "array") -> Array:
             f"{name} must be a NumPy, CuPy or torch array, got {type(array).__name__}: "
             "convert it with numpy.asarray first"
         )
+    if isinstance(array, np.ma.MaskedArray):
+        raise ArgumentTypeError(f"{name} is a masked array: fill it first, such as with {name}.filled(0)")
+    if isinstance(array, np.ndarray):
+        array = np.asarray(array)  # a matrix, whose * is another
     if array.dtype.kind != "f":
         _require_real(name, complex_=array.dtype.kind not in "iub")
         return array.astype(np.float64)

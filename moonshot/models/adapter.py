@@ -23,8 +23,8 @@ class Adapter(ABC):
     `ChainAdapter` and `GraphAdapter` are the two there are. A model that needs more than they find out by themselves
     gets one of its own, usually a GraphAdapter with other parts or other layers (docs/extending.md).
 
-    whole_model: whether layers outside the parts count as layers that no sample reached; if not, they are no concern
-    of pruning.
+    whole_model: whether layers outside the parts are skipped by name, or count as layers that no sample reached where
+    none did; if not, they are no concern of pruning.
     """
 
     whole_model = False

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moonshot.errors import ArgumentTypeError, MoonshotError
 from moonshot.extras import from_extra
-from moonshot.models.batch_tree import map_tensors, samples_of, take_samples
+from moonshot.models.batch_tree import leaves, map_tensors, samples_of, take_samples
 
 Batch = Any  # a mapping or a sequence of tensors, or one tensor: what `loss(model, batch)` takes
 _OF_IMAGES = ("pixel_values", "image_", "video_")  # what entries are called that may have several for a text
@@ -69,8 +69,30 @@ def check_length(model: Any, batches: list[Batch]) -> None:
             )
 
 
+def check_vocabulary(model: Any, batches: list[Batch]) -> None:
+    """Raises CalibrationError for token ids that the model has no embedding for.
+
+    Where a batch has more than text, as a model of images does, ids may stand for something else.
+    """
+    try:
+        size = len(model.get_input_embeddings().weight)
+    except (AttributeError, TypeError, NotImplementedError):  # a model without, or that does not tell
+        return
+    for index, batch in enumerate(batches):
+        tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(ids, Tensor) or any(tensor.is_floating_point() for tensor in tensors):
+            continue
+        least, largest = map(int, ids.aminmax())
+        if least < 0 or largest >= size:
+            raise CalibrationError(
+                f"batch {index} has the token id {largest if least >= 0 else least}, the model's vocabulary "
+                f"has {size}, from 0 on: use the model's own tokenizer"
+            )
+
+
 def _is_integer(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() and not tensor.is_complex()
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype is not torch.bool
 
 
 def _as_batch(batch: Any, index: int) -> Batch:
@@ -244,6 +266,8 @@ def windows(tokenizer: Any, text: str, samples: int, length: int, seed: int | No
 
     Raises CalibrationError where the text is too short.
     """
+    if not callable(tokenizer):
+        raise ArgumentTypeError(f"tokenizer must be one of transformers', got {tokenizer!r}")
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], device="cpu")
     if samples < 1 or length < 2:
         raise CalibrationError("at least one sample of at least two tokens is needed")

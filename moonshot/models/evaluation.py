@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moonshot.errors import ArgumentError
-from moonshot.models.calibration import Batch
+from moonshot.errors import ArgumentError, ArgumentTypeError
+from moonshot.models.calibration import Batch, check_vocabulary
 from moonshot.models.losses import model_loss
 from moonshot.models.modules import evaluating
 
@@ -31,10 +31,13 @@ def perplexity(model: nn.Module, ids: Tensor, batch_size: int = 8) -> Perplexity
 
     ids: token ids (windows, context). batch_size: windows at once.
     """
+    if not isinstance(ids, Tensor):
+        raise ArgumentTypeError(f"ids must be a tensor (windows, context), got {type(ids).__name__}")
     if ids.ndim != 2 or ids.numel() == 0 or ids.shape[1] < 2:
         raise ArgumentError(
             f"ids must be (windows, context) with a context of 2 or more, got {tuple(ids.shape)}"
         )
+    check_vocabulary(model, [{"input_ids": ids}])
     device = next(model.parameters()).device
     total = 0.0
     with evaluating(model):

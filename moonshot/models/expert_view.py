@@ -38,5 +38,6 @@ def experts_of(module: nn.Module) -> Iterator[tuple[str, ExpertView]]:
     if not hasattr(module, "is_transposed"):
         return
     for name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim == 3 and len(parameter) == count and parameter.is_floating_point():
+        wide = parameter.is_floating_point() and parameter.itemsize > 1  # float8 is quantised
+        if parameter.ndim == 3 and len(parameter) == count and wide:
             yield from ((f"{name}.{k}", ExpertView(module, name, k)) for k in range(count))

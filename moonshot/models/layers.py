@@ -53,7 +53,9 @@ def _check(module: nn.Module, kind: type[nn.Module]) -> None:
         )
     if is_lazy(weight):
         raise UnsupportedLayerError(f"{name} has no weight yet: run the model once first")
-    if not weight.is_floating_point():
+    if (
+        not weight.is_floating_point() or weight.itemsize == 1
+    ):  # float8 comes with scales that pruning knows nothing of
         raise UnsupportedLayerError(f"the weight of {name} is {weight.dtype}: prune before quantising")
     if type(weight.data) is not Tensor:
         raise UnsupportedLayerError(

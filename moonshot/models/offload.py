@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -25,10 +26,10 @@ class Offload:
     """Stores tensors in memory, or in an unnamed file in `folder`, which is gone with the process or this object."""
 
     def __init__(self, folder: Path | None = None):
-        self._file: Any = None
+        self._file: _Unnamed | None = None
         if folder is not None:
             try:
-                self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as this object
+                self._file = _Unnamed(folder)
             except OSError as error:
                 raise OSError(
                     f"cannot offload to a file in {folder}: {error}; choose another folder"
@@ -64,8 +65,17 @@ class _InMemory:
         self._tensor = tensor
 
 
+class _Unnamed:
+    """A file without a name, closed when nothing refers to it any more."""
+
+    def __init__(self, folder: Path):
+        file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as this object
+        self.seek, self.readinto, self.write, self.flush = file.seek, file.readinto, file.write, file.flush
+        finalize(self, file.close)
+
+
 class _InFile:
-    def __init__(self, file: Any, offset: int, tensor: Tensor):
+    def __init__(self, file: _Unnamed, offset: int, tensor: Tensor):
         self._file, self._offset, self._bytes = file, offset, tensor.nbytes
         self.replace(tensor)
 

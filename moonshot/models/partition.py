@@ -20,7 +20,7 @@ from moonshot.models.offload import Offload
 from moonshot.models.precision import in_float32, tensors_of
 from moonshot.models.replay import Replay
 from moonshot.models.roles import routers
-from moonshot.models.targets import TargetError, select
+from moonshot.models.targets import TargetError, listed, select
 from moonshot.models.trial_run import TrialRun, trial_run
 
 _CHAIN = 0.8  # the share of all prunable weights that a chain of blocks must hold
@@ -98,8 +98,8 @@ class Partition:
         """Raises ModelError for a layer that no sample reached."""
         if unreached := [name for name in names if name in self.unreached]:
             raise ModelError(
-                f"no calibration sample reached {', '.join(unreached)}: leave them out with ignore={unreached}, or "
-                'with unreached="skip" (--unreached skip)'
+                f"no calibration sample reached {listed(unreached)}: leave them out with ignore, or with "
+                'unreached="skip" (--unreached skip)'
             )
 
     def replay(
@@ -179,7 +179,7 @@ def partition_model(
 
 
 def _reasons(left_out: Mapping[str, str]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+    return listed((f"{name}: {reason}" for name, reason in left_out.items()), "; ")
 
 
 def _check_parts(model: nn.Module, parts: Parts, order: list[nn.Module]) -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from moonshot.errors import MoonshotError
+from moonshot.errors import ArgumentTypeError, MoonshotError
 
 
 class TargetError(MoonshotError):
@@ -25,19 +25,40 @@ def select(
     left_out = _matching(names, ignore, "ignore")
     selected = [name for name in names if name in chosen and name not in left_out]
     if not selected:
-        raise TargetError("no layer is left to prune: every target is ignored")
+        raise TargetError(
+            "no layer is left to prune: "
+            + (
+                "ignore leaves out all that targets match"
+                if chosen
+                else "targets is empty, without it all are pruned"
+            )
+        )
     return selected
+
+
+def listed(names: Iterable[str], separator: str = ", ", most: int = 4) -> str:
+    """Some names in one line."""
+    names = list(names)
+    return separator.join(names[:most]) + (f"{separator}..." if len(names) > most else "")
 
 
 def _matching(names: list[str], expressions: str | Iterable[str], kind: str) -> set[str]:
     matched: set[str] = set()
-    for expression in [expressions] if isinstance(expressions, str) else expressions:
+    for expression in _as_texts(expressions, kind):
         found = {name for name in names if _matches(expression, name)}
         if not found:
-            examples = ", ".join(names[:4])
-            raise TargetError(f"the {kind} {expression!r} matches no layer; layers are {examples}, ...")
+            raise TargetError(f"the {kind} {expression!r} matches no layer; layers are {listed(names)}")
         matched |= found
     return matched
+
+
+def _as_texts(expressions: str | Iterable[str], kind: str) -> list[str]:
+    if isinstance(expressions, str):
+        return [expressions]
+    texts = list(expressions) if isinstance(expressions, Iterable) else [expressions]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise ArgumentTypeError(f'each {kind} expression is text such as "q_proj", got {wrong[0]!r}')
+    return texts
 
 
 def _matches(expression: str, name: str) -> bool:

@@ -79,7 +79,7 @@ def allocate(
     cases at most (selection.best_on_held_out).
 
     Memory: the nonzeros of all choices, at most 3.4 times the model, and a bit for each weight and choice.
-    Raises what `prune` raises, and BudgetError where the choices cannot have that many zeros.
+    Raises what `prune` raises, and BudgetError where the choices cannot have that many zeros, or that few.
     """
     solver = ADMM() if solver is None else solver
     recipe = Recipe(
@@ -100,6 +100,9 @@ def allocate(
         raise ArgumentTypeError(
             'budgets are compared for one objective: name it, prune can choose another by "auto"'
         )
+    if isinstance(patterns, str | Pattern) or not isinstance(patterns, Iterable | None):
+        raise ArgumentTypeError(f'patterns are several to choose from, such as ["2:4", 0], got {patterns!r}')
+    patterns = None if patterns is None else [as_pattern(pattern) for pattern in patterns]
     if not isinstance(rounds, int) or rounds < 0:
         raise ArgumentError(f"rounds must be 0 or a positive integer, got {rounds!r}")
     even = _even_pattern(sparsity)
@@ -114,7 +117,9 @@ def allocate(
     menus, skipped = _menus(views, even, patterns, recipe)
     views = {name: view for name, view in views.items() if name in menus}
     total = sum(even.zeros(view.problem_shape) for view in views.values())
-    budgets.check_total([[zeros for zeros, _ in offered] for offered in menus.values()], total)
+    zeros = [[zeros for zeros, _ in offered] for offered in menus.values()]
+    budgets.check_total(zeros, total)
+    budgets.check_densest(zeros, total)
     units = 1 + len(objective.weighted_terms)
     steps = len(views) * (4 + 2 * rounds) + 1 + units * (1 + 3 * rounds)
 

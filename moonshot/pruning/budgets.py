@@ -97,6 +97,16 @@ def check_total(zeros: Counts, total: int) -> None:
         )
 
 
+def check_densest(zeros: Counts, total: int) -> None:
+    """Raises BudgetError where even the densest choices have more than 1 % too many zeros, rounding apart."""
+    least = sum(counts[0] for counts in zeros)
+    if least > 1.01 * total + len(zeros):
+        raise BudgetError(
+            f"{total} zeros are asked for and the layers' densest choices have {least} together: "
+            "ask for a higher sparsity, or add a denser pattern to choose from, such as 0"
+        )
+
+
 def measured(
     lowest: float,
     start: Sequence[int],

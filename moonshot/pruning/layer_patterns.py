@@ -6,7 +6,7 @@ from typing import Literal
 from moonshot.layer.patterns import Pattern, PatternError, as_pattern
 from moonshot.models.layer_view import LayerView
 from moonshot.models.partition import Partition
-from moonshot.models.targets import TargetError, select
+from moonshot.models.targets import TargetError, listed, select
 from moonshot.pruning.recipe import Recipe
 
 PatternLike = Pattern | str | float
@@ -22,12 +22,14 @@ def layer_patterns(
     """
     layers = partition.layers()
     if isinstance(pattern, Mapping):
+        if not pattern:
+            raise TargetError(
+                "no layer is left to prune: the mapping of patterns is empty, write {layer name: pattern}"
+            )
         if named := [name for name in pattern if name in partition.left_out]:
             raise TargetError(f"{named[0]} cannot be pruned: {partition.left_out[named[0]]}")
         if unknown := [name for name in pattern if name not in layers]:
-            raise TargetError(
-                f"no such layer: {', '.join(unknown)}; layers are {', '.join(list(layers)[:4])}, ..."
-            )
+            raise TargetError(f"no such layer: {listed(map(str, unknown))}; layers are {listed(layers)}")
         names = select(list(pattern), recipe.targets, recipe.ignore)
         patterns = {name: as_pattern(pattern[name]) for name in names}
     else:
@@ -56,14 +58,14 @@ def check_fits(
 
 
 def refuse_unfit(reasons: Mapping[str, str], layers: int, unfit: Literal["error", "skip"]) -> None:
-    """PatternError that names all that do not fit of so many layers, unless they are skipped and not all there are."""
+    """PatternError that names some that do not fit of so many layers, unless they are skipped and not all there are."""
     if not reasons or (unfit == "skip" and len(reasons) < layers):
         return
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
     remedy = '; or leave all of them dense with unfit="skip" (--unfit skip)' if len(reasons) < layers else ""
-    raise PatternError("; ".join(f"{', '.join(who)}: {reason}" for reason, who in names.items()) + remedy)
+    raise PatternError("; ".join(f"{listed(who)}: {reason}" for reason, who in names.items()) + remedy)
 
 
 def check_fit(view: LayerView, pattern: Pattern) -> None:

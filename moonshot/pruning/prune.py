@@ -139,6 +139,11 @@ def prune_by(
 ) -> Report:
     """`prune`, with what else it takes as a recipe."""
     fit = _as_refit(refit)
+    for name, switch in {"bound": bound, "batch_norm": batch_norm}.items():
+        if not isinstance(switch, bool):
+            raise ArgumentTypeError(f"{name} must be True or False, got {switch!r}")
+    if not isinstance(checkpoint, str | Path | None):
+        raise ArgumentTypeError(f"checkpoint must be a folder, got {checkpoint!r}")
     batches, unused = recipe.batches(model, calibration)
     partition = partition_model(model, batches, recipe.loss, recipe.adapter)
     patterns, skipped = layer_patterns(partition, pattern, recipe)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import nn
 from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.models.adapter import Adapter
-from moonshot.models.calibration import Batch, as_batches, check_length, moved, tokens_at_once
+from moonshot.models.calibration import Batch, as_batches, check_length, check_vocabulary, moved, tokens_at_once
 from moonshot.models.losses import Loss, model_loss
 from moonshot.models.sample_targets import with_equal_targets
 from moonshot.solvers.admm import ADMM
@@ -55,20 +56,27 @@ class Recipe:
                 raise ArgumentError(f'{name} must be "error" or "skip", got {getattr(self, name)!r}')
         if not isinstance(self.factors, int) or self.factors < 1:
             raise ArgumentError(f"factors must be a positive integer, got {self.factors!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ArgumentError(f"seed must be an integer from 0 to 2**64 - 1, got {self.seed!r}")
+        if not callable(self.loss):
+            raise ArgumentTypeError(f"loss must be a callable (model, batch) -> scalar, got {self.loss!r}")
+        if not isinstance(self.scratch, str | Path | None):
+            raise ArgumentTypeError(f"scratch must be a folder, got {self.scratch!r}")
         if self.adapter is not None and not isinstance(self.adapter, Adapter):
             raise ArgumentTypeError(
                 f"adapter must be an instance of a subclass of moonshot.Adapter, got {self.adapter!r}"
             )
-        if not 0 <= self.dampening_frac < float("inf"):
+        if not isinstance(self.dampening_frac, Real) or not 0 <= self.dampening_frac < float("inf"):
             raise ArgumentError(f"dampening_frac must be a number from 0 on, got {self.dampening_frac!r}")
 
     def batches(self, model: nn.Module, calibration: Any) -> tuple[list[Batch], dict[str, str]]:
         """The calibration data as batches on the model's device, and why samples are left out, by batch and sample.
 
-        Raises CalibrationError for texts longer than the model can read.
+        Raises CalibrationError for texts longer than the model can read, and for tokens that it does not know.
         """
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         device = torch.device("cpu") if parameter is None else parameter.device
         batches = [moved(batch, device) for batch in as_batches(calibration, tokens_at_once(model))]
         check_length(model, batches)
+        check_vocabulary(model, batches)
         return with_equal_targets(model, batches, self.loss)

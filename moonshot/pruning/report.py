@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from moonshot.models.targets import listed
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -130,16 +132,17 @@ class Report:
             lines.append(f"left alone, {reason}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
         lines += self._refitted()
         if self.unused:
-            lines.append(f"{len(self.unused)} samples left out: {_listed(self.unused)}")
+            reasons = (f"{name}: {reason}" for name, reason in self.unused.items())
+            lines.append(f"{len(self.unused)} samples left out: {listed(reasons, '; ')}")
         lines += [str(trial) for trial in self.trials]
         if "batch_norm" in self.recipe:
             lines.append(f"batch norm: {self.recipe['batch_norm']}")
         if survivors := sum(layer.zero_survivors for layer in self.layers.values()):
-            lines.append(f"{survivors} weights more are zero, which their patterns would let be something else")
+            lines.append(f"beyond what the patterns ask for, {survivors} weights of these layers are zero")
         resumed = f" ({self.resumed} from the checkpoint)" if self.resumed else ""
         lines.append(
-            f"{len(self.layers)} layers{resumed}, {100 * self.sparsity:.2f} % zeros, "
-            f"{100 * self.model_sparsity:.2f} % of all weights, {self.seconds:.1f} s, "
+            f"{len(self.layers)} layers{resumed}, {100 * self.sparsity:.2f} % of their weights pruned; "
+            f"{100 * self.model_sparsity:.2f} % of the whole model is zero; {self.seconds:.1f} s, "
             f"peak memory {self.peak_memory / 2**20:.0f} MiB"
         )
         return "\n".join(lines)
@@ -156,9 +159,3 @@ class Report:
             for name, part in self.parts.items()
         ]
         return lines
-
-
-def _listed(reasons: dict[str, str], most: int = 4) -> str:
-    """Some names and reasons in one line."""
-    shown = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:most])
-    return shown + ("; ..." if len(reasons) > most else "")

@@ -3,8 +3,9 @@
 import math
 from collections import deque
 from dataclasses import dataclass
+from numbers import Real
 
-from moonshot.errors import ArgumentError
+from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem, Status
 from moonshot.linalg.backend import Array, namespace, squares
@@ -60,6 +61,9 @@ class ADMM:
     name = "ADMM"
 
     def __post_init__(self) -> None:
+        for field in ("rho", "growth", "tolerance"):
+            if not isinstance(getattr(self, field), Real):
+                raise ArgumentTypeError(f"{field} must be a number, got {getattr(self, field)!r}")
         if not 0 < self.rho < math.inf:
             raise ArgumentError(f"rho must be positive and finite, got {self.rho!r}")
         if not self.growth > 1:

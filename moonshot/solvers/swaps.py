@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Swaps:
             raise ArgumentTypeError(
                 f"inner must be a solver's instance such as moonshot.ADMM(), got {self.inner!r}"
             )
-        if not self.moves > 0:
+        if not isinstance(self.moves, Real) or not self.moves > 0:
             raise ArgumentError(f"moves must be positive, got {self.moves!r}")
 
     @property
