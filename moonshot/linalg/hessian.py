@@ -33,7 +33,7 @@ _SYMMETRY = {"float32": 1e-4, "float64": 1e-9}  # largest |A - A'| accepted, rel
 _REFINEMENTS = 10
 _ROWS = 256  # whose factors are multiplied at once, and then no longer needed
 _LOST = 1e-12  # the backward error at which a row is solved densely
-_ALONE = 0.05  # the least share of A_jj in the squared saliency scale
+_ALONE = 0.01  # the least share of A_jj in the squared saliency scale
 
 
 class RowHessian:
@@ -115,7 +115,7 @@ class RowHessian:
     def saliency_scale(self) -> Array:
         """`s_j = (A^-1)_jj^-1/2`, (d,), float64: pruning v_j alone, the rest compensating, costs `(s_j v_j)^2` by A.
 
-        At least `sqrt(0.05 A_jj)`. Where inputs repeat one another each is free to prune by s_j, since the others make
+        At least `sqrt(0.01 A_jj)`. Where inputs repeat one another each is free to prune by s_j, since the others make
         up for it, but all of them are not.
 
         Source: Hassibi and Stork, Second order derivatives for network pruning (1992), for s_j.
