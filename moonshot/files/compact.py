@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from moonshot.files.draft import check_apart, drafted, saving
 from moonshot.files.load import Source, quiet
-from moonshot.files.mapped import DTYPES
+from moonshot.files.mapped import DTYPE_NAMES, DTYPES
 from moonshot.files.source import CONTENTS, INDEX, FolderError, check_weights, is_inside, reading, weight_files
 from moonshot.files.tensors import Entry, write_tensors
 
 _VERSION = 1
 _AS_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def compact_folder(folder: str | Path, destination: str | Path, *, overwrite: bool = False) -> Path:
@@ -64,7 +63,11 @@ def write_compact(source: Path, destination: Path) -> None:
                 tensor = file.get_tensor(key)
                 parts = _packed(key, tensor, partial(file.get_tensor, key))
                 entries |= parts
-                about = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "packed": key not in parts}
+                about = {
+                    "dtype": DTYPE_NAMES[tensor.dtype],
+                    "shape": list(tensor.shape),
+                    "packed": key not in parts,
+                }
                 contents["tensors"][key] = about
             digest = write_tensors(destination / packed, entries)
         contents["files"][packed] = {"weights": name, "sha256": digest}

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from moonshot.errors import ArgumentError
-from moonshot.files.mapped import DTYPES
+from moonshot.files.mapped import DTYPE_NAMES
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNED = 8  # bytes; the header is padded to so many
 
 
@@ -34,10 +33,10 @@ def write_tensors(path: Path, entries: dict[str, Entry]) -> str:
     ordered = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
     for name in ordered:
         shape, dtype, _ = entries[name]
-        if dtype not in _NAMES:
+        if dtype not in DTYPE_NAMES:
             raise ArgumentError(f"{name} is {dtype}, which moonshot does not write")
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNED)
     return _write(path, (len(text).to_bytes(8, "little"), text), (entries[name].read for name in ordered))

@@ -7,6 +7,7 @@ from torch.nn.parameter import is_lazy
 
 from moonshot.models.layer_view import LayerView
 from moonshot.models.layers import UnsupportedLayerError, layer_view
+from moonshot.models.targets import listed
 
 Named = tuple[str, LayerView]
 
@@ -35,7 +36,7 @@ def left_out(model: nn.Module, views: Mapping[str, LayerView]) -> dict[str, str]
             if id(parameter) not in known and "bias" not in key and _is_matrix(parameter)
         ]
         if weights and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            shown = ", ".join(weights[:4]) + (", ..." if len(weights) > 4 else "")
+            shown = listed(weights)
             reasons[name or shown] = (
                 f"{type(module).__name__} holds {shown} and is no Linear, convolution or list of experts"
             )
