@@ -551,8 +551,8 @@ def test_batch_norm_is_as_it_was_after_a_failure(monkeypatch):
     model, calibration, *_ = built("ResNet")
     before = copy.deepcopy(model.state_dict())
 
-    def fail(*arguments):
-        reestimate(*arguments)
+    def fail(*arguments, **others):
+        reestimate(*arguments, **others)
         raise RuntimeError("enough")
 
     monkeypatch.setattr(pruning_run, "reestimate", fail)

@@ -568,7 +568,20 @@ class NumPyOnly(Gram):
         )
 
 
+class DoesNotAddUp(Gram):
+    """Says that it does, and accumulates cube roots."""
+
+    additive: ClassVar[bool] = True
+
+    def accumulate(self, statistic, observation):
+        return np.cbrt(super().accumulate(None if statistic is None else statistic**3, observation))
+
+    def quadratic(self, statistic, weight):
+        return ms.Quadratic(shared=statistic**3)
+
+
 WRONG_OBJECTIVES = {
+    DoesNotAddUp: "says that it is additive, and the sum of two statistics is not",
     MeansNotSums: "depends on how the data are cut into batches",
     ForgetsBatches: "depends on how the data are cut into batches",
     MixesUnits: "depends on the units of the training loss",

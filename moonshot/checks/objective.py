@@ -22,7 +22,7 @@ def check_objective(objective: Objective) -> None:
     the same loss q(V) / q(0) whether data come at once, in unequal batches or in another order, and from the same data
     twice over; it does not depend on the units of the training loss or of the inputs. `quadratic` gives finite arrays
     of the right shapes, symmetric and positive semidefinite, the same each time. Neither changes what it
-    is given. float32 and torch tensors are taken like float64.
+    is given. float32 and torch tensors are taken like float64. Where it is `additive`, statistics add up.
 
     Raises TypeError for what is no objective.
     """
@@ -55,6 +55,8 @@ class _Check:
         self.depends_on_nothing_but_the_data(loss)
         self.units(loss)
         self.kinds(loss)
+        if self.term.additive and self.term.needs != {"gradients"}:
+            self.adds_up(loss)
 
     def terms_are_keys(self) -> None:
         """Equal terms merge in sums, which needs hash and ==."""
@@ -101,6 +103,22 @@ class _Check:
             ways[alone] = [rows, gradients]
         for fault, batches in ways.items():
             self.equal(loss, self.loss(batches, "batches"), fault)
+
+    def adds_up(self, loss: float) -> None:
+        """Two statistics without gradients, which come last, have a sum that is the statistic of both."""
+
+        def loss_of_sum() -> float:
+            gradients = {name: value for name, value in self.seen.items() if name == "gradients"}
+            rows = {name: value for name, value in self.seen.items() if name != "gradients"}
+            parts = ({name: half(value) for name, value in rows.items()} for half in (_first, _rest))
+            total = sum(np.asarray(self.term.accumulate(None, Observation(**part))) for part in parts)
+            if gradients:
+                total = self.term.accumulate(total, Observation(**gradients))
+            quadratic = self.term.quadratic(total, self.weight)
+            return self._value(quadratic, self.other) / self._value(quadratic, 0 * self.weight)
+
+        found = self.faults.run("it", "additive", loss_of_sum)
+        self.equal(loss, found, "says that it is additive, and the sum of two statistics is not that of both")
 
     def units(self, loss: float) -> None:
         """Losses and inputs in other units scale some observations, and F(V) / F(0) not at all."""

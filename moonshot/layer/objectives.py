@@ -62,11 +62,14 @@ class Objective:
     """A non-negative weighted sum of terms. A subclass with `accumulate` and `quadratic` is a term itself.
 
     needs: the observations that a term reads, out of OBSERVATIONS.
+    additive: whether the statistic from inputs and output gradients is an array, and that of two sets of batches the
+    sum of those of each: what several processes need that prune a model together.
 
     A term with parameters is a frozen dataclass: their values are in its name, and other values make another term.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    additive: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -202,6 +205,7 @@ class Reconstruction(Objective):
     """How far the layer's output moves: `||X (V - W)'||^2` over the calibration tokens X (tokens, d)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
+    additive: ClassVar[bool] = True
 
     def accumulate(self, statistic: Array | None, observation: Observation) -> Array:
         return _add(statistic, _gram(observation.require("inputs", 2, self)))
@@ -246,6 +250,7 @@ class TokenFisher(Objective):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"inputs", "output_gradients"})
+    additive: ClassVar[bool] = True
 
     def accumulate(self, statistic: Array | None, observation: Observation) -> Array:
         inputs = observation.require("inputs", 2, self)

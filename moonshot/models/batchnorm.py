@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from moonshot.models.calibration import Batch, CalibrationError
 from moonshot.models.modules import evaluating, patched
+from moonshot.models.ranks import ALONE, Ranks
 from moonshot.models.recording import counting
 
 
@@ -19,12 +20,14 @@ def reestimate(
     batches: list[Batch],
     forward: Callable[[nn.Module, Batch], Any],
     parts: Sequence[nn.Module] = (),
+    ranks: Ranks = ALONE,
 ) -> None:
     """Set every batch norm's running mean and variance to those of its inputs over all batches, in place.
 
     forward: (model, batch) -> anything, runs the model; the model is in eval mode meanwhile.
     parts: modules that run once each in a pass, none inside another. What they return for each batch is remembered, so
     that those that have no layer left to estimate need not run again: faster, for the memory.
+    ranks: those that have a share of the batches each, the first rank one of at least one.
 
     Layers are taken in the order in which the model calls them, each one's inputs computed with the new statistics of
     those before. The variance is the unbiased one. So the result does not depend on how the samples are batched, and
@@ -37,22 +40,25 @@ def reestimate(
     running = {layer: buffers for layer in model.modules() if (buffers := _running(layer))}
     if not running:
         return
-    if not batches:
+    if not batches and ranks.is_first:
         raise CalibrationError("the calibration data is empty: give at least one sample")
     names = {layer: name for name, layer in model.named_modules()}
     before = [(buffer, buffer.clone()) for buffer in running_statistics(model)]
     with evaluating(model):
         try:
             with counting(running) as order:
-                forward(model, batches[0])
+                if ranks.is_first:
+                    forward(model, batches[0])
             finished: list[_Results] = [{} for _ in batches]
-            for layer, calls in order.items():
-                moments = _Moments()
+            layers = {name: layer for layer, name in names.items()}
+            for name, calls in ranks.broadcast({names[layer]: calls for layer, calls in order.items()}).items():
+                layer, moments = layers[name], _Moments()
                 for batch, results in zip(batches, finished, strict=True):
                     more = _run_until(layer, calls, moments, model, batch, forward, parts, results)
                     if calls == 1:  # so that every layer in what ran before it has its new statistics
                         results.update(more)
-                for buffer, estimate in zip(running[layer], moments.result(names[layer]), strict=True):
+                moments.add_up(ranks)
+                for buffer, estimate in zip(running[layer], moments.result(name), strict=True):
                     buffer.copy_(estimate)
         except BaseException:
             for buffer, original in before:
@@ -112,13 +118,26 @@ class _Moments:
     def add(self, x: Tensor) -> None:
         """x: (samples, channels, ...)."""
         values = x.double().transpose(0, 1).flatten(1)
-        count = values.shape[1]
         variance, mean = torch.var_mean(values, 1, correction=0)
+        self._add(values.shape[1], mean, variance * values.shape[1])
+
+    def _add(self, count: int, mean: Tensor | float, squares: Tensor | float) -> None:
         total = self.count + count
         difference = mean - self.mean
-        self.squares = self.squares + count * variance + difference**2 * (self.count * count / total)
+        self.squares = self.squares + squares + difference**2 * (self.count * count / total)
         self.mean = self.mean + difference * (count / total)
         self.count = total
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Add what the other ranks have added, in the same order on each."""
+        if ranks.count == 1:
+            return
+        device = getattr(self.mean, "device", "cpu")
+        mine = (self.count, torch.as_tensor(self.mean).cpu(), torch.as_tensor(self.squares).cpu())
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        for count, mean, squares in ranks.gather(mine):
+            if count:
+                self._add(count, mean.to(device), squares.to(device))
 
     def result(self, name: str) -> tuple[Tensor, Tensor]:
         if self.count < 2:

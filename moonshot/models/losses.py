@@ -118,13 +118,12 @@ def check_loss(loss: Any) -> None:
 def sample_losses(model: nn.Module, batches: list[Batch], loss: Callable[..., Tensor] = model_loss) -> Tensor:
     """The loss of each sample (samples,), on the CPU."""
     with evaluating(model):
-        return torch.stack(
-            [
-                loss(model, take(batch, [index])).float().cpu()
-                for batch in batches
-                for index in range(batch_samples(batch))
-            ]
-        )
+        losses = [
+            float(loss(model, take(batch, [index])))
+            for batch in batches
+            for index in range(batch_samples(batch))
+        ]
+    return torch.tensor(losses, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()

@@ -102,6 +102,10 @@ class Partition:
                 'unreached="skip" (--unreached skip)'
             )
 
+    def batches(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
+        """The batches that are replayed: of one sample each where layers are routed."""
+        return _samples(model, batches) if self.routed else batches
+
     def replay(
         self,
         model: nn.Module,
@@ -111,7 +115,7 @@ class Partition:
         offload: Offload,
         dense: bool = False,
     ) -> Replay:
-        batches = _samples(model, batches) if self.routed else batches
+        batches = self.batches(model, batches)
         return self.adapter.replay(model, self.parts, batches, loss, gradients, offload, dense)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moonshot.models.modules import ModelError, check_model, unwrapped
+from moonshot.models.ranks import joined
 
 Arguments = ParamSpec("Arguments")
 Answer = TypeVar("Answer")
@@ -21,14 +22,18 @@ _lock = Lock()
 def with_model_ready(
     function: Callable[Concatenate[nn.Module, Arguments], Answer],
 ) -> Callable[Concatenate[nn.Module, Arguments], Answer]:
-    """A function of a model, to be called with the model itself in `ready` whatever it is wrapped in."""
+    """A function of a model, to be called with the model itself in `ready` whatever it is wrapped in.
+
+    Under torch.distributed the ranks have joined (`models.ranks`).
+    """
 
     @wraps(function)
     def call(model: nn.Module, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
-        check_model(model)
-        model = unwrapped(model)
-        with ready(model):
-            return function(model, *args, **kwargs)
+        with joined():
+            check_model(model)
+            model = unwrapped(model)
+            with ready(model):
+                return function(model, *args, **kwargs)
 
     return call
 

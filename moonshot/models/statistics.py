@@ -1,16 +1,18 @@
 """The statistics of layers, one for each term of an objective, from what the layers see batch by batch."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moonshot.layer.objectives import Objective, Observation
-from moonshot.linalg.backend import computing_on
+from moonshot.linalg.backend import computing_on, native
 from moonshot.models.layer_view import LayerView
 from moonshot.models.modules import ModelError
+from moonshot.models.ranks import Ranks
 from moonshot.models.recording import Seen
+from moonshot.models.targets import listed
 
 
 class LayerStatistics:
@@ -30,8 +32,9 @@ class LayerStatistics:
         signs: Tensor,
         routed: bool = False,
         decoder: Container[str] = (),
+        first: int = 0,
     ):
-        """signs: (samples,) of all calibration samples, +1 or -1.
+        """signs: (samples,) of all calibration samples, +1 or -1; first: the index of the first that is observed here.
 
         routed: whether layers may read other tokens in the partly pruned model than in the dense one, as experts do.
         decoder: the layers that read the decoder's tokens in an encoder-decoder, whose padding is another.
@@ -45,7 +48,7 @@ class LayerStatistics:
         self._owner: dict[str, str] = {}  # layer -> the first layer that reads the same input
         self._factors = min(factors, len(signs))
         self._signs = signs * (self._factors / len(signs)) ** 0.5
-        self._seen = 0
+        self._seen = first
         self.without_gradient: set[str] = set()
         self._gradients: dict[str, Tensor] = {}  # (factors, groups, m, d)
 
@@ -147,6 +150,38 @@ class LayerStatistics:
                     into = self._gradients[name][sample % self._factors, group]
                     into.addmm_(at[s].T, chunk.inputs[s], alpha=float(self._signs[sample]))
 
+    def add_up(self, ranks: Ranks, owners: Mapping[str, int]) -> None:
+        """Add what the other ranks have observed. owners: {layer: the rank that alone will pop it}.
+
+        The statistics of all terms must be arrays that add up (`Objective.additive`).
+        """
+        arrays = {key: torch.as_tensor(statistic) for key, statistic in self._statistics.items()}
+        said = ranks.gather((self._owner, self.tokens, _kinds(arrays), _kinds(self._gradients)))
+        seen_by, tokens, arrays_by, gradients_by = zip(*said, strict=True)
+        self._owner = _merged(seen_by)
+        if split := [name for seen in seen_by for name in seen if seen[name] != self._owner[name]]:
+            raise ModelError(
+                f"{listed(split)} read the same as another layer for some samples and not for others: leave them out "
+                "with ignore, or prune in one process"
+            )
+        self.tokens = {name: sum(of_rank[name] for of_rank in tokens) for name in self.tokens}
+        readers: dict[str, set[int]] = {}
+        for name, rank in owners.items():
+            readers.setdefault(self._owner.get(name, name), set()).add(rank)
+        for key, kind in _merged(arrays_by).items():
+            name, _, k = key
+            wanted = readers[name] if self.terms[k].needs == {"inputs"} else {owners[name]}
+            total = _or_zeros(arrays.pop(key, None), kind, self.layers[name])
+            ranks.sum_([total], *(wanted if len(wanted) == 1 else ()))
+            self._statistics.pop(key, None)
+            if ranks.index in wanted:
+                self._statistics[key] = native(total)
+        for name, kind in _merged(gradients_by).items():
+            gradients = _or_zeros(self._gradients.pop(name, None), kind, self.layers[name])
+            ranks.sum_([gradients], owners[name])
+            if ranks.index == owners[name]:
+                self._gradients[name] = gradients
+
     def pop(self, name: str) -> list[list[Any]]:
         """For each group of a layer its statistics in the order of the objective's terms; gradients are let go."""
         view, gradients = self.layers[name], self._gradients.pop(name, None)
@@ -173,6 +208,26 @@ class LayerStatistics:
                     statistics.append(statistic)
                 groups.append(statistics)
         return groups
+
+
+_Kind = tuple[torch.Size, torch.dtype]
+
+
+def _kinds(tensors: Mapping[Any, Tensor]) -> dict[Any, _Kind]:
+    return {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+
+
+def _merged(mappings: Iterable[Mapping]) -> dict:
+    """All that is in any of the mappings, in the first that has it."""
+    found: dict = {}
+    for mapping in mappings:
+        found = {**found, **{key: value for key, value in mapping.items() if key not in found}}
+    return found
+
+
+def _or_zeros(tensor: Tensor | None, kind: _Kind, view: LayerView) -> Tensor:
+    shape, dtype = kind
+    return torch.zeros(shape, dtype=dtype, device=view.weight.device) if tensor is None else tensor
 
 
 def _nothing(view: LayerView) -> Observation:

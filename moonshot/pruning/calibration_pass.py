@@ -4,6 +4,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from operator import add
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from moonshot.layer.objectives import Objective, quadratics_of, quadratics_of_groups
 from moonshot.layer.problem import Problem
 from moonshot.layer.weighting_sweep import weighting_sweeps
-from moonshot.models.calibration import Batch, count_samples
+from moonshot.models.calibration import Batch, batch_samples, count_samples
 from moonshot.models.layer_view import LayerView
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
 from moonshot.models.precision import in_float32, tensors_of
+from moonshot.models.ranks import ALONE, Ranks
 from moonshot.models.statistics import LayerStatistics
 from moonshot.pruning.recipe import Recipe
 
@@ -35,11 +37,16 @@ class Part:
     others: dict[str, LayerView]
     dtypes: dict[Tensor, torch.dtype]
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.dtypes)).device
+
 
 class CalibrationPass:
     """Statistics and problems of the layers with these names, by one or more objectives.
 
     dense: whether what the dense parts return is wanted (Replay.dense_output).
+    ranks: each runs its own share of the batches, and has the problems of the layers that it owns.
     parts: all of the model's, in the order in which it runs them. Their turns come one after the other::
 
         for part in calibration.parts:
@@ -61,14 +68,20 @@ class CalibrationPass:
         objectives: Sequence[Objective],
         recipe: Recipe,
         dense: bool = False,
+        ranks: Ranks = ALONE,
     ):
         wanted = set(names)
+        self._ranks, batches = ranks, partition.batches(model, batches)
+        sizes = [batch_samples(batch) for batch in batches]
+        own = ranks.share(sizes)
+        self._first = sum(sizes[: own.start])
         self._objectives, self._recipe, self._routed = objectives, recipe, partition.routed
         self._union, self._decoder = reduce(add, objectives), partition.decoder
         self._signs = _random_signs(count_samples(batches), recipe.seed)
         gradients = bool(self._union.needed & {"gradients", "output_gradients"})
         offload = Offload(recipe.scratch)
-        self.replay = partition.replay(model, batches, recipe.loss, gradients, offload, dense)
+        own_batches = batches[own.start : own.stop]
+        self.replay = partition.replay(model, own_batches, recipe.loss, gradients, offload, dense)
         self.parts = []
         for index, (prefix, module) in enumerate(self.replay.parts):
             views = dict(partition.layers_in(prefix, module))
@@ -84,11 +97,24 @@ class CalibrationPass:
         layers = {name: view for name, view in part.layers.items() if name not in done}
         with in_float32(tensors_of(part.module)):
             statistics = LayerStatistics(
-                layers, self._union, self._recipe.factors, self._signs, self._routed, self._decoder
+                layers,
+                self._union,
+                self._recipe.factors,
+                self._signs,
+                self._routed,
+                self._decoder,
+                self._first,
             )
             self.replay.observe(part.index, statistics)
+            if self._ranks.count > 1:
+                statistics.add_up(self._ranks, self.owners(part, done))
             yield statistics
             self.replay.advance(part.index)
+
+    def owners(self, part: Part, done: Container[str] = ()) -> dict[str, int]:
+        """{layer: the rank that solves it} of a part, or the first rank for one that is done."""
+        costs = {name: float(prod((*view.problem_shape, view.shape[1]))) for name, view in part.layers.items()}
+        return self._ranks.owners(costs, [name for name in costs if name in done])
 
     def problems(self, name: str, layer: LayerView, statistics: LayerStatistics) -> Iterator[Problem]:
         """A layer's problem by each objective, made as it is asked for, with a weight in the layer's own dtype.

@@ -60,6 +60,14 @@ def exact(value: Any, what: str) -> Any:
     return [_name(type(value)), *([name, exact(item, what)] for name, item in attributes.items())]
 
 
+def comparable(value: Any) -> Any:
+    """As `exact`, but the type alone of what has no such representation."""
+    try:
+        return exact(value, "value")
+    except (ArgumentTypeError, RecursionError):
+        return _name(type(value))
+
+
 def _name(thing: Any) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
 
@@ -79,6 +87,14 @@ def state_digest(model: nn.Module, without: Iterable[str] = ()) -> str:
     state = [*model.named_parameters(), *model.named_buffers()]
     about = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in state]
     return digest([about, *(tensor for name, tensor in state if name not in left_out)])
+
+
+def sketch(model: nn.Module, most: int = 64) -> str:
+    """A digest as `state_digest`, but of a few values of each tensor, evenly spread."""
+    state = [*model.named_parameters(), *model.named_buffers()]
+    about = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in state]
+    flat = [tensor.detach().reshape(-1) for _, tensor in state]
+    return digest([about, *(values[:: max(len(values) // most, 1)] for values in flat)])
 
 
 def data_digest(batches: Iterable[Any]) -> str:

@@ -1,5 +1,6 @@
 """`prune`: a model, part by part, in place."""
 
+import math
 import platform
 import resource
 import sys
@@ -9,21 +10,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from moonshot.errors import ArgumentTypeError
+from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern
 from moonshot.models.adapter import Adapter
-from moonshot.models.calibration import Batch, batch_tokens, count_samples
+from moonshot.models.calibration import Batch, batch_tokens, count_samples, split
 from moonshot.models.losses import Loss, model_loss
 from moonshot.models.partition import partition_model
 from moonshot.models.precision import zeros
+from moonshot.models.ranks import Ranks, current
 from moonshot.models.settings import with_model_ready
 from moonshot.pruning.allocation import Allocation
 from moonshot.pruning.auto import CANDIDATES, best_objective
 from moonshot.pruning.checkpoint import Checkpoint
-from moonshot.pruning.fingerprint import data_digest, exact, state_digest
+from moonshot.pruning.fingerprint import comparable, data_digest, exact, sketch, state_digest
 from moonshot.pruning.layer_patterns import PatternLike, layer_patterns
 from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
 from moonshot.pruning.refit import Refit
@@ -144,6 +146,7 @@ def prune_by(
             raise ArgumentTypeError(f"{name} must be True or False, got {switch!r}")
     if not isinstance(checkpoint, str | Path | None):
         raise ArgumentTypeError(f"checkpoint must be a folder, got {checkpoint!r}")
+    ranks = current()
     batches, unused = recipe.batches(model, calibration)
     partition = partition_model(model, batches, recipe.loss, recipe.adapter)
     patterns, skipped = layer_patterns(partition, pattern, recipe)
@@ -162,13 +165,17 @@ def prune_by(
             on_layer(layer, total)
 
     begin = time.perf_counter()
-    run = PruningRun(model, partition, patterns, recipe, batch_norm, advance)
+    run = PruningRun(model, partition, patterns, recipe, batch_norm, advance, ranks)
+    if ranks.count > 1:
+        _check_ranks(ranks, run, batches, fit, bound)
     with ExitStack() as stack:
         stored = None
-        if checkpoint is not None:
+        if checkpoint is not None and ranks.is_first:
             work = _work(recipe, report, patterns, model, batches, fit, bound, batch_norm)
             stored = stack.enter_context(Checkpoint(checkpoint, work))
-            report.resumed = len(stored.done)
+        report.resumed = ranks.broadcast(len(stored.done) if stored else 0)
+        if isinstance(calibration, Tensor) and fit is None:  # whose batches are made here, and may be smaller
+            batches = split(batches, math.ceil(count_samples(batches) / ranks.count))
         restore = stack.enter_context(run.restored_on_failure())
         objective = recipe.objective
         if isinstance(objective, str):
@@ -176,6 +183,7 @@ def prune_by(
             restore()
         report.recipe["objective"] = objective.name
         report.layers, report.parts = run.prune([objective], batches, bound=bound, refit=fit, checkpoint=stored)
+        ranks.gather(None)  # all have come this far: none has to put its model back
     if run.estimates_batch_norm:
         report.recipe["batch_norm"] = "estimated again"
     report.model_sparsity = zeros(model)
@@ -197,12 +205,40 @@ def _best_objective(
 ) -> tuple[Objective, list[Trial]]:
     """`best_objective`, or what an earlier run found."""
     by_name = {candidate.name: candidate for candidate in CANDIDATES}
-    if stored is not None and (trials := stored.trials()) and trials[0] in by_name:
+    trials = run.ranks.broadcast(None if stored is None else stored.trials())
+    if trials and trials[0] in by_name:
         return by_name[trials[0]], trials[1]
     objective, found = best_objective(run, batches)
     if stored is not None:
         stored.store_trials(objective.name, found)
     return objective, found
+
+
+def _check_ranks(ranks: Ranks, run: PruningRun, batches: list[Batch], fit: Refit | None, bound: bool) -> None:
+    """Raises RankError unless all ranks do the same, ArgumentError for terms whose statistics they cannot share."""
+    recipe = run.recipe
+    objectives = CANDIDATES if isinstance(recipe.objective, str) else (recipe.objective,)
+    terms = [term for objective in objectives for _, term in objective.weighted_terms]
+    if alone := [term.name for term in terms if not term.additive and term.needs != {"gradients"}]:
+        raise ArgumentError(
+            f"{alone[0]} does not say that its statistics add up, as those of several processes must: set additive = "
+            "True in the class if they are arrays that do, or prune in one process"
+        )
+    fields = {
+        name: comparable(getattr(recipe, name)) for name in Recipe.__dataclass_fields__ if name != "scratch"
+    }
+    ranks.agree(
+        fields
+        | {
+            "patterns": comparable(run.patterns),
+            "batch_norm": run.batch_norm,
+            "refit": comparable(fit),
+            "bound": bound,
+            "calibration": data_digest(batches),
+            "the model": sketch(run.model),
+            "its parts": [name for name, _ in run.partition.parts],
+        }
+    )
 
 
 def _described(recipe: Recipe, pattern: Any, batches: list[Batch], refit: Refit | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from moonshot.models.calibration import (
     token_mask,
 )
 from moonshot.models.expert_view import ExpertView
+from moonshot.models.ranks import Ranks
 from moonshot.models.replay import Replay
 from moonshot.pruning.calibration_pass import Part
 from moonshot.pruning.report import PartReport
@@ -78,14 +79,23 @@ class Refit:
 class PartFit:
     """The fit of an observed part whose layers are pruned, while it is in float32.
 
+    replay: of this rank's batches; each rank differentiates what it has of a step, and all do the same step.
     shared: parameters that others than the part use too, which are left alone.
     """
 
-    def __init__(self, part: Part, replay: Replay, refit: Refit, seed: int, shared: set[nn.Parameter]):
-        self._part, self._refit = part, refit
+    def __init__(
+        self,
+        part: Part,
+        replay: Replay,
+        refit: Refit,
+        seed: int,
+        shared: set[nn.Parameter],
+        ranks: Ranks,
+    ):
+        self._part, self._refit, self._ranks = part, refit, ranks
         self._supports = {p: support for p, support in _supports(part).items() if p not in shared}
         self._tensors = [*self._supports, *running_statistics(part.module)]
-        self._data = _Data(part.index, replay, refit, seed)
+        self._data = _Data(part.index, replay, refit, seed, ranks)
 
     def values(self) -> list[Tensor]:
         """What is fitted, and what running statistics go with it, in the model's dtype."""
@@ -125,6 +135,7 @@ class PartFit:
         if not after[1] < before[1]:
             self.assign(original)
             after = before
+        self.assign(self._ranks.broadcast(self.values(), device=self._part.device))
         seconds = time.perf_counter() - begin
         return PartReport(self._part.name, before[0], after[0], before[1], after[1], steps, seconds)
 
@@ -132,11 +143,21 @@ class PartFit:
         for options in adam.param_groups:
             options["lr"] = self._refit.lr * decay * options["size"]
         self._data.differentiate(group)
+        self._sum_gradients()
         for parameter, support in self._supports.items():
             if parameter.grad is not None:
                 parameter.grad.mul_(support)
         adam.step()
         adam.zero_grad()
+
+    def _sum_gradients(self) -> None:
+        """Add up the gradients that there are on any rank."""
+        there = self._ranks.gather([parameter.grad is not None for parameter in self._supports])
+        summed = [p for p, ranks in zip(self._supports, zip(*there, strict=True), strict=True) if any(ranks)]
+        for parameter in summed:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._ranks.sum_(parameter.grad for parameter in summed if parameter.grad is not None)
 
     def _errors(self) -> tuple[float, float]:
         return self._data.error(self._data.fitted), self._data.error(self._data.aside)
@@ -165,22 +186,28 @@ def _supports(part: Part) -> dict[nn.Parameter, Tensor]:
 
 
 class _Data:
-    """What a part reads and should return, in batches to fit and batches set aside."""
+    """What a part reads and should return, in batches to fit and batches set aside: of all ranks, by number.
 
-    def __init__(self, index: int, replay: Replay, refit: Refit, seed: int):
-        self._index, self._replay = index, replay
-        self._size = refit.step_samples(count_samples(replay.batches))
+    The batches of the first rank come first; a rank runs its own.
+    """
+
+    def __init__(self, index: int, replay: Replay, refit: Refit, seed: int, ranks: Ranks):
+        self._index, self._replay, self._ranks = index, replay, ranks
+        by_rank = ranks.gather([batch_samples(batch) for batch in replay.batches])
+        self._before = sum(map(len, by_rank[: ranks.index]))
+        self._samples = [samples for of_rank in by_rank for samples in of_rank]
+        self._size = refit.step_samples(sum(self._samples))
         self._generator = torch.Generator().manual_seed(seed)
-        self._samples = [batch_samples(batch) for batch in replay.batches]
         self.fitted = torch.randperm(len(self._samples), generator=self._generator).tolist()
         self.aside: list[int] = []
         wanted = refit.share * sum(self._samples)
         while len(self.fitted) > 1 and sum(self._samples[b] for b in self.aside) < wanted:
             self.aside.append(self.fitted.pop())
-        self._energy = [
+        energies = [
             float(self._real(replay.dense_output(index, b), b).double().square().sum())
-            for b in range(len(self._samples))
+            for b in range(len(replay.batches))
         ]
+        self._energy = [energy for of_rank in ranks.gather(energies) for energy in of_rank]
 
     def groups(self) -> list[list[int]]:
         """The batches to fit in random order, as many together as a step has samples."""
@@ -194,7 +221,7 @@ class _Data:
     def differentiate(self, group: list[int]) -> None:
         """Add up the gradients of the error of a group, relative to what outputs are in the mean."""
         mean = self._total(self._energy, self.fitted) / self._total(self._samples, self.fitted) or 1.0
-        for b in group:
+        for b in self._own(group):
             with torch.enable_grad():
                 error = self._difference(b).square().sum() / (mean * self._total(self._samples, group))
                 if error.requires_grad:
@@ -203,8 +230,13 @@ class _Data:
     @torch.no_grad()
     def error(self, batches: list[int]) -> float:
         """The squared error over batches, relative to the dense outputs."""
-        squares = sum(float(self._difference(b).double().square().sum()) for b in batches)
-        return squares / (self._total(self._energy, batches) or 1.0)
+        squares = sum(float(self._difference(b).double().square().sum()) for b in self._own(batches))
+        return sum(self._ranks.gather(squares)) / (self._total(self._energy, batches) or 1.0)
+
+    def _own(self, batches: list[int]) -> list[int]:
+        """Those that are this rank's, as its replay numbers them."""
+        own = range(self._before, self._before + len(self._replay.batches))
+        return [b - self._before for b in batches if b in own]
 
     def _difference(self, b: int) -> Tensor:
         dense = self._replay.dense_output(self._index, b)

@@ -1,24 +1,26 @@
 """A model pruned layer by layer: each is solved, and its answer is what later layers see."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem
 from moonshot.models.batchnorm import reestimate, running_statistics
-from moonshot.models.calibration import Batch
+from moonshot.models.calibration import Batch, batch_samples
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import loss_of, sample_losses
 from moonshot.models.modules import evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
 from moonshot.models.precision import in_float32, running_in_float32, tensors_of
+from moonshot.models.ranks import Ranks
 from moonshot.models.replay import Replay
 from moonshot.models.restore import restored_on_failure
 from moonshot.models.statistics import LayerStatistics
@@ -42,7 +44,7 @@ class PruningRun:
     """What is the same each time a model is pruned, whatever the objective and the samples.
 
     patterns: of the layers to prune, by name; batch_norm: whether running statistics are estimated again where there
-    are any; on_layer: called with every report.
+    are any; on_layer: called with every report, on the first rank; ranks: among which the work is shared.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class PruningRun:
     recipe: Recipe
     batch_norm: bool
     on_layer: Callable[[LayerReport], None]
+    ranks: Ranks
 
     @contextmanager
     def restored_on_failure(self) -> Iterator[Callable[[], None]]:
@@ -78,30 +81,34 @@ class PruningRun:
         on_answers: called with a layer's name and its answers by all objectives, on the inputs that the first one's
         give.
         refit: how each part is fitted once its layers are pruned; not at all unless given.
-        checkpoint: where answers by one objective are stored; those that it has are not looked for again.
+        checkpoint: where answers by one objective are stored, on the first rank; those that it has are not looked for
+        again.
         """
         reports: dict[str, LayerReport] = {}
         refitted: dict[str, PartReport] = {}
         batches = batches if refit is None else refit.split(batches)
-        done = checkpoint.done if checkpoint else frozenset()
+        done = self.ranks.broadcast(checkpoint.done if checkpoint else frozenset())
         calibration = CalibrationPass(
-            self.model, self.partition, self.patterns, batches, objectives, self.recipe, dense=refit is not None
+            self.model,
+            self.partition,
+            self.patterns,
+            batches,
+            objectives,
+            self.recipe,
+            dense=refit is not None,
+            ranks=self.ranks,
         )
         for part in calibration.parts:
             with calibration.observed(part, done) as statistics:
-                for name, layer in part.layers.items():
-                    if checkpoint and name in done:
-                        answers = [LayerAnswer(*checkpoint.answer(name, layer.matrices()))]
-                    else:
-                        solved = self._solver(name, layer, statistics, bound)
-                        # map lets go of each problem before the next one takes as much memory
-                        answers = list(map(solved, calibration.problems(name, layer, statistics)))
-                        if checkpoint:
-                            checkpoint.store(name, layer.matrices(), *answers[0])
+                solve = partial(self._answers, calibration, part, statistics, bound, checkpoint, done)
+                for name, answers in self.ranks.deal(calibration.owners(part, done), solve, part.device):
+                    layer = part.layers[name]
+                    if checkpoint and name not in done:
+                        checkpoint.store(name, layer.matrices(), *answers[0])
                     layer.assign_rows(answers[0].weight)
                     if on_answers:
                         on_answers(name, [answer.weight for answer in answers])
-                    for answer in answers:
+                    for answer in answers if self.ranks.is_first else ():
                         self.on_layer(answer.report)
                     reports[name] = answers[0].report
                 self._estimate_part(part, calibration.replay)
@@ -121,7 +128,8 @@ class PruningRun:
     def losses(self, batches: list[Batch]) -> Tensor:
         """The model's loss on each sample (samples,)."""
         with running_in_float32(self.model, self._modules):
-            return sample_losses(self.model, batches, self._loss)
+            own = sample_losses(self.model, self._own(batches), self._loss)
+        return torch.cat(self.ranks.gather(own))
 
     @property
     def estimates_batch_norm(self) -> bool:
@@ -138,25 +146,48 @@ class PruningRun:
     def _estimate_batch_norm(self, batches: list[Batch]) -> None:
         if self.estimates_batch_norm:
             with in_float32(tensors_of(self.model)):
-                reestimate(self.model, batches, self._loss, self._modules)
+                reestimate(self.model, self._own(batches), self._loss, self._modules, self.ranks)
 
     def _estimate_part(self, part: Part, replay: Replay) -> None:
         """Estimate the running statistics of a part on what it reads in the pruned model."""
         if self.batch_norm:
             batches = list(range(len(replay.batches)))
-            reestimate(part.module, batches, lambda _, b: replay.output(part.index, b))
+            reestimate(part.module, batches, lambda _, b: replay.output(part.index, b), ranks=self.ranks)
+
+    def _own(self, batches: list[Batch]) -> list[Batch]:
+        """This rank's share of the batches."""
+        own = self.ranks.share([batch_samples(batch) for batch in batches])
+        return batches[own.start : own.stop]
 
     def _refitted(self, part: Part, replay: Replay, refit: Refit, checkpoint: Checkpoint | None) -> PartReport:
         """Fit a part whose layers are pruned, or put in what a checkpoint has of it."""
-        fit = PartFit(part, replay, refit, self.recipe.seed, shared_parameters(self.model))
+        fit = PartFit(part, replay, refit, self.recipe.seed, shared_parameters(self.model), self.ranks)
         pruned = fit.values()
-        if checkpoint and (stored := checkpoint.part(part.name, pruned)):
+        if stored := self.ranks.broadcast(checkpoint.part(part.name, pruned) if checkpoint else None):
             fit.assign(stored[0])
             return stored[1]
         report = fit.run(partial(self._estimate_part, part, replay))
         if checkpoint:
             checkpoint.store_part(part.name, pruned, fit.values(), report)
         return report
+
+    def _answers(
+        self,
+        calibration: CalibrationPass,
+        part: Part,
+        statistics: LayerStatistics,
+        bound: bool,
+        checkpoint: Checkpoint | None,
+        done: Container[str],
+        name: str,
+    ) -> list[LayerAnswer]:
+        """A layer's answers by all objectives, or what a checkpoint has of it."""
+        layer = part.layers[name]
+        if checkpoint and name in done:
+            return [LayerAnswer(*checkpoint.answer(name, layer.matrices()))]
+        solved = self._solver(name, layer, statistics, bound)
+        # map lets go of each problem before the next one takes as much memory
+        return list(map(solved, calibration.problems(name, layer, statistics)))
 
     def _solver(
         self, name: str, layer: LayerView, statistics: LayerStatistics, bound: bool

@@ -9,6 +9,7 @@ class NormalisedReconstruction(ms.Objective):
     """Reconstruction with every token's input scaled to length one."""
 
     needs = frozenset({"inputs"})
+    additive = True
 
     def accumulate(self, statistic, observation):
         x = observation.require("inputs", 2, self)

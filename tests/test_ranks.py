@@ -1,0 +1,277 @@
+"""Several processes that prune one model together: the same model as one gives, and what becomes of failures."""
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import MixtralConfig
+
+import moonshot as ms
+from moonshot.models.calibration import as_batches
+from moonshot.models.ranks import RankError, owners, shares
+from tests.models import JOINT, decoder, network, tokens, weights
+from tests.processes import Workers
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5))
+def test_every_item_has_one_rank_and_equal_ones_are_spread_evenly(sizes, count):
+    runs = shares(sizes, count)
+    assert [item for run in runs for item in run] == list(range(len(sizes))) and runs[0]
+    if len(set(sizes)) == 1 and len(sizes) >= count:
+        assert max(map(len, runs)) - min(map(len, runs)) <= 1
+
+
+@given(st.dictionaries(st.text(max_size=3), st.floats(0, 1e9), min_size=1), st.integers(1, 5), st.data())
+def test_the_rank_with_most_to_do_has_little_more_than_the_others(costs, count, data):
+    first = data.draw(st.sets(st.sampled_from(sorted(costs))))
+    found = owners(costs, count, first)
+    assert list(found) == list(costs) and all(found[name] == 0 for name in first)
+    rest = {name: cost for name, cost in costs.items() if name not in first}
+    loads = [sum(cost for name, cost in rest.items() if found[name] == rank) for rank in range(count)]
+    assert max(loads) - min(loads) <= max(rest.values(), default=0) * (1 + 1e-9)
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    found = Workers(tmp_path_factory.mktemp("groups"))
+    yield found
+    found.close()
+
+
+def mixture():
+    return decoder(MixtralConfig, num_local_experts=4, bos_token_id=1, eos_token_id=2)
+
+
+def images(samples=12):
+    return torch.randn(samples, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def spread(model, batch):
+    """A loss of images without labels."""
+    return model(batch).logsumexp(1).mean()
+
+
+def from_a_generator(data):
+    yield from data.split(1)
+
+
+def pruned(rank, make, data, pattern, arguments, by_rank=None):
+    """(the weights, the layers' losses, the report) of a model that was pruned."""
+    model = make()
+    before = weights(model)
+    arguments = arguments | ((by_rank or {}).get(rank) or {})
+    try:
+        report = ms.prune(model, arguments.pop("calibration", data), pattern, **arguments)
+    except Exception:
+        assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+        raise
+    state = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
+    return state, {name: layer.relative for name, layer in report.layers.items()}, report
+
+
+def close(found, expected, rtol=1e-3):
+    """Whether two models have the same zeros, and the same values up to rounding."""
+    for name, value in expected.items():
+        assert torch.equal(found[name] == 0, value == 0), name
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol * float(value.abs().max()))
+
+
+SPARSEGPT, ADMM = dict(solver=ms.SparseGPT(), objective=JOINT), dict(solver=ms.ADMM())
+CASES = {
+    "chain": (decoder, tokens(), "2:4", ADMM),
+    "chain, uneven, frugal": (decoder, tokens(7), 0.6, SPARSEGPT | dict(factors=3)),
+    "padding": (
+        decoder,
+        [dict(input_ids=ids, attention_mask=(torch.arange(16) < length).long()[None]) for ids, length in
+         zip(tokens().split(1), (16, 9, 12, 16, 5, 11), strict=True)],
+        "2:4",
+        SPARSEGPT,
+    ),
+    "graph": (network, images(), 0.5, ADMM | dict(loss=spread)),
+    "experts": (mixture, tokens(), "2:4", SPARSEGPT),
+    "more ranks than samples": (decoder, tokens(2), "2:4", SPARSEGPT),
+    "one batch of several": (decoder, as_batches(tokens()), "2:4", SPARSEGPT),
+    "refit": (decoder, tokens(), "2:4", SPARSEGPT | dict(refit=ms.Refit(epochs=2, steps=2))),
+    "refit of a graph": (network, images(), 0.5, SPARSEGPT | dict(loss=spread, refit=ms.Refit(epochs=2, steps=2))),
+    "auto": (decoder, tokens(12), 0.5, dict(solver=ms.SparseGPT(), objective="auto")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [*((name, 2) for name in CASES), *((name, 3) for name in ("chain", "graph", "experts"))]
+)
+def test_ranks_find_what_one_process_finds(workers, name, count):
+    expected, losses, whole = pruned(0, *CASES[name])
+    results = workers(count, pruned, *CASES[name])
+    for state, relative, report in results:
+        close(state, expected)
+        assert relative == pytest.approx(losses, rel=1e-4)
+        assert list(report.layers) == list(whole.layers)
+        for layer, other in zip(report.layers.values(), whole.layers.values(), strict=True):
+            assert layer.note == other.note and layer.terms == pytest.approx(other.terms, rel=1e-3, abs=1e-6)
+        assert [trial.name for trial in report.trials] == [trial.name for trial in whole.trials]
+        for part, other in zip(report.parts.values(), whole.parts.values(), strict=True):
+            assert (part.steps, part.aside_after) == (other.steps, pytest.approx(other.aside_after, rel=1e-2))
+        assert all(torch.equal(value, results[0][0][name]) for name, value in state.items())
+
+
+def test_a_generator_is_read_on_each_rank(workers):
+    expected, _, _ = pruned(0, decoder, tokens(), "2:4", SPARSEGPT)
+    for state, _, _ in workers(2, pruned_from_a_generator):
+        close(state, expected)
+
+
+def pruned_from_a_generator(rank):
+    return pruned(rank, decoder, from_a_generator(tokens()), "2:4", SPARSEGPT)
+
+
+# What goes wrong
+
+
+def assert_all_failed(results, failed, words):
+    """One rank raised an error with these words, the others were told."""
+    for rank, error in enumerate(results):
+        if rank == failed:
+            assert words in str(error) and not isinstance(error, RankError)
+        else:
+            assert (
+                isinstance(error, RankError) and words in str(error) and f"rank {failed} failed" in str(error)
+            )
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (dict(seed=1), "seed differ"),
+        (dict(calibration=tokens() % 59), "calibration differ"),
+        (dict(targets="q_proj"), "targets, patterns"),
+        (dict(refit=True), "refit differ"),
+        (dict(objective=ms.Reconstruction()), "objective differ"),
+    ],
+)
+def test_other_arguments_on_another_rank_are_an_error_on_all(workers, changed, words):
+    for error in workers(3, pruned, decoder, tokens() % 60, "2:4", SPARSEGPT, {1: changed}):
+        assert isinstance(error, RankError) and words in str(error) and "rank 1" in str(error)
+
+
+def other_decoder():
+    model = decoder()
+    model.lm_head.weight.data[:, 0] += 0.1
+    return model
+
+
+def test_another_model_on_another_rank_is_an_error_on_all(workers):
+    for error in workers(2, pruned_of_another_model):
+        assert isinstance(error, RankError) and "the model differ" in str(error)
+
+
+def pruned_of_another_model(rank):
+    return pruned(rank, other_decoder if rank else decoder, tokens(), "2:4", SPARSEGPT)
+
+
+@dataclass(frozen=True)
+class FailsOnRank(ms.Reconstruction):
+    """A plug-in objective that fails at its n-th batch on one rank."""
+
+    where: int
+    name = "FailsOnRank"
+    batches: ClassVar[list] = []
+
+    def accumulate(self, statistic, observation):
+        self.batches.append(1)
+        if torch.distributed.get_rank() == self.where and len(self.batches) == 5:
+            raise RuntimeError("no more")
+        return super().accumulate(statistic, observation)
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_an_error_in_a_plug_in_is_told_to_the_other_ranks(workers, failed):
+    results = workers(3, pruned_by_what_fails, failed)
+    assert_all_failed(results, failed, "no more")
+
+
+def pruned_by_what_fails(rank, failed):
+    FailsOnRank.batches.clear()
+    return pruned(rank, decoder, tokens(), "2:4", dict(objective=FailsOnRank(failed), solver=ms.SparseGPT()))
+
+
+def test_an_error_before_anything_was_exchanged_is_told(workers):
+    assert_all_failed(
+        workers(2, pruned, decoder, tokens(), "2:4", SPARSEGPT, {1: dict(factors=0)}), 1, "factors"
+    )
+
+
+def test_an_error_at_the_very_end_is_told(workers):
+    """The first rank alone calls on_layer."""
+    assert_all_failed(workers(2, pruned_with_a_bad_ending), 0, "the last")
+
+
+def pruned_with_a_bad_ending(rank):
+    def on_layer(layer, total):
+        assert rank == 0
+        seen.append(layer.name)
+        if len(seen) == total:
+            raise ValueError("the last")
+
+    seen = []
+    return pruned(rank, decoder, tokens(), "2:4", SPARSEGPT | dict(on_layer=on_layer))
+
+
+class Unsaid(ms.Reconstruction):
+    """A term that does not say that its statistics add up."""
+
+    additive = False
+
+
+def test_statistics_that_may_not_add_up_are_refused(workers):
+    for error in workers(2, pruned, decoder, tokens(), "2:4", SPARSEGPT | dict(objective=Unsaid())):
+        assert "additive = True" in str(error)
+
+
+def killed(rank):
+    def on_layer(layer, total):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return pruned(rank, decoder, tokens(), "2:4", SPARSEGPT | dict(on_layer=on_layer))
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_a_message(workers):
+    first, *others = workers(3, killed)
+    assert first is None
+    for error in others:
+        assert isinstance(error, RankError) and "has ended" in str(error)
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_of_some_ranks_is_continued_by_others(workers, tmp_path):
+    expected, _, whole = pruned(0, decoder, tokens(), "2:4", SPARSEGPT)
+    folder = tmp_path / "answers"
+    assert_all_failed(workers(2, interrupted, folder), 0, "interrupted")
+    for state, _, report in workers(3, pruned_with_a_checkpoint, folder):
+        close(state, expected)
+        assert report.resumed == 8 and list(report.layers) == list(whole.layers)
+    state, _, report = pruned(0, decoder, tokens(), "2:4", SPARSEGPT | dict(checkpoint=folder))
+    close(state, expected)
+    assert report.resumed == 14
+
+
+def interrupted(rank, folder):
+    def on_layer(layer, total):
+        if layer.name.startswith("model.layers.1"):
+            raise RuntimeError("interrupted")
+
+    model = decoder()
+    place = folder if rank == 0 else "/proc/nothing/can/be/made/here"
+    return ms.prune(model, tokens(), "2:4", on_layer=on_layer, checkpoint=place, **SPARSEGPT)
+
+
+def pruned_with_a_checkpoint(rank, folder):
+    place = folder if rank == 0 else "/proc/nothing/can/be/made/here"
+    return pruned(rank, decoder, tokens(), "2:4", SPARSEGPT | dict(checkpoint=place))
