@@ -148,7 +148,11 @@ class PruningRun:
 
     def _refitted(self, part: Part, replay: Replay, refit: Refit, checkpoint: Checkpoint | None) -> PartReport:
         """Fit a part whose layers are pruned, or put in what a checkpoint has of it."""
-        fit = PartFit(part, replay, refit, self.recipe.seed, shared_parameters(self.model))
+
+        def on_step(step: int, most: int) -> None:
+            self.recipe.on_progress(f"refit of {part.name}", f"step {step} of {most} at most")
+
+        fit = PartFit(part, replay, refit, self.recipe.seed, shared_parameters(self.model), on_step)
         pruned = fit.values()
         if checkpoint and (stored := checkpoint.part(part.name, pruned)):
             fit.assign(stored[0])
