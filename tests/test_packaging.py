@@ -9,7 +9,7 @@ import pytest
 import moonshot
 
 ROOT = Path(moonshot.__file__).parent.parent
-EXTRAS = ("datasets", "matplotlib", "PIL", "psutil", "rich", "transformers", "typer")
+EXTRAS = ("datasets", "matplotlib", "PIL", "psutil", "rich", "transformers", "typer", "yaml")
 WITHOUT = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))\n"
 UNINSTALLED = """
 import importlib.metadata

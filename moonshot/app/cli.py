@@ -3,7 +3,6 @@
 import os
 import shlex
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,41 +11,18 @@ from rich.console import Console
 from rich.table import Table
 
 import moonshot
-from moonshot.app.terminal import ENDS, ending_cleanly, one_line, say, unbroken_output
+from moonshot.app import options
+from moonshot.app.config import given
+from moonshot.app.options import OrSkip
+from moonshot.app.terminal import ENDS, ending_cleanly, one_line, quiet_libraries, say, unbroken_output
 from moonshot.errors import MoonshotError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Prune trained networks in one shot, and say how good the answer is.",
 )
 console = Console()
-
-
-class OrSkip(str, Enum):
-    """What `prune` does with layers that it cannot prune."""
-
-    error = "error"
-    skip = "skip"
-
-
-Model = Annotated[str, typer.Argument(help="A folder or hub name that transformers loads.")]
-Data = Annotated[
-    str,
-    typer.Option(
-        help="A text file or a folder of them; for an image classifier a folder with one sub-folder of images for each "
-        "class; or a datasets name[:config[:split]]."
-    ),
-]
-Seqlen = Annotated[
-    int | None,
-    typer.Option(help="Tokens in a sample of text; 2048 unless given, or all positions of a model of fewer."),
-]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model: read it first.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of the calibration samples and random signs.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -69,7 +45,8 @@ def common(
 
 @app.command()
 def demo(
-    save: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("moonshot-demo"), seed: Seed = 0
+    save: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("moonshot-demo"),
+    seed: options.Seed = 0,
 ) -> None:
     """Prune a small trained Llama by every method and compare held-out perplexities."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the model is small, and here
@@ -95,89 +72,47 @@ def demo(
     say(console, f"picture: {save / 'demo.png'}")
 
 
-@app.command()
+@app.command(
+    epilog="Examples:\n\n"
+    "moonshot prune gpt2 --pattern 2:4 --data wikitext:wikitext-2-raw-v1:train --save pruned\n\n"
+    "moonshot prune MODEL --sparsity 0.7 --allocate --refit --data text/ --save pruned --html report.html\n\n"
+    "moonshot prune --config pruned/run.yaml --save again"
+)
 def prune(
-    model: Model,
-    data: Data,
-    save: Annotated[Path, typer.Option(help="Folder to write, which must not exist.")],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that moonshot wrote before.")
-    ] = False,
-    compact: Annotated[
-        bool, typer.Option("--compact", help="Save values and a bit for each weight, without the zeros.")
-    ] = False,
-    pattern: Annotated[str | None, typer.Option(help='"2:4", "50%", 0.5, or your own as module:Class.')] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros, 0 to 1.")] = None,
-    columns: Annotated[
-        float | None,
-        typer.Option(help="Instead: the fraction of hidden units and groups of heads to prune in every block."),
-    ] = None,
-    shrink: Annotated[
-        bool, typer.Option("--shrink", help="With --columns: cut them out; an ordinary smaller model.")
-    ] = False,
-    objective: Annotated[
-        str,
-        typer.Option(
-            help="Terms with weights: reconstruction, fisher, token_fisher, your own as module:Class; or 'auto'."
-        ),
-    ] = "0.6 reconstruction + 0.2 token_fisher + 0.2 fisher",
-    solver: Annotated[
-        str,
-        typer.Option(
-            help="magnitude, wanda, sparsegpt, obs, iht, admm, swaps, exact, or your own as module:Class."
-        ),
-    ] = "admm",
-    solver_option: Annotated[
-        list[str] | None, typer.Option(help="An option of the solver, such as growth=1.05; repeat.")
-    ] = None,
-    nsamples: Annotated[int, typer.Option(help="Calibration samples: windows of text, or images.")] = 128,
-    seqlen: Seqlen = None,
-    seed: Seed = 0,
-    factors: Annotated[int, typer.Option(help="Random factors for per-sample gradients.")] = 16,
-    dampening_frac: Annotated[
-        float, typer.Option(help="Ridge, as a fraction of the Hessians' mean diagonal.")
-    ] = 0.01,
-    targets: Annotated[
-        list[str] | None, typer.Option(help="Layers to prune, as names, globs or re:EXPRESSION; repeat.")
-    ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Layers to leave alone, written in the same way; repeat.")
-    ] = None,
-    allocate: Annotated[
-        bool, typer.Option("--allocate", help="Put the zeros into the layers where they cost least.")
-    ] = False,
-    choice: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="With --allocate: a pattern that a layer may have, such as 2:4, or 0 for none; repeat."
-        ),
-    ] = None,
-    refit: Annotated[
-        bool,
-        typer.Option(
-            "--refit", help="Fit what is left of each part to the dense part once its layers are pruned."
-        ),
-    ] = False,
-    bound: Annotated[
-        bool, typer.Option("--bound", help="Prove for each layer how far from the optimum it can be at most.")
-    ] = False,
-    memory: Annotated[
-        float | None, typer.Option(help="Memory it may use, in GiB; all that is free unless given.")
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Folder for finished layers; the same command then continues an interrupted run."),
-    ] = None,
-    unreached: Annotated[
-        OrSkip, typer.Option(help="What to do with layers that no calibration sample reaches.")
-    ] = OrSkip.error,
-    unfit: Annotated[
-        OrSkip, typer.Option(help="What to do with layers that the pattern does not fit.")
-    ] = OrSkip.error,
-    trust_remote_code: Trust = False,
-    adapter: Annotated[
-        str | None, typer.Option(help="How the model is divided, if it needs one of your own: module:Class.")
-    ] = None,
+    context: typer.Context,
+    model: options.Model,
+    data: options.Data,
+    save: options.Save,
+    pattern: options.PatternText = None,
+    sparsity: options.Sparsity = None,
+    columns: options.Columns = None,
+    shrink: options.Shrink = False,
+    targets: options.Targets = None,
+    ignore: options.Ignore = None,
+    allocate: options.Allocate = False,
+    choice: options.Choice = None,
+    unreached: options.Unreached = OrSkip.error,
+    unfit: options.Unfit = OrSkip.error,
+    objective: options.ObjectiveText = "0.6 reconstruction + 0.2 token_fisher + 0.2 fisher",
+    solver: options.SolverName = "admm",
+    solver_option: options.SolverOption = None,
+    factors: options.Factors = 16,
+    dampening_frac: options.Dampening = 0.01,
+    refit: options.Refit = False,
+    bound: options.Bound = False,
+    adapter: options.AdapterName = None,
+    nsamples: options.Samples = 128,
+    seqlen: options.Seqlen = None,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    compact: options.Compact = False,
+    html: options.Html = None,
+    config: options.Config = None,
+    dry_run: options.DryRun = False,
+    quiet: options.Quiet = False,
+    memory: options.Memory = None,
+    checkpoint: options.CheckpointFolder = None,
+    trust_remote_code: options.Trust = False,
 ) -> None:
     """Prune a causal language model or an image classifier and save it with its recipe and report."""
     from moonshot.app.parse import parse_adapter, parse_objective, parse_pattern, parse_solver
@@ -212,18 +147,23 @@ def prune(
         unreached=unreached.value,  # type: ignore[arg-type]
         unfit=unfit.value,  # type: ignore[arg-type]
         adapter=parse_adapter(adapter),
-    ).run(console)
+        html=html,
+        config=config,
+        settings=given(context),
+        dry_run=dry_run,
+    ).run(Console(quiet=True) if quiet else console)
 
 
 @app.command("eval")
 def evaluate(
-    model: Model,
-    data: Data,
-    seqlen: Seqlen = None,
+    model: options.Model,
+    data: options.Data,
+    seqlen: options.Seqlen = None,
     nsamples: Annotated[
         int, typer.Option(help="Windows from the start of the text, or images; 0 for all.")
     ] = 0,
-    trust_remote_code: Trust = False,
+    trust_remote_code: options.Trust = False,
+    config: options.Config = None,
 ) -> None:
     """Print the perplexity of a causal language model on a text, or the accuracy of an image classifier."""
     from moonshot.app.data import pictures, text_windows
@@ -267,7 +207,7 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # it may follow the command
     with unbroken_output():
         try:
-            with ending_cleanly():
+            with ending_cleanly(), quiet_libraries():
                 app()
         except (MoonshotError, OSError, ImportError, MemoryError) as error:
             if debug:

@@ -160,8 +160,11 @@ def _made(kind: type, arguments: dict[str, Any], protocol: type, name: str) -> A
     try:
         inspect.signature(kind).bind(**arguments)
     except TypeError as error:
-        takes = ", ".join(inspect.signature(kind).parameters) or "no options"
-        raise ArgumentError(f"{name}: {error}; it takes {takes}") from error
+        known = list(inspect.signature(kind).parameters)
+        unknown = [argument for argument in arguments if argument not in known]
+        close = get_close_matches(unknown[0], known, 1) if unknown else []
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise ArgumentError(f"{name}: {error}; {meant}it takes {', '.join(known) or 'no options'}") from error
     try:
         made = kind(**arguments)
     except MoonshotError:

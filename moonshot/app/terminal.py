@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from types import FrameType
@@ -29,6 +30,25 @@ def one_line(text: str) -> str:
 def say(console: Console, text: str) -> None:
     """Print text as it is: no markup, no escape sequences."""
     console.print(Text(visible(text)), soft_wrap=True)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """What other libraries warn of and count is not said, but for downloads on a terminal."""
+    silent = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "HF_HUB_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
+    if sys.stderr is None or not sys.stderr.isatty():
+        silent["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    for variable, value in silent.items():
+        os.environ.setdefault(variable, value)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

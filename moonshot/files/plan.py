@@ -116,11 +116,13 @@ def plan(
     factors: int = 16,
     trials: int = 0,
     refit: Refit | None = None,
+    device: torch.device | None = None,
 ) -> Plan | None:
     """What `prune` takes with these arguments; None for what is no transformer on tokens (batches with input_ids).
 
     pattern: what the solver is timed at, or 50% where that does not fit the problems it is timed on.
     trials: how many objectives on the same terms are tried first; refit: how parts are fitted afterwards, if at all.
+    device: where it would run, if not where the model is.
     """
     counts = count(
         model,
@@ -134,7 +136,7 @@ def plan(
     )
     if counts is None:
         return None
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     seconds = _solver_seconds(solver, pattern, counts.rank, counts.layers, device)
     if seconds is not None:
         seconds = counts.multiplications / _multiplication_rate(device) + seconds * (1 + trials)

@@ -193,7 +193,11 @@ def as_pattern(pattern: "Pattern | str | float") -> Pattern:
             return NM(int(match[1]), int(match[2]))
         if match := re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%?)", text):
             return Unstructured(float(match[1]) / (100 if match[2] else 1))
-        raise PatternError(f'cannot read the pattern {pattern!r}: write 0.5, "50%" or "2:4"')
+        meant = ""
+        if match := re.fullmatch(r"(\d+)\s*([^\d\s]+)\s*(\d+)", text):  # 2/4, 0,5
+            sign = "." if match[2] == "," else ":"
+            meant = f"did you mean {match[1]}{sign}{match[3]}? "
+        raise PatternError(f'cannot read the pattern {pattern!r}: {meant}write 0.5, "50%" or "2:4"')
     if isinstance(pattern, Real) and not isinstance(pattern, bool):
         return Unstructured(float(pattern))
     if isinstance(pattern, Pattern) and not isinstance(pattern, type):

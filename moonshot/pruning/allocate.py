@@ -30,7 +30,7 @@ from moonshot.pruning.calibration_pass import CalibrationPass, in_layer
 from moonshot.pruning.choices import RELATIVE, Choice, Offer, SparseMatrix, menu
 from moonshot.pruning.layer_patterns import PatternLike, refuse_unfit
 from moonshot.pruning.prune import prune_by
-from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
+from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, OnProgress, Recipe, unheard
 from moonshot.pruning.selection import best_on_held_out
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver, solve
@@ -59,6 +59,7 @@ def allocate(
     scratch: Path | None = None,
     adapter: Adapter | None = None,
     on_step: OnStep | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Allocation:
     """Patterns with a fraction `sparsity` of zeros over all layers together, for `prune`; the model stays as it is.
 
@@ -68,6 +69,7 @@ def allocate(
     rounds: how often the layers' curves are weighed by the model's true loss (budgets.measured), 2 passes a layer each.
     unreached, unfit: as in `prune`; the budget is that of the layers that are not skipped.
     on_step: called with what was just done and the number of steps in all, at most.
+    on_progress: called in between, while gradients are gathered, as in `prune`.
     model, calibration, objective, solver, targets, ignore, factors, dampening_frac, seed, loss, scratch,
     adapter: as in `prune`.
 
@@ -95,6 +97,7 @@ def allocate(
         unfit=unfit,
         scratch=scratch,
         adapter=adapter,
+        on_progress=on_progress or unheard,
     )
     if isinstance(objective, str):
         raise ArgumentTypeError(

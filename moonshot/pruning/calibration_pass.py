@@ -20,7 +20,7 @@ from moonshot.models.partition import Partition
 from moonshot.models.precision import in_float32, tensors_of
 from moonshot.models.ranks import ALONE, Ranks
 from moonshot.models.statistics import LayerStatistics
-from moonshot.pruning.recipe import Recipe
+from moonshot.pruning.recipe import OnProgress, Recipe
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class CalibrationPass:
         gradients = bool(self._union.needed & {"gradients", "output_gradients"})
         offload = Offload(recipe.scratch)
         own_batches = batches[own.start : own.stop]
-        self.replay = partition.replay(model, own_batches, recipe.loss, gradients, offload, dense)
+        with _announced(partition.parts, "gradients" if gradients else "hidden states", recipe.on_progress):
+            self.replay = partition.replay(model, own_batches, recipe.loss, gradients, offload, dense)
         self.parts = []
         for index, (prefix, module) in enumerate(self.replay.parts):
             views = dict(partition.layers_in(prefix, module))
@@ -134,6 +135,20 @@ class CalibrationPass:
             if len(self._objectives) == 1:  # nothing of the statistics is needed once there is a problem
                 return iter((self._objectives[0].weigh(weight, quadratics, fraction),))
             return _noted(name, weighting_sweeps(self._objectives, weight, quadratics, fraction))
+
+
+@contextmanager
+def _announced(parts: Iterable[tuple[str, nn.Module]], what: str, on_progress: OnProgress) -> Iterator[None]:
+    """Say which part of the model runs, whenever one does."""
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: on_progress(what, name))
+        for name, module in parts
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _noted(name: str, problems: Iterator[Problem]) -> Iterator[Problem]:

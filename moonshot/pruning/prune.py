@@ -27,7 +27,7 @@ from moonshot.pruning.auto import CANDIDATES, best_objective
 from moonshot.pruning.checkpoint import Checkpoint
 from moonshot.pruning.fingerprint import comparable, data_digest, exact, sketch, state_digest
 from moonshot.pruning.layer_patterns import PatternLike, layer_patterns
-from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
+from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, OnProgress, Recipe, unheard
 from moonshot.pruning.refit import Refit
 from moonshot.pruning.report import LayerReport, Report, Trial
 from moonshot.pruning.run import PruningRun
@@ -60,6 +60,7 @@ def prune(
     refit: bool | Refit = False,
     checkpoint: Path | str | None = None,
     on_layer: OnLayer | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Report:
     """Prune the linear and convolutional layers of a model in place, and say how good every layer's answer is.
 
@@ -92,6 +93,8 @@ def prune(
     checkpoint: a folder for every layer's answer, written as soon as there is one. A call with the same arguments
     and model continues an interrupted one from there, with the same result.
     on_layer: called after each layer with its report and the number of layers in all, trials included.
+    on_progress: called in between, while gradients are gathered and parts are refitted, with two texts: what is being
+    done, and how far it is.
 
     A transformer's blocks, or the parts that a model can be divided into (models.partition), take their turns: inputs
     come from the model with its earlier parts pruned, gradients from the dense model. Left alone by default are
@@ -113,6 +116,7 @@ def prune(
         unfit=unfit,
         scratch=scratch,
         adapter=adapter,
+        on_progress=on_progress or unheard,
     )
     return prune_by(
         recipe,

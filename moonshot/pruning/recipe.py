@@ -1,6 +1,6 @@
 """How a model is pruned, whatever its pattern: what `prune` and `allocate` have in common."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -18,7 +18,13 @@ from moonshot.models.sample_targets import with_equal_targets
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver
 
+OnProgress = Callable[[str, str], None]
+
 DEFAULT_OBJECTIVE = 0.6 * Reconstruction() + 0.2 * TokenFisher() + 0.2 * Fisher()
+
+
+def unheard(what: str, how_far: str) -> None:
+    """What listens to no progress."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Recipe:
     unfit: Literal["error", "skip"] = "error"
     scratch: Path | None = None
     adapter: Adapter | None = None
+    on_progress: OnProgress = unheard
 
     def __post_init__(self) -> None:
         if self.objective != "auto" and not isinstance(self.objective, Objective):

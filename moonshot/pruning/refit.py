@@ -81,6 +81,7 @@ class PartFit:
 
     replay: of this rank's batches; each rank differentiates what it has of a step, and all do the same step.
     shared: parameters that others than the part use too, which are left alone.
+    on_step: called before each step with its number, from 1, and that of all, at most.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class PartFit:
         seed: int,
         shared: set[nn.Parameter],
         ranks: Ranks,
+        on_step: Callable[[int, int], None],
     ):
-        self._part, self._refit, self._ranks = part, refit, ranks
+        self._part, self._refit, self._ranks, self._on_step = part, refit, ranks, on_step
         self._supports = {p: support for p, support in _supports(part).items() if p not in shared}
         self._tensors = [*self._supports, *running_statistics(part.module)]
         self._data = _Data(part.index, replay, refit, seed, ranks)
@@ -118,6 +120,7 @@ class PartFit:
             for epoch in range(self._refit.epochs):
                 groups = data.groups()
                 for k, group in enumerate(groups):
+                    self._on_step(steps + k + 1, self._refit.epochs * len(groups))
                     decay = (1 + math.cos(math.pi * (epoch + k / len(groups)) / self._refit.epochs)) / 2
                     self._step(adam, group, decay / 2**halvings)
                 steps += len(groups)

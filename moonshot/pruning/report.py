@@ -81,6 +81,7 @@ class Report:
     unused: the calibration samples that were left out, with the reason.
     resumed: how many layers' answers an earlier run had left in a checkpoint.
     parts: those that were refitted, by name; empty unless that was asked for.
+    before, after: what the model was measured at before and after, as text; empty where nobody measured.
     trials: what objective="auto" tried (selection.best_on_held_out), empty otherwise.
     seconds: wall-clock time. peak_memory: the most bytes that were resident at once.
     model_sparsity: the fraction of zeros over all weights of the model, `sparsity` that over the pruned layers.
@@ -94,6 +95,8 @@ class Report:
     parts: dict[str, PartReport] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
+    before: str = ""
+    after: str = ""
     resumed: int = 0
     model_sparsity: float = 0.0
     seconds: float = 0.0
@@ -137,6 +140,8 @@ class Report:
         lines += [str(trial) for trial in self.trials]
         if "batch_norm" in self.recipe:
             lines.append(f"batch norm: {self.recipe['batch_norm']}")
+        if self.before or self.after:
+            lines.append(f"before: {self.before}; after: {self.after}")
         if survivors := sum(layer.zero_survivors for layer in self.layers.values()):
             lines.append(f"beyond what the patterns ask for, {survivors} weights of these layers are zero")
         resumed = f" ({self.resumed} from the checkpoint)" if self.resumed else ""

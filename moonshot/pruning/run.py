@@ -161,7 +161,12 @@ class PruningRun:
 
     def _refitted(self, part: Part, replay: Replay, refit: Refit, checkpoint: Checkpoint | None) -> PartReport:
         """Fit a part whose layers are pruned, or put in what a checkpoint has of it."""
-        fit = PartFit(part, replay, refit, self.recipe.seed, shared_parameters(self.model), self.ranks)
+
+        def on_step(step: int, most: int) -> None:
+            self.recipe.on_progress(f"refit of {part.name}", f"step {step} of {most} at most")
+
+        shared = shared_parameters(self.model)
+        fit = PartFit(part, replay, refit, self.recipe.seed, shared, self.ranks, on_step)
         pruned = fit.values()
         if stored := self.ranks.broadcast(checkpoint.part(part.name, pruned) if checkpoint else None):
             fit.assign(stored[0])
