@@ -275,6 +275,8 @@ def test_everything_in_a_batch_reaches_the_model_as_it_came():
         ((torch.zeros(4, 2), (torch.zeros(4), torch.zeros(4))), 4),
         (Pair(np.zeros((2, 5)), torch.zeros(2)), 2),
         ({"shared": Shared(torch.zeros(9)), "x": torch.zeros(2)}, 2),
+        ({"pixels": [torch.zeros(3, 5, 5), torch.zeros(3, 4, 4)], "labels": torch.zeros(2)}, 2),
+        (([torch.zeros(3, 5, 5), torch.zeros(3, 4, 4)], torch.zeros(2)), 2),
         ({"flag": True}, None),
     ],
 )
@@ -300,6 +302,11 @@ def test_a_sample_of_a_batch():
     assert all(torch.equal(part, x[1:]) for part in one["pair"]) and len(unshared(one)["weights"]) == 2
     images, targets = take_samples((y, [{"k": 0}, {"k": 1}]), [1])
     assert torch.equal(images[0], y[1]) and len(images) == 1 and targets == [{"k": 1}]
+    masks, columns = [torch.zeros(2, 4), torch.ones(2, 4)], (torch.zeros(2), torch.zeros(2))
+    one = take_samples({"pixels": x, "masks": masks, "columns": columns, "classes": (y[0], y[1])}, [1])
+    assert len(one["masks"]) == 1 and torch.equal(one["masks"][0], masks[1])
+    assert [len(column) for column in one["columns"]] == [1, 1] and torch.equal(one["classes"][0], y[1])
+    assert [len(part) for part in take_samples((x, [x, x]), [1])[1]] == [1, 1]  # as a DataLoader has it
     doubled = map_tensors(lambda tensor: 2 * tensor, batch)
     assert torch.equal(doubled["weights"].value, torch.full((2,), 2.0)) and doubled["lengths"] == [3, 2]
     assert len(list(leaves(batch))) == 9
@@ -372,6 +379,62 @@ def test_what_a_layer_read_is_not_what_became_of_it(blocks):
             model = Model(in_place).requires_grad_(False)  # what is trained could not do it
             found.append(ms.prune(model, [batch], 0.5, **(options | {"objective": objective})))
         assert_same(*found)
+
+
+class TokensFirst(nn.Module):
+    """Has the samples in the second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = torch.relu(self.first(x.transpose(0, 1)))
+        return self.last(torch.relu(self.second(hidden))).mean(0)
+
+
+@pytest.mark.parametrize("sizes", [[7], [1] * 7, [1, 6], [1, 3, 3]])
+def test_samples_are_told_apart_however_they_are_batched(sizes):
+    """Six samples in a batch of 12 tokens: the first dimension could be divided by the number of samples."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(7, 12, 6, generator=generator), torch.arange(7) % 3
+    reports = [
+        ms.prune(
+            TokensFirst(),
+            list(zip(x.split(split), y.split(split), strict=True)),
+            0.5,
+            loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
+            **OPTIONS,
+        )
+        for split in (sizes, [6, 1])
+    ]
+    assert_same(*reports)
+
+
+class PadsItsTargets(nn.Module):
+    """Writes targets of different lengths into views of one tensor, which gradients could not pass through."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x, targets):
+        padded = torch.zeros(len(targets), 4)
+        for target, row in zip(targets, padded, strict=True):
+            row[: len(target)].copy_(target)
+        return nn.functional.mse_loss(self.last(torch.relu(self.first(x))), padded)
+
+
+def test_no_gradients_pass_through_targets():
+    x, targets = torch.randn(6, 6), [torch.ones(1 + k % 4) for k in range(6)]
+    filled = torch.stack([nn.functional.pad(target, (0, 4 - len(target))) for target in targets])
+    reports = [
+        ms.prune(PadsItsTargets(), [(x, given)], 0.5, loss=lambda model, batch: model(*batch), **OPTIONS)
+        for given in (targets, filled)
+    ]
+    assert_same(*reports)
 
 
 def test_texts_in_three_dimensions():

@@ -151,9 +151,8 @@ class GraphReplay:
         arguments: list[_Arguments] = []
         results: list[list[Tensor]] = []
 
-        def before(_part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Arguments:
+        def before(_part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             arguments.append(self._stored(without_cache(args, kwargs)))
-            return tree_map(_tracked, (args, kwargs))
 
         def after(_part: nn.Module, _args: tuple, output: Any) -> Any:
             output = tree_map(
@@ -212,7 +211,7 @@ class GraphReplay:
         _, part = self.parts[index]
         inputs: Seen = {}
         outputs: Seen = {}
-        args, kwargs = tree_map(_tracked, _in_float32(self._dense[b][index]))
+        args, kwargs = _in_float32(self._dense[b][index])
         with torch.set_grad_enabled(differentiated), recording(layers, inputs, outputs):
             result = part(*args, **kwargs)
         self._dense[b][index] = ((), {})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.adapter import Adapter, Parts
+from moonshot.models.batch_tree import leaves
 from moonshot.models.blocks import Chain, find_blocks
 from moonshot.models.calibration import Batch, batch_samples, decoder_mask, one_by_one, take, token_mask
 from moonshot.models.chain import ChainAdapter
@@ -141,7 +142,7 @@ def partition_model(
             run = trials.run(take(batches[0], [0]))
         if not run.rows:
             raise ModelError("the loss ran no layer of the model: it must call model")
-        routed = any(view.routed for view in views.values()) or trials.differ(batches[0], run)
+        routed = any(view.routed for view in views.values()) or trials.differ(batches)
         if adapter is None:
             adapter = trials.adapter
             if _holds_most(adapter, trials.blocks, weights) and _is_chain(
@@ -240,15 +241,25 @@ class _Trials:
         after = self.run({**sample, **{name: sample[name][..., rest] for name in names}})
         return frozenset(name for name, tokens in before.tokens.items() if after.tokens.get(name) == tokens)
 
-    def differ(self, batch: Batch, first: TrialRun) -> bool:
-        """Whether layers read other numbers of rows for other samples of the batch than `first`, its first sample."""
-        count = batch_samples(batch)
-        if count == 1:
-            return False
-        together = {name: [count * rows for rows in calls] for name, calls in first.rows.items()}
-        return self.run(batch).rows != together or any(
-            self.run(take(batch, [k])).rows != first.rows for k in range(1, count)
+    def differ(self, batches: list[Batch]) -> bool:
+        """Whether layers read other numbers of rows for other samples, or not as many times more for several at once.
+
+        Of the first batch with several samples; where each has one, of the first 16 in the sizes of the first.
+        """
+        several = next((batch for batch in batches if batch_samples(batch) > 1), None)
+        if several is None:
+            samples = [batch for batch in batches if _sizes(batch) == _sizes(batches[0])][:16]
+        else:
+            samples = [take(several, [k]) for k in range(batch_samples(several))]
+        first = self.run(samples[0]).rows
+        together = {name: [len(samples) * rows for rows in calls] for name, calls in first.items()}
+        return (several is not None and self.run(several).rows != together) or any(
+            self.run(sample).rows != first for sample in samples[1:]
         )
+
+
+def _sizes(batch: Batch) -> list[torch.Size]:
+    return [leaf.shape for leaf in leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def _has_decoder(model: nn.Module) -> bool:
