@@ -76,8 +76,8 @@ def gradients_of(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
         if any(gradient is not None for gradient in gradients):
             return list(gradients)
     raise ModelError(
-        "the loss has no gradient: it must be computed from what the model returns, without detach(), item() or "
-        "torch.no_grad()"
+        "the loss has no gradient: it must be computed from what the model returns, without detach(), item(), "
+        "torch.no_grad() or reentrant checkpoints"
     )
 
 

@@ -145,7 +145,7 @@ def partition_model(
         routed = any(view.routed for view in views.values()) or trials.differ(batches)
         if adapter is None:
             adapter = trials.adapter
-            if _holds_most(adapter, trials.blocks, weights) and _is_chain(
+            if _holds_most(adapter, trials.blocks, weights, run) and _is_chain(
                 model, trials.blocks, take(batches[0], [0]), loss, run.loss
             ):
                 adapter = ChainAdapter()
@@ -162,6 +162,7 @@ def partition_model(
     }
     parts = adapter.parts(model, run)
     _check_parts(model, parts, run.order)
+    _check_uses(adapter, parts, run)
     inside = {name for part in parts for name, _ in adapter.layers(*part)}
     unreached = {
         name: view
@@ -210,6 +211,17 @@ def _check_parts(model: nn.Module, parts: Parts, order: list[nn.Module]) -> None
                 f"the adapter's part {name!r} runs before {before!r}: `parts` must give them in the order in "
                 "which they run"
             )
+
+
+def _check_uses(adapter: Adapter, parts: Parts, run: TrialRun) -> None:
+    """Raises ModelError for a layer that also runs outside of its part, where nothing would be seen of it."""
+    for name, part in parts:
+        for layer, view in adapter.layers(name, part):
+            if not run.encloses(part, [view]):
+                raise ModelError(
+                    f"{layer} also runs outside of {name!r}, the part of the model that it is in: leave the part "
+                    "out, or let a larger one hold all calls of the layer"
+                )
 
 
 class _Trials:
@@ -271,11 +283,14 @@ def _samples(model: nn.Module, batches: list[Batch]) -> list[Batch]:
     return one_by_one(batches, aligned=not _has_decoder(model))
 
 
-def _holds_most(adapter: Adapter, blocks: Parts, weights: Mapping[str, int]) -> bool:
-    """Whether the blocks hold most of the weights, each its own. weights: how many each layer has."""
+def _holds_most(adapter: Adapter, blocks: Parts, weights: Mapping[str, int], run: TrialRun) -> bool:
+    """Whether the blocks hold most of the weights, each its own, and all of their uses. weights: of each layer."""
     layers = [list(adapter.layers(*block)) for block in blocks]
     share = sum(weights[name] for block in layers for name, _ in block if name in weights)
-    return share >= _CHAIN * sum(weights.values()) and not shared_between(layers)
+    alone = all(
+        run.encloses(block, dict(views).values()) for (_, block), views in zip(blocks, layers, strict=True)
+    )
+    return share >= _CHAIN * sum(weights.values()) and alone and not shared_between(layers)
 
 
 @torch.no_grad()
