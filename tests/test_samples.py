@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import moonshot as ms
 from moonshot.models.batch_tree import Shared, leaves, map_tensors, samples_of, take_samples, unshared
-from moonshot.models.calibration import CalibrationError, as_batches, longest_text
+from moonshot.models.calibration import CalibrationError, as_batches, longest_text, one_by_one
 from moonshot.models.layers import layer_view
 from moonshot.models.losses import model_loss
 from moonshot.models.modules import ModelError
@@ -219,6 +219,31 @@ def test_a_mask_is_of_tokens_and_not_of_channels():
     assert found == [3, 6, 9, 12, 6]
 
 
+def test_padding_of_sounds_counts():
+    """attention_mask is about samples of a sound there, of which the front end makes fewer frames."""
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=20
+    )
+    convolutions = dict(conv_dim=[8], conv_kernel=[10], conv_stride=[5], num_feat_extract_layers=1)
+    embeddings = dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    config = transformers.Wav2Vec2Config(**sizes, **convolutions, **embeddings, feat_extract_norm="layer")
+    batch = {"input_values": torch.randn(3, 100), "labels": torch.randint(1, 20, (3, 2))}
+    batch["attention_mask"] = torch.ones(3, 100, dtype=torch.long)
+    batch["attention_mask"][:, 60:] = 0
+    model = transformers.Wav2Vec2ForCTC(config).eval()
+    counted, original = [], LayerStatistics.pop
+
+    def pop(self, name):
+        counted.append(self.tokens[name])
+        return original(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerStatistics, "pop", pop)
+        ms.prune(model, [batch], 0.5, targets="*layers*", **OPTIONS)
+    assert set(counted) == {3 * 19}
+
+
 # batches
 
 Pair = collections.namedtuple("Pair", "x y")
@@ -310,6 +335,20 @@ def test_a_sample_of_a_batch():
     doubled = map_tensors(lambda tensor: 2 * tensor, batch)
     assert torch.equal(doubled["weights"].value, torch.full((2,), 2.0)) and doubled["lengths"] == [3, 2]
     assert len(list(leaves(batch))) == 9
+
+
+def test_positions_in_several_axes_have_the_samples_second():
+    for count in (2, 3):
+        ids, positions = tokens(count), torch.arange(36 * count).reshape(3, count, 12)
+        mask = torch.ones_like(ids)
+        mask[0, 7:] = 0
+        batch = Encoding({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+        one = take_samples(batch, [1])
+        assert type(one) is Encoding and torch.equal(one["position_ids"], positions[:, 1:2])
+        first, *_ = one_by_one([batch], aligned=True)
+        assert torch.equal(first["position_ids"], positions[:, :1, :7]) and first["input_ids"].shape == (1, 7)
+        choices = {"input_ids": positions.movedim(1, 0), "position_ids": positions.movedim(1, 0)}
+        assert torch.equal(take_samples(choices, [1])["position_ids"], positions.movedim(1, 0)[1:2])
 
 
 def test_the_digest_of_data_sees_into_every_container():

@@ -76,7 +76,10 @@ def samples_of(batch: Any) -> int | None:
 
 
 def take_samples(batch: Any, samples: list[int]) -> Any:
-    """The given samples of a batch; what is not one entry a sample stays as it is."""
+    """The given samples of a batch; what is not one entry a sample stays as it is.
+
+    position_ids with one dimension more than input_ids, such as time, height and width, have the samples second.
+    """
     count = samples_of(batch)
     if count is None or samples == list(range(count)):
         return batch
@@ -101,7 +104,17 @@ def take_samples(batch: Any, samples: list[int]) -> Any:
             return _mapping_like(entry, {name: pick(value, True, True) for name, value in entry.items()})
         return entry
 
-    return pick(batch, False, False)
+    taken = pick(batch, False, False)
+    if has_position_axes(batch):
+        taken = _mapping_like(taken, {**taken, "position_ids": batch["position_ids"][:, samples]})
+    return taken
+
+
+def has_position_axes(batch: Any) -> bool:
+    """Whether the position_ids of a batch are (axes, samples, tokens)."""
+    entries = [batch.get(name) for name in ("input_ids", "position_ids")] if isinstance(batch, Mapping) else []
+    ids, positions = entries or (None, None)
+    return isinstance(ids, Tensor) and isinstance(positions, Tensor) and positions.shape[1:] == ids.shape
 
 
 def _is_array(entry: Any) -> bool:

@@ -111,7 +111,8 @@ def check_loss(loss: Any) -> None:
         raise ModelError(f"the loss must be a scalar tensor, got {type(loss).__name__}")
     if loss.ndim or not bool(torch.isfinite(loss)):
         kind = ModelError if loss.ndim else LossNotFiniteError
-        raise kind(f"the loss must be a finite scalar, got {loss.detach()}")
+        largest = " in float16, which holds 65504 at most" if loss.dtype == torch.float16 else ""
+        raise kind(f"the loss must be a finite scalar, got {loss.detach()}{largest}")
 
 
 @torch.no_grad()
