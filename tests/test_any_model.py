@@ -373,6 +373,17 @@ def test_both_uses_of_a_layer_count(make, name):
     torch.testing.assert_close(model.shared.weight.detach(), expected.weight, rtol=1e-3, atol=1e-5)
 
 
+def test_a_term_that_an_empty_layer_does_not_raise_is_named():
+    """A norm of each channel undoes the scale of a row, so that the gradient has no part along the row."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm, nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+    batch = (torch.randn(20, 3, 5, 5), torch.arange(20) % 3)
+    report = ms.prune(model, [batch], 0.5, loss=pair_loss, solver=ms.SparseGPT())
+    assert report.layers["0"].note.startswith("Fisher is almost zero for an empty layer, as before a norm")
+    assert not report.layers["4"].note
+
+
 def test_a_part_that_does_not_hold_all_calls_of_its_layers_is_refused():
     class Body(GraphAdapter):
         def parts(self, model, run):

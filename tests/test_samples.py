@@ -433,14 +433,29 @@ class TokensFirst(nn.Module):
         return self.last(torch.relu(self.second(hidden))).mean(0)
 
 
+class TwoViews(nn.Module):
+    """Reads the second views of all samples after the first ones, in a part of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        one, other = self.inner(torch.cat([x[:, 0], x[:, 1] ** 2])).chunk(2)
+        return self.last(one - 2 * other)
+
+
+@pytest.mark.parametrize("make", [TokensFirst, TwoViews])
 @pytest.mark.parametrize("sizes", [[7], [1] * 7, [1, 6], [1, 3, 3]])
-def test_samples_are_told_apart_however_they_are_batched(sizes):
+def test_samples_are_told_apart_however_they_are_batched(make, sizes):
     """Six samples in a batch of 12 tokens: the first dimension could be divided by the number of samples."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(7, 12, 6, generator=generator), torch.arange(7) % 3
     reports = [
         ms.prune(
-            TokensFirst(),
+            make(),
             list(zip(x.split(split), y.split(split), strict=True)),
             0.5,
             loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
@@ -449,6 +464,27 @@ def test_samples_are_told_apart_however_they_are_batched(sizes):
         for split in (sizes, [6, 1])
     ]
     assert_same(*reports)
+
+
+def test_what_is_padding_may_be_nan():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.first, self.last = nn.Embedding(61, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, input_ids, attention_mask):
+            real = attention_mask[..., None] > 0
+            hidden = self.last(torch.relu(self.first(self.embedding(input_ids).masked_fill(~real, torch.nan))))
+            return torch.where(real, hidden, 0).sum(1)
+
+    def loss(model, batch):
+        return cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+
+    ids, mask = padded()
+    whole = {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(6) % 3}
+    short = whole | {"input_ids": ids[:, :6], "attention_mask": mask[:, :6]}
+    assert_same(*(ms.prune(Masked(), [batch], 0.5, loss=loss, **OPTIONS) for batch in (whole, short)))
 
 
 class PadsItsTargets(nn.Module):

@@ -38,8 +38,9 @@ class Partition:
     left_out: {name: why it stays as it is} of layers and other weights that cannot be pruned (models.left_out).
     outside: names of the layers, and of modules with other weights, that are in no part.
     decoder: names of the layers that read the decoder's tokens in an encoder-decoder.
-    routed: some layers do not read the same number of rows for every sample, such as experts; samples are then
-    replayed one by one, so that all that a layer reads in a batch belongs to one sample, and none of it is padding.
+    routed: some layers do not read the same number of rows for every sample, such as experts.
+    one_by_one: samples are replayed alone, so that all that a layer reads in a batch belongs to one sample, and none of
+    it is padding: where layers are routed, or where a batch is not one sample after the other in what a layer reads.
     """
 
     adapter: Adapter
@@ -48,6 +49,7 @@ class Partition:
     routers: frozenset[str] = frozenset()
     unreached: dict[str, LayerView] = field(default_factory=dict)
     routed: bool = False
+    one_by_one: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
     decoder: frozenset[str] = frozenset()
     outside: frozenset[str] = frozenset()
@@ -105,7 +107,7 @@ class Partition:
 
     def batches(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
         """The batches that are replayed: of one sample each where layers are routed."""
-        return _samples(model, batches) if self.routed else batches
+        return _samples(model, batches) if self.one_by_one else batches
 
     def replay(
         self,
@@ -142,14 +144,16 @@ def partition_model(
             run = trials.run(take(batches[0], [0]))
         if not run.rows:
             raise ModelError("the loss ran no layer of the model: it must call model")
-        routed = any(view.routed for view in views.values()) or trials.differ(batches)
+        routed = alone = any(view.routed for view in views.values())
+        if not routed:
+            routed, alone = trials.compare(batches)
         if adapter is None:
             adapter = trials.adapter
             if _holds_most(adapter, trials.blocks, weights, run) and _is_chain(
                 model, trials.blocks, take(batches[0], [0]), loss, run.loss
             ):
                 adapter = ChainAdapter()
-        for batch in _samples(model, batches) if routed else batches:
+        for batch in _samples(model, batches) if alone else batches:
             if len(run.reached(views) | run.uncalled) == len(views) and not (routed and adapter.whole_model):
                 break
             run = run.and_then(trials.run(batch))
@@ -181,7 +185,7 @@ def partition_model(
         )
         reasons = {name: reason for name, reason in reasons.items() if name not in outside}
     found = routers(model) if routed else frozenset()
-    return Partition(adapter, parts, head, found, unreached, routed, reasons, decoder, outside)
+    return Partition(adapter, parts, head, found, unreached, routed, alone, reasons, decoder, outside)
 
 
 def _reasons(left_out: Mapping[str, str]) -> str:
@@ -253,8 +257,10 @@ class _Trials:
         after = self.run({**sample, **{name: sample[name][..., rest] for name in names}})
         return frozenset(name for name, tokens in before.tokens.items() if after.tokens.get(name) == tokens)
 
-    def differ(self, batches: list[Batch]) -> bool:
-        """Whether layers read other numbers of rows for other samples, or not as many times more for several at once.
+    def compare(self, batches: list[Batch]) -> tuple[bool, bool]:
+        """(whether layers read other numbers of rows for other samples, whether samples must run one by one).
+
+        They must as well where what a layer reads of a batch is not one sample after the other.
 
         Of the first batch with several samples; where each has one, of the first 16 in the sizes of the first.
         """
@@ -263,11 +269,36 @@ class _Trials:
             samples = [batch for batch in batches if _sizes(batch) == _sizes(batches[0])][:16]
         else:
             samples = [take(several, [k]) for k in range(batch_samples(several))]
-        first = self.run(samples[0]).rows
-        together = {name: [len(samples) * rows for rows in calls] for name, calls in first.items()}
-        return (several is not None and self.run(several).rows != together) or any(
-            self.run(sample).rows != first for sample in samples[1:]
-        )
+        first = self.run(samples[0])
+        alone = {name: [sums.clone() for sums in calls] for name, calls in first.sums.items()}
+        for sample in samples[1:]:
+            run = self.run(sample)
+            if run.rows != first.rows:
+                return True, True
+            alone = {name: list(map(_joined, calls, run.sums[name])) for name, calls in alone.items()}
+        return False, several is not None and _rearranged(alone, self.run(several).sums)
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first, second])
+
+
+def _rearranged(alone: dict[str, list[Tensor]], together: dict[str, list[Tensor]]) -> bool:
+    """Whether layers read other rows in a batch than for one sample after the other, or the same in another order.
+
+    Not where they read as many other ones: rows of which each depends on the whole batch are in some order too.
+    """
+    if alone.keys() != together.keys():
+        return True
+    pairs = [pair for name in alone for pair in zip(alone[name], together[name], strict=True)]
+    return any(
+        len(one) != len(other) or (not _close(one, other) and _close(one.sort().values, other.sort().values))
+        for one, other in pairs
+    )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, equal_nan=True)
 
 
 def _sizes(batch: Batch) -> list[torch.Size]:

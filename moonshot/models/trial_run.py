@@ -23,6 +23,7 @@ class TrialRun:
 
     order: the modules in the order of their first calls; once: those that ran once in every pass.
     rows: {layer name: rows it read in each of its calls}; tokens: the same, all dimensions together.
+    sums: {layer name: for each of its calls the sum of the absolute values of each row, which tells rows apart}.
     loss: of the first batch.
     uncalled: names of the layers whose weight the model read in a pass without calling them.
     around: {module: those that were running in all of its calls, itself included}.
@@ -32,6 +33,7 @@ class TrialRun:
     once: set[nn.Module]
     rows: dict[str, list[int]]
     tokens: dict[str, list[int]]
+    sums: dict[str, list[Tensor]]
     loss: float
     uncalled: set[str] = field(default_factory=set)
     around: dict[nn.Module, set[nn.Module]] = field(default_factory=dict)
@@ -44,7 +46,7 @@ class TrialRun:
         once, uncalled = self.once & other.once, self.uncalled | other.uncalled
         around = {**self.around, **other.around}
         around |= {module: self.around[module] & around[module] for module in self.around}
-        return TrialRun(self.order, once, rows, self.tokens, self.loss, uncalled, around)
+        return TrialRun(self.order, once, rows, self.tokens, self.sums, self.loss, uncalled, around)
 
     def encloses(self, part: nn.Module, views: Iterable[LayerView]) -> bool:
         """Whether these layers of a part ran in no other place than inside of it."""
@@ -114,10 +116,12 @@ def trial_run(
     """
     rows: dict[str, list[int]] = {}
     tokens: dict[str, list[int]] = {}
+    sums: dict[str, list[Tensor]] = {}
 
     def record(name: str, x: Tensor, output: Tensor) -> Tensor:
         rows.setdefault(name, []).append(len(x))
         tokens.setdefault(name, []).append(x.shape[:-1].numel())
+        sums.setdefault(name, []).append(x.abs().reshape(len(x), -1).sum(1, dtype=torch.float64))
         return output
 
     parts = [block for _, block in blocks]
@@ -135,6 +139,7 @@ def trial_run(
         {module for module, count in calls.items() if count == 1},
         rows,
         tokens,
+        sums,
         float(value),
         {name for name in reads.names if calls.keys().isdisjoint(views[name].modules)},
         around,
