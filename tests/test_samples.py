@@ -1,6 +1,7 @@
 """What counts as a sample, as its tokens and as its targets; what reaches the model of a batch."""
 
 import collections
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import moonshot as ms
+from moonshot.app.data import text_windows
 from moonshot.models.batch_tree import Shared, leaves, map_tensors, samples_of, take_samples, unshared
 from moonshot.models.calibration import CalibrationError, as_batches, longest_text, one_by_one
 from moonshot.models.layers import layer_view
@@ -553,3 +555,10 @@ def test_texts_longer_than_the_model_can_read():
         ms.prune(model, tokens(), 0.5)
     with pytest.raises(CalibrationError, match='input_ids are a list: give a tensor .return_tensors="pt"'):
         ms.prune(model, [{"input_ids": [[1, 2, 3]], "x": torch.zeros(1)}], 0.5)
+
+
+def test_windows_are_as_long_as_the_model_can_read():
+    for positions, length in {64: 64, 4096: 2048}.items():
+        config = transformers.LlamaConfig(max_position_embeddings=positions, vocab_size=5)
+        source = SimpleNamespace(config=config, processor=lambda text, verbose: {"input_ids": [1] * 5000})
+        assert text_windows(source, "", 2, None, None).shape == (2, length)

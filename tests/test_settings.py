@@ -168,6 +168,18 @@ def test_the_first_parameters_dtype_is_not_that_of_the_hidden_states(make, dtype
     assert_same(pruned(model), expected)
 
 
+def test_every_layer_keeps_its_own_dtype():
+    model = network(dtype=torch.float16)
+    model[4].float()
+    before = model[4].weight.detach().clone()
+    expected = pruned(network())
+    assert_same(pruned(model), expected, rel=0.1)
+    assert model[2].weight.dtype == torch.float16 and model[4].weight.dtype == torch.float32
+    survivors = model[4].weight[model[4].weight != 0]
+    assert (survivors.half().float() != survivors).float().mean() > 0.5  # not those in the first columns
+    assert not torch.equal(before, model[4].weight)
+
+
 def test_hidden_states_that_float16_cannot_hold():
     large, lowest = torch.tensor([1e5, -2.0]), torch.tensor([torch.finfo(torch.float32).min])
     with pytest.warns(UserWarning, match="float16 cannot hold what passes .* stored in bfloat16"):

@@ -106,7 +106,7 @@ class Partition:
             )
 
     def batches(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
-        """The batches that are replayed: of one sample each where layers are routed."""
+        """The batches that are replayed, of one sample each where that must be."""
         return _samples(model, batches) if self.one_by_one else batches
 
     def replay(
