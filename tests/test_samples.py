@@ -449,7 +449,14 @@ class TwoViews(nn.Module):
         return self.last(one - 2 * other)
 
 
-@pytest.mark.parametrize("make", [TokensFirst, TwoViews])
+class OneAfterTheOther(TwoViews):
+    """Calls its layers for each sample."""
+
+    def forward(self, x):
+        return torch.cat([self.last(self.inner(sample[None, 0])) for sample in x])
+
+
+@pytest.mark.parametrize("make", [TokensFirst, TwoViews, OneAfterTheOther])
 @pytest.mark.parametrize("sizes", [[7], [1] * 7, [1, 6], [1, 3, 3]])
 def test_samples_are_told_apart_however_they_are_batched(make, sizes):
     """Six samples in a batch of 12 tokens: the first dimension could be divided by the number of samples."""

@@ -288,7 +288,9 @@ def _rearranged(alone: dict[str, list[Tensor]], together: dict[str, list[Tensor]
 
     Not where they read as many other ones: rows of which each depends on the whole batch are in some order too.
     """
-    if alone.keys() != together.keys():
+    if {name: len(calls) for name, calls in alone.items()} != {
+        name: len(calls) for name, calls in together.items()
+    }:
         return True
     pairs = [pair for name in alone for pair in zip(alone[name], together[name], strict=True)]
     return any(
