@@ -389,7 +389,6 @@ def timm_architectures() -> dict[str, Architecture]:
             ),
             large_images,
         ),
-        "EfficientNet (timm)": Architecture(named("efficientnet_b0"), large_images),
     }
 
 
