@@ -18,7 +18,7 @@ from moonshot.pruning import run
 from moonshot.pruning.checkpoint import Checkpoint, CheckpointError, remove
 from moonshot.pruning.fingerprint import data_digest, digest, exact
 from moonshot.pruning.lock import LockedError
-from moonshot.pruning.report import LayerReport, Trial
+from moonshot.pruning.report import LayerReport, PartReport, Trial
 from tests.models import JOINT, decoder, network, tokens, weights
 
 REPORT = LayerReport("a.b", (2, 4), "2:4", 0.5, 0.1, {"reconstruction": 0.1}, 0.0, "converged", 1.5, 0.2)
@@ -244,6 +244,36 @@ def test_a_damaged_answer_is_said_and_not_used(tmp_path, damage):
         assert again.done == {"other"}
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    with Checkpoint(tmp_path, {}) as checkpoint:
+        checkpoint.store("layer", torch.ones(1, 2, 4), torch.ones(2, 4), REPORT)
+    (tmp_path / "layer.safetensors").unlink()
+    for name in ("layer.safetensors", "trials.json", "part.refit"):
+        os.mkfifo(tmp_path / name)
+    with pytest.warns(UserWarning, match="layer.safetensors is damaged"), Checkpoint(tmp_path, {}) as again:
+        assert again.done == frozenset()
+        with pytest.warns(UserWarning, match="trials.json is damaged"):
+            assert again.trials() is None
+        with pytest.warns(UserWarning, match="part.refit is damaged"):
+            assert again.part("part", [torch.ones(2)]) is None
+    (tmp_path / "work.json").unlink()
+    os.mkfifo(tmp_path / "work.json")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        Checkpoint(tmp_path, {})
+
+
+def test_a_refit_of_other_shapes_is_not_used(tmp_path):
+    """Rows would be copied to the places of several."""
+    pruned, report = [torch.ones(2, 4)], PartReport("part", 1.0, 0.5, 1.0, 0.5, 3, 0.1)
+    with Checkpoint(tmp_path, {}) as checkpoint:
+        checkpoint.store_part("part", pruned, [torch.ones(1, 4)], report)
+        with pytest.warns(UserWarning, match="part.refit is damaged: the part is refitted again"):
+            assert checkpoint.part("part", pruned) is None
+        checkpoint.store_part("part", pruned, [torch.zeros(2, 4)], report)
+        (found,), _ = checkpoint.part("part", pruned)
+        assert torch.equal(found, torch.zeros(2, 4))
+
+
 def test_a_run_solves_a_damaged_layer_again(tmp_path):
     whole, model = decoder(), decoder()
     work = dict(solver=ms.SparseGPT(), targets="*.0.mlp.*")
@@ -258,7 +288,8 @@ def test_a_run_solves_a_damaged_layer_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", "", '{"best": "a", "trials": [{"name": "a"}]}', '{"best": 1, "trials": 2}']
+    "text",
+    ["[]", "{}", "", '{"found": 1}', '{"found": ["a", []], "digest": ""}', "[" * 10**5],
 )
 def test_damaged_trials_are_made_again(tmp_path, text):
     with Checkpoint(tmp_path, {}) as checkpoint:

@@ -93,6 +93,8 @@ class Checkpoint:
             raise CheckpointError(f"{file} was damaged while this runs: start again to do the layer again")
         (weight,), report, before = found
         self._same(before, [dense], name)
+        if not _shaped([weight], [dense.flatten(0, 1)]):
+            raise CheckpointError(f"{file} has another shape than the layer: remove it to do the layer again")
         return weight, report
 
     def store_part(
@@ -109,8 +111,8 @@ class Checkpoint:
         file = self.folder / f"{quote(name, safe='')}{_PART}"
         if not file.exists():
             return None
-        found = _read(file, PartReport)
-        if found is None:
+        found, pruned = _read(file, PartReport), list(pruned)
+        if found is None or not _shaped(found[0], pruned):
             self._damaged(file, "the part is refitted")
             return None
         tensors, report, before = found
@@ -126,8 +128,8 @@ class Checkpoint:
 
     def store_trials(self, best: str, trials: list[Trial]) -> None:
         """Write the name of the best objective, and what all of them gave."""
-        found = {"best": best, "trials": [asdict(trial) for trial in trials]}
-        self._write(_TRIALS, json.dumps(found, indent=2).encode())
+        found = [best, [asdict(trial) for trial in trials]]
+        self._write(_TRIALS, json.dumps({"found": found, "digest": digest(found)}, indent=2).encode())
 
     def trials(self) -> tuple[str, list[Trial]] | None:
         """What `store_trials` was given, None if it was not or is damaged."""
@@ -135,11 +137,14 @@ class Checkpoint:
         if not file.exists():
             return None
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            return str(found["best"]), [Trial(**trial) for trial in found["trials"]]
-        except (OSError, ValueError, TypeError, KeyError):
-            self._damaged(file, "objectives are tried")
-            return None
+            stored: Any = _json(file)
+            best, trials = stored["found"]
+            if stored["digest"] == digest([best, trials]):
+                return best, [Trial(**trial) for trial in trials]
+        except (ValueError, TypeError, KeyError):
+            pass
+        self._damaged(file, "objectives are tried")
+        return None
 
     def _store(
         self, name: str, tensors: Iterable[Tensor], report: LayerReport | PartReport, before: Iterable[Tensor]
@@ -183,10 +188,7 @@ def work_of(folder: Path) -> dict[str, Any] | None:
     """
     if not folder.is_dir() or {file.name for file in folder.iterdir()} <= {_LOCK, f"work{_PARTIAL}"}:
         return None
-    try:
-        work = json.loads((folder / _WORK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        work = None
+    work = _json(folder / _WORK)
     if not isinstance(work, dict):
         raise CheckpointError(
             f"{folder} is no checkpoint: choose an empty folder, or one that is not there yet"
@@ -206,9 +208,9 @@ def refuse_other(folder: Path, earlier: Mapping[str, Any], work: Mapping[str, An
 def remove(folder: Path) -> None:
     """Remove the files that a checkpoint wrote into a folder, and the folder if nothing else is in it."""
     folder = folder.resolve()
-    try:
-        layers = json.loads((folder / _WORK).read_text(encoding="utf-8"))["patterns"]
-    except (OSError, ValueError, KeyError, TypeError):
+    work = _json(folder / _WORK)
+    layers = work.get("patterns") if isinstance(work, dict) else None
+    if not isinstance(layers, dict):
         return  # it is none, or was removed before
     for file in folder.iterdir():
         if _is_ours(file.name, layers):
@@ -228,8 +230,22 @@ def _is_ours(name: str, layers: Iterable[str]) -> bool:
     return name in others or (kind in ("safetensors", "refit", "partial") and known)
 
 
+def _shaped(tensors: list[Tensor], others: list[Tensor]) -> bool:
+    return [tensor.shape for tensor in tensors] == [other.shape for other in others]
+
+
+def _json(file: Path) -> Any:
+    """What a file of JSON holds; None where it is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def _read(file: Path, kind: type[AnyReport]) -> tuple[list[Tensor], AnyReport, str] | None:
     """The tensors of a file, their report, and the digest of what they are for; None where it is damaged."""
+    if not file.is_file():  # a pipe would be waited for
+        return None
     try:
         with safe_open(file, "pt") as opened:
             about, names = opened.metadata(), list(opened.keys())
