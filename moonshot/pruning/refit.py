@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moonshot.errors import ArgumentError
+from moonshot.errors import ArgumentError, check_count, check_number
 from moonshot.models.batchnorm import running_statistics
 from moonshot.models.calibration import (
     Batch,
@@ -54,8 +54,9 @@ class Refit:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ArgumentError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+            check_count(name, getattr(self, name))
+        for name in ("lr", "share"):
+            check_number(name, getattr(self, name))
         if not 0 < self.lr < math.inf:
             raise ArgumentError(f"lr must be positive, got {self.lr!r}")
         if not 0 < self.share < 1:
