@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,10 +98,38 @@ def test_the_same_command_is_done_already(monkeypatch, tmp_path, capsys, argumen
     assert (tmp_path / "out" / "report.json").read_bytes() == before
     assert run(monkeypatch, *command, "--seed", 1) == 1
     assert "out exists" in capsys.readouterr().err
+
+
+def test_what_is_done_is_done_for_the_same_files(monkeypatch, tmp_path, capsys, arguments):
+    data, elsewhere = tmp_path / "here" / "texts", tmp_path / "elsewhere" / "texts"
+    for folder in (data, elsewhere):
+        folder.mkdir(parents=True)
+        for name in ("a.txt", "b.txt"):
+            (folder / name).write_text((DEMO / "heldout.txt").read_text()[:20000])
+    command = [*arguments, "--data", "texts", "--checkpoint", tmp_path / "answers"]
+
+    def assert_done(whether):
+        assert run(monkeypatch, *command) == 1 - whether
+        said = capsys.readouterr()
+        assert ("done already" in said.out) == whether and ("out exists" in said.err) != whether
+
+    monkeypatch.chdir(data.parent)
+    assert run(monkeypatch, *command) == 0
+    assert_done(True)
+    monkeypatch.chdir(elsewhere.parent)
+    assert_done(False)
+    monkeypatch.chdir(data.parent)
+    assert_done(True)
+    (data / "b.txt").rename(data / "b.md")
+    assert_done(False)
+    (data / "b.md").rename(data / "b.txt")
+    assert_done(False)  # it may be another
+    shutil.rmtree(tmp_path / "out")
+    assert run(monkeypatch, *command) == 0
+    assert_done(True)
     config = Path(arguments[1]) / "config.json"
-    config.write_text(config.read_text())  # the model may be another now
-    assert run(monkeypatch, *command) == 1
-    assert "out exists" in capsys.readouterr().err
+    config.write_text(config.read_text())
+    assert_done(False)
 
 
 def test_a_checkpoint_of_other_work_is_refused_at_once(monkeypatch, tmp_path, capsys, arguments):
@@ -277,9 +306,6 @@ def test_a_tokenizer_of_another_model(monkeypatch, tmp_path, capsys, arguments):
 
 
 def test_running_out_of_memory_is_one_line(monkeypatch, capsys):
-    def exhausted():
-        raise MemoryError
-
-    monkeypatch.setattr(cli, "app", exhausted)
+    monkeypatch.setattr(cli, "app", partial(bytes, 2**62))
     assert run(monkeypatch) == 1
     assert capsys.readouterr().err == "moonshot: out of memory\n"
