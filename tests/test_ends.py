@@ -209,6 +209,8 @@ def test_what_moonshot_wrote_is_replaced_on_demand(monkeypatch, tmp_path, capsys
         (["--targets", "nothing"], "matches no layer"),
         (["--data", ""], "the data has no name: give a text file"),
         (["--save", ""], "cannot save to '.': give the name of a folder to write"),
+        (["--checkpoint", ""], "cannot store answers in '.': give the name of a folder of their own"),
+        (["--checkpoint", ".."], "cannot store answers in '..': give the name"),
         (["--allocate"], "--allocate shares out a fraction of zeros, such as --sparsity 0.5, not 2:4"),
         (["--pattern", "1:3"], "(--unfit skip)"),
         (

@@ -200,6 +200,7 @@ class PruneCommand:
             raise ArgumentError(f"--seed is a number from 0 to 2^63 - 1, got {self.seed}")
         Recipe(self.objective, self.solver, factors=self.factors, dampening_frac=self.dampening_frac)
         if self.checkpoint is not None:
+            checkpoint.check_name(self.checkpoint)
             check_apart("--save", self.save, "--checkpoint", self.checkpoint)
         if self.overwrite:
             check_apart("--save", self.save, "the model", Path(self.model))

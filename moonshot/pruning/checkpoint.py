@@ -43,6 +43,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path, work: Mapping[str, Any]):
+        check_name(Path(folder))
         self.folder = Path(folder).resolve()
         text = json.dumps(dict(work), indent=2)
         with self._writing():
@@ -179,6 +180,14 @@ class Checkpoint:
             raise OSError(
                 f"cannot store answers in {self.folder}: {error}; free some space or choose another folder"
             ) from error
+
+
+def check_name(folder: Path) -> None:
+    """Raises CheckpointError for a path without a name, such as "" or ".."."""
+    if folder.name in ("", ".."):
+        raise CheckpointError(
+            f"cannot store answers in {str(folder)!r}: give the name of a folder of their own"
+        )
 
 
 def work_of(folder: Path) -> dict[str, Any] | None:
