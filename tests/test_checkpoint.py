@@ -252,6 +252,19 @@ def test_a_damaged_answer_is_said_and_not_used(tmp_path, damage):
         assert again.done == {"other"}
 
 
+def test_nothing_is_written_through_a_link(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    with Checkpoint(tmp_path / "answers", {}) as checkpoint:
+        for name in ("layer.safetensors", "layer.partial", "trials.partial"):
+            (tmp_path / "answers" / name).symlink_to(precious)
+        checkpoint.store("layer", torch.ones(1, 2, 4), torch.ones(2, 4), REPORT)
+        checkpoint.store_trials("best", [])
+    with Checkpoint(tmp_path / "answers", {}) as again:
+        assert again.done == {"layer"}
+    assert precious.read_text() == "mine"
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     with Checkpoint(tmp_path, {}) as checkpoint:
         checkpoint.store("layer", torch.ones(1, 2, 4), torch.ones(2, 4), REPORT)

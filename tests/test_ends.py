@@ -199,7 +199,7 @@ def test_what_moonshot_wrote_is_replaced_on_demand(monkeypatch, tmp_path, capsys
         (["--dampening-frac", -0.1], "dampening_frac must be a number of 0 or more"),
         (["--dampening-frac", "nan"], "dampening_frac must be a number of 0 or more"),
         (["--seed", -1], "--seed is a number from 0"),
-        (["--nsamples", 0], "at least one sample"),
+        (["--nsamples", 0], "--nsamples is at least one image or window of text"),
         (["--seqlen", 65], "the model has 64 positions"),
         (["--nsamples", 10**8], "give more text"),
         (

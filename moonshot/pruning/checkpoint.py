@@ -161,7 +161,8 @@ class Checkpoint:
         file = self.folder / name
         partial = file.with_suffix(_PARTIAL)
         with self._writing():
-            with open(partial, "wb") as stream:
+            partial.unlink(missing_ok=True)
+            with open(partial, "xb") as stream:  # never what a link leads to
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
