@@ -211,13 +211,16 @@ def test_what_moonshot_wrote_is_replaced_on_demand(monkeypatch, tmp_path, capsys
         (["--save", ""], "cannot save to '.': give the name of a folder to write"),
         (["--checkpoint", ""], "cannot store answers in '.': give the name of a folder of their own"),
         (["--checkpoint", ".."], "cannot store answers in '..': give the name"),
-        (["--allocate"], "--allocate shares out a fraction of zeros, such as --sparsity 0.5, not 2:4"),
+        (
+            ["--allocate", "--nsamples", 8],
+            "--allocate shares out a fraction of zeros, such as --sparsity 0.5, not 2:4",
+        ),
         (["--pattern", "1:3"], "(--unfit skip)"),
         (
             ["--solver", "sparsegpt", "--pattern", "tests.examples.blocks:Blocks(sparsity=0.5)"],
             "SparseGPT cannot prune model.layers.0.self_attn.q_proj to 50% of",
         ),
-        (["--allocate", "--choice", "2;4"], "cannot read the pattern"),
+        (["--allocate", "--nsamples", 8, "--choice", "2;4"], "cannot read the pattern"),
         (["--data", "{}/gone.txt"], "is no file, folder or loadable dataset"),
         (["--checkpoint", "{}"], "--save {}/out and --checkpoint {} must be folders apart"),
         (["--checkpoint", "{}/out/deep/er"], "must be folders apart"),
