@@ -109,6 +109,7 @@ def prune(
     refit: options.Refit = False,
     bound: options.Bound = False,
     adapter: options.AdapterName = None,
+    text_column: options.TextColumn = None,
     nsamples: options.Samples = 128,
     seqlen: options.Seqlen = None,
     seed: options.Seed = 0,
@@ -116,6 +117,7 @@ def prune(
     compact: options.Compact = False,
     html: options.Html = None,
     config: options.Config = None,
+    eval: options.Eval = None,
     dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     memory: options.Memory = None,
@@ -133,6 +135,8 @@ def prune(
         pattern=parse_pattern(pattern, sparsity, columns),
         objective=parse_objective(objective),
         solver=parse_solver(solver, solver_option or ()),
+        text_column=text_column,
+        held_out=eval,
         nsamples=nsamples,
         seqlen=seqlen,
         seed=seed,
@@ -165,32 +169,43 @@ def prune(
 @app.command("eval")
 def evaluate(
     model: options.Model,
-    data: options.Data,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="wikitext2 or c4, by the field's protocols; or text or images of your own, as prune takes them.",
+            autocompletion=options.completing("wikitext2", "c4"),
+        ),
+    ] = None,
+    text_column: options.TextColumn = None,
     seqlen: options.Seqlen = None,
     nsamples: Annotated[
         int, typer.Option(help="Windows from the start of the text, or images; 0 for all.")
     ] = 0,
+    tasks: Annotated[
+        str | None, typer.Option(help="Zero-shot tasks of lm-eval, such as arc_easy,winogrande.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: a folder with YAML files of your own tasks.")
+    ] = None,
     trust_remote_code: options.Trust = False,
     config: options.Config = None,
 ) -> None:
-    """Print the perplexity of a causal language model on a text, or the accuracy of an image classifier."""
-    from moonshot.app.data import pictures, text_windows
-    from moonshot.app.prune import print_skipped
-    from moonshot.files.compact import load_any
-    from moonshot.files.load import Source
-    from moonshot.files.text import read_text
-    from moonshot.models.evaluation import accuracy, perplexity
-    from moonshot.models.images import ImageBatches
+    """Print the perplexity and zero-shot accuracies of a causal language model, or the accuracy of an image classifier.
 
-    source = Source(model, trust_remote_code)
-    if source.is_image_classifier:
-        found = pictures(data, seqlen)
-        images = ImageBatches(source.skeleton(), source.processor, found, nsamples or None, 0)
-        say(console, f"accuracy {accuracy(load_any(source), images)}")
-        print_skipped(console, images.skipped)
-    else:
-        ids = text_windows(source, read_text(data), nsamples or None, seqlen, None)
-        say(console, f"perplexity {perplexity(load_any(source), ids)}")
+    For a folder that moonshot pruned, the dense model's figures too, where it is on this machine.
+    """
+    from moonshot.app.evaluate import EvalCommand
+
+    EvalCommand(
+        model=model,
+        data=data,
+        seqlen=seqlen,
+        nsamples=nsamples,
+        tasks=tasks,
+        include_path=include_path,
+        text_column=text_column,
+        trust_remote_code=trust_remote_code,
+    ).run(console)
 
 
 @app.command()

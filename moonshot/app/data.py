@@ -1,44 +1,95 @@
 """Calibration and test data as the command line names them: windows of text, or labelled images."""
 
+from dataclasses import dataclass, field
+
 from torch import Tensor
 
 from moonshot.errors import ArgumentError
+from moonshot.files import protocols
 from moonshot.files.load import Source
+from moonshot.files.text import read_texts
 from moonshot.models.calibration import CalibrationError, windows
 from moonshot.models.images import Pictures, find_pictures
 
 _SEQLEN = 2048
 
 
-def text_windows(
-    source: Source, text: str, samples: int | None, seqlen: int | None, seed: int | None
-) -> Tensor:
-    """Token ids (samples, seqlen), from random places, or from the start on without a seed.
+@dataclass
+class Windows:
+    """Token ids (samples, seqlen) of the data. title: what it is; skipped: why files of it are not in it."""
 
-    samples: None for as many windows as the text has. seqlen: None for 2048, or as many positions as the model has.
+    ids: Tensor
+    title: str
+    skipped: list[str] = field(default_factory=list)
+
+
+def calibration_windows(
+    source: Source, data: str, samples: int, seqlen: int | None, seed: int, column: str | None = None
+) -> Windows:
+    """Windows at random places of a data set of the field, by its protocol, or of any other text.
+
+    seqlen: None for 2048, or as many positions as the model has. column: of rows (`read_texts`).
     Raises CalibrationError for more tokens than the text, the model's positions or its vocabulary have.
     """
-    config = source.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)  # None in a model that can read any number
+    length = _context(source, seqlen)
+    if data in protocols.PROTOCOLS:
+        ids = protocols.calibration_windows(data, source.processor, samples, length, seed)
+        found = Windows(ids, protocols.protocol(data).calibration.title)
+    else:
+        texts = read_texts(data, source.processor, column)
+        found = Windows(windows(source.processor, texts.text, samples, length, seed), data, texts.skipped)
+    return _fitting(source, found)
+
+
+def held_out_windows(
+    source: Source, data: str, samples: int | None, seqlen: int | None, column: str | None = None
+) -> Windows:
+    """Windows one after the other: what perplexity is measured on; as `calibration_windows`.
+
+    samples: how many from the start on; None for as many as there are.
+    """
+    length = _context(source, seqlen)
+    if data in protocols.PROTOCOLS:
+        ids = protocols.evaluation_windows(data, source.processor, length)
+        if samples is not None and samples > len(ids):
+            raise CalibrationError(
+                f"{data} has {len(ids)} windows of {length} tokens, {samples} were asked for"
+            )
+        found = Windows(ids[:samples], protocols.protocol(data).test.title)
+    else:
+        texts = read_texts(data, source.processor, column)
+        if samples is None:
+            tokens = len(source.processor(texts.text, verbose=False)["input_ids"])
+            samples = max(tokens // max(length, 1), 1)
+        found = Windows(windows(source.processor, texts.text, samples, length, None), data, texts.skipped)
+    return _fitting(source, found)
+
+
+def _context(source: Source, seqlen: int | None) -> int:
+    """How many tokens a window has."""
+    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)  # None: any number
     length = min(_SEQLEN, positions or _SEQLEN) if seqlen is None else seqlen
     if positions and length > positions:
         raise CalibrationError(f"--seqlen {length}: the model has {positions} positions, give no more")
-    if samples is None:
-        tokens = len(source.processor(text, verbose=False)["input_ids"])
-        samples = max(tokens // max(length, 1), 1)
-    ids = windows(source.processor, text, samples, length, seed)
-    if int(ids.max()) >= config.vocab_size:
+    return length
+
+
+def _fitting(source: Source, found: Windows) -> Windows:
+    size = source.config.get_text_config().vocab_size
+    if int(found.ids.max()) >= size:
         raise CalibrationError(
-            f"the tokenizer of {source.name} has more tokens than the model's {config.vocab_size}: they do not belong "
-            "together"
+            f"the tokenizer of {source.name} has more tokens than the model's {size}: they do not belong together"
         )
-    return ids
+    return found
 
 
-def pictures(data: str, seqlen: int | None) -> Pictures:
+def pictures(data: str, seqlen: int | None, column: str | None = None) -> Pictures:
     """The images that --data names."""
-    if seqlen is not None:
-        raise ArgumentError("--seqlen is tokens of text, and the model is an image classifier: leave it out")
+    for name, value in (("--seqlen is tokens", seqlen), ("--text-column is", column)):
+        if value is not None:
+            raise ArgumentError(f"{name} of text, and the model is an image classifier: leave it out")
     if not data:
         raise ArgumentError("the data has no name: give a folder of images or a dataset")
+    if data in protocols.PROTOCOLS:
+        raise ArgumentError(f"{data} is text, and the model is an image classifier: give images")
     return find_pictures(data)

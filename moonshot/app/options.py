@@ -34,15 +34,30 @@ Data = Annotated[
     str,
     _option(
         CALIBRATION,
-        "A text file or a folder of them; for an image classifier a folder with one sub-folder of images for each "
-        "class; or a datasets name[:config[:split]].",
+        "wikitext2 or c4, by the field's protocols; or a file of text, JSON lines, CSV or Parquet, or a folder of "
+        "them; for an image classifier a folder with one sub-folder of images for each class; or a datasets "
+        "name[:config[:split]].",
+        autocompletion=completing("wikitext2", "c4"),
     ),
+]
+TextColumn = Annotated[
+    str | None,
+    _option(CALIBRATION, "The column of rows that has the text, or chats; text or messages unless given."),
 ]
 Samples = Annotated[int, _option(CALIBRATION, "Calibration samples: windows of text, or images.")]
 Seqlen = Annotated[
     int | None,
     _option(
         CALIBRATION, "Tokens in a sample of text; 2048 unless given, or all positions of a model of fewer."
+    ),
+]
+Eval = Annotated[
+    list[str] | None,
+    _option(
+        RUN,
+        "What to measure before and after, named as --data is, or none; repeat. With wikitext2 or c4 as --data its "
+        "test part unless given.",
+        "--eval",
     ),
 ]
 Seed = Annotated[int, _option(CALIBRATION, "Seed of the calibration samples and random signs.")]

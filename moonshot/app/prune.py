@@ -14,22 +14,23 @@ from torch import Tensor, nn
 
 from moonshot import pruning
 from moonshot.app.config import saved_text
-from moonshot.app.data import pictures, text_windows
+from moonshot.app.data import calibration_windows, pictures
+from moonshot.app.measure import HeldOut
 from moonshot.app.progress import progress
 from moonshot.app.terminal import one_line, say
-from moonshot.errors import ArgumentError
+from moonshot.errors import ArgumentError, MoonshotError
 from moonshot.files import plan as planning
 from moonshot.files.draft import check_apart, check_free
 from moonshot.files.folder import Opened, opened
 from moonshot.files.load import Source
 from moonshot.files.plan import Plan
-from moonshot.files.text import read_text
+from moonshot.files.protocols import PROTOCOLS
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern, Unstructured, as_pattern
 from moonshot.models.adapter import Adapter
 from moonshot.models.blocks import find_blocks
 from moonshot.models.calibration import as_batches, tokens_at_once
-from moonshot.models.evaluation import accuracy, perplexity
+from moonshot.models.evaluation import Accuracy, Perplexity, accuracy, perplexity
 from moonshot.models.images import ImageBatches
 from moonshot.models.layers import layers_of
 from moonshot.models.roles import heads, routers
@@ -45,7 +46,7 @@ from moonshot.pruning.layer_patterns import check_fits
 from moonshot.pruning.lock import LockedError
 from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, Recipe
 from moonshot.pruning.refit import Refit
-from moonshot.pruning.report import Report
+from moonshot.pruning.report import Evaluation, Report
 from moonshot.solvers import Solver
 
 SETTINGS = "run.yaml"  # in a saved folder: the options that repeat the run
@@ -69,6 +70,8 @@ class PruneCommand:
     pattern: Pattern
     objective: Objective | str
     solver: Solver
+    text_column: str | None = None
+    held_out: list[str] | None = None
     nsamples: int = 128
     seqlen: int | None = None
     seed: int = 0
@@ -116,33 +119,46 @@ class PruneCommand:
         source.check_files()
         skeleton = source.skeleton()
         layers = self._check_layers(skeleton)
-        calibration, broken = self._calibration(source, skeleton)
-        if broken:
-            print_skipped(console, broken)
+        calibration, skipped = self._calibration(source, skeleton)
+        print_skipped(console, skipped, source.is_image_classifier)
         if self.dry_run:
             self._say_what_it_would_do(source, skeleton, layers, calibration, console)
             return
+        held_out = self._held_out(source, console)
         with self._saying_what_there_is():
-            self._prune(source, calibration, broken, console)
+            self._prune(source, calibration, held_out, skipped, console)
             self._remove_checkpoint()
         say(console, f"saved: {self.save}")
         if self.html is not None:
             say(console, f"report: {self.html}")
         say(console, _GAINS["shrink" if self.shrink else "compact" if self.compact else "zeros"])
 
-    def _prune(self, source: Source, calibration: Any, broken: list[str] | None, console: Console) -> None:
+    def _prune(
+        self, source: Source, calibration: Any, held_out: list[HeldOut], skipped: list[str], console: Console
+    ) -> None:
         """From the opened model to the saved one."""
         with opened(source, self.save, overwrite=self.overwrite) as work:
             plan = self._plan(work.model, calibration, _device(work.model))
             scratch = self._scratch(plan, work, console)
-            before = self._measured(work.model, calibration)
+            if scratch is not None and held_out:
+                say(console, "the model does not fit into memory: measure it afterwards, by moonshot eval")
+                held_out = []
+            before = self._measured(work.model, calibration, held_out)
+            for data, figure in before.items():
+                say(console, f"{data}: {figure.name} {figure} dense")
+            work.release()
             report = self._pruned(work, calibration, scratch, console)
             report.recipe.update(
                 model=self.model, data=self.data, command=self.command, read_from=self._read_from
             )
-            if broken is not None:
-                report.recipe["broken_images"] = len(broken)
-            report.before, report.after = before, self._measured(work.model, calibration)
+            if source.is_image_classifier:
+                report.recipe["broken_images"] = len(skipped)
+            after = self._measured(work.model, calibration, held_out)
+            report.before, report.after = _listed(before), _listed(after)
+            if held_out:
+                report.evaluations = [
+                    Evaluation(data, before[data].name, before[data], after[data]) for data in after
+                ]
             say(console, str(report))
             if self.shrink:
                 work.replace(shrink(work.model))
@@ -157,14 +173,15 @@ class PruneCommand:
         """A file for --config that repeats the run, wherever it is saved."""
         return saved_text(self.settings, report.versions, without=_WHERE)
 
-    def _measured(self, model: nn.Module, calibration: Any) -> str:
-        """How good the model is on the calibration samples, for the HTML report."""
-        if self.html is None:
-            return ""
-        if not isinstance(calibration, Tensor):
-            return f"accuracy {accuracy(model, calibration)}, on the calibration images"
-        batch_size = max(tokens_at_once(model) // calibration.shape[1], 1)
-        return f"perplexity {perplexity(model, calibration, batch_size)}, on the calibration text"
+    def _measured(
+        self, model: nn.Module, calibration: Any, held_out: list[HeldOut]
+    ) -> dict[str, Perplexity | Accuracy]:
+        """How good the model is: on held-out data, or on the calibration samples where an HTML report is to say it."""
+        if held_out or self.html is None:
+            return {each.title: each.measure(model) for each in held_out}
+        if isinstance(calibration, Tensor):
+            return {"the calibration text": perplexity(model, calibration)}
+        return {"the calibration images": accuracy(model, calibration)}
 
     def _check(self) -> None:
         """Raises ValueError or TypeError for arguments that nothing can be done with."""
@@ -277,14 +294,33 @@ class PruneCommand:
         """The objective, or one with all terms of those that "auto" tries."""
         return DEFAULT_OBJECTIVE if isinstance(self.objective, str) else self.objective
 
-    def _calibration(self, source: Source, skeleton: nn.Module) -> tuple[Any, list[str] | None]:
-        """The calibration data, and the names of broken images; None for text."""
+    def _calibration(self, source: Source, skeleton: nn.Module) -> tuple[Any, list[str]]:
+        """The calibration data, and what of it is left out: images that are broken, files that are no text."""
         if not source.is_image_classifier:
-            text = read_text(self.data)
-            return text_windows(source, text, self.nsamples, self.seqlen, self.seed), None
-        found = pictures(self.data, self.seqlen)
-        batches = ImageBatches(skeleton, source.processor, found, self.nsamples, self.seed)
+            found = calibration_windows(
+                source, self.data, self.nsamples, self.seqlen, self.seed, self.text_column
+            )
+            return found.ids, found.skipped
+        images = pictures(self.data, self.seqlen, self.text_column)
+        batches = ImageBatches(skeleton, source.processor, images, self.nsamples, self.seed)
         return list(batches), batches.skipped
+
+    def _held_out(self, source: Source, console: Console) -> list[HeldOut]:
+        """What to measure before and after: the test part of a data set of the field unless something is named."""
+        names = self.held_out
+        if names is None and self.data in PROTOCOLS:
+            names = [self.data]
+        elif names is None and not source.is_image_classifier:
+            say(console, "perplexity before and after is measured with --eval wikitext2, c4 or a file")
+        try:
+            return [
+                HeldOut(source, name, None, self.seqlen, self.text_column)
+                for name in names or ()
+                if name != "none"
+            ]
+        except MoonshotError as error:
+            error.add_note("(--eval none prunes without measuring)")
+            raise
 
     def _is_done(self) -> bool:
         """Whether this command has saved its model already, and was ended before it said so.
@@ -454,8 +490,12 @@ def _default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def print_skipped(console: Console, skipped: list[str]) -> None:
-    """Name the images that could not be read, if there are any."""
+def print_skipped(console: Console, skipped: list[str], images: bool) -> None:
+    """Name what of the data could not be read, if there is anything."""
     if skipped:
         names = ", ".join(map(one_line, skipped))
-        say(console, f"{len(skipped)} broken images skipped: {names}")
+        say(console, f"{len(skipped)} {'broken images' if images else 'files'} skipped: {names}")
+
+
+def _listed(figures: Mapping[str, Perplexity | Accuracy]) -> str:
+    return "; ".join(f"{figure.name} {figure}, on {data}" for data, figure in figures.items())

@@ -36,6 +36,7 @@ def model_card(report: Report, source: Source | None) -> str:
         "The zeros are stored as they are, so that the model loads as the dense one does, takes as much space and runs "
         "as fast. A layer's mask is `weight != 0`; `report.json` has the figures of every layer.",
     ]
+    lines += [part for evaluation in report.evaluations for part in ("", f"{evaluation}.")]
     if "command" in recipe:
         lines += ["", "    " + str(recipe["command"])]
     lines += ["", "| recipe | |", "|---|---|"]

@@ -1,6 +1,7 @@
 """Calibration data: whatever a caller has, as a list of batches for `model(**batch)`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -248,15 +249,58 @@ def open_dataset(data: str) -> Any:
 
     Raises CalibrationError where it does not load.
     """
+    name, configuration, split = [*data.split(":"), "", ""][:3]
+    try:
+        return load_split(name, split or "train", configuration or None)
+    except ConnectionError as error:
+        raise CalibrationError(
+            f"{data!r} is no file or folder, and as a dataset it cannot be reached: {error}"
+        ) from error
+    except OSError as error:
+        raise CalibrationError(f"{data!r} is no file, folder or loadable dataset: {error}") from error
+
+
+def load_split(name: str, split: str, configuration: str | None = None, file: str | None = None) -> Any:
+    """One split of a dataset by `datasets`, which prints nothing meanwhile.
+
+    name: of the dataset, or a folder. file: of the dataset's files, the one to read.
+
+    Raises ConnectionError where it is not here and cannot be reached, OSError for all else that goes wrong.
+    """
     with from_extra("cli"):
         from datasets import load_dataset
 
-    name, configuration, split = [*data.split(":"), "", ""][:3]
     try:
-        return load_dataset(name, configuration or None, split=split or "train")
+        with _silent():
+            return load_dataset(
+                name, configuration, split=split, data_files=None if file is None else {split: file}
+            )
+    except MemoryError:
+        raise
     except Exception as error:  # the library has no common base class for what it raises
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CalibrationError(f"{data!r} is no file, folder or loadable dataset: {first}") from error
+        raise (ConnectionError if isinstance(error, ConnectionError) else OSError)(first) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """datasets and huggingface_hub print nothing meanwhile: what they would say of a failure is in its error."""
+    import datasets
+    import huggingface_hub
+
+    libraries = [datasets.logging, huggingface_hub.utils.logging]
+    levels = [logging.get_verbosity() for logging in libraries]
+    bars = datasets.are_progress_bars_disabled()
+    for logging in libraries:
+        logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for logging, level in zip(libraries, levels, strict=True):
+            logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def windows(tokenizer: Any, text: str, samples: int, length: int, seed: int | None = 0) -> Tensor:

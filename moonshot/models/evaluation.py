@@ -1,16 +1,20 @@
 """How good a model is: perplexity, always with its context length, and accuracy, with its number of images."""
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moonshot.errors import ArgumentError, ArgumentTypeError
-from moonshot.models.calibration import Batch, check_vocabulary
+from moonshot.models.calibration import Batch, check_vocabulary, tokens_at_once
 from moonshot.models.losses import model_loss
 from moonshot.models.modules import evaluating
+
+_LARGEST = math.log(sys.float_info.max)  # a loss whose exp is still a number
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,18 @@ class Perplexity:
     context: int
     windows: int
 
+    name: ClassVar[str] = "perplexity"
+
     def __str__(self) -> str:
         return f"{self.value:.2f} (context {self.context}, {self.windows} windows)"
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, ids: Tensor, batch_size: int = 8) -> Perplexity:
+def perplexity(model: nn.Module, ids: Tensor, batch_size: int | None = None) -> Perplexity:
     """Perplexity of a causal language model.
 
-    ids: token ids (windows, context). batch_size: windows at once.
+    ids: token ids (windows, context).
+    batch_size: windows at once; unless given as many as 2048 tokens are, fewer where the vocabulary is large.
     """
     if not isinstance(ids, Tensor):
         raise ArgumentTypeError(f"ids must be a tensor (windows, context), got {type(ids).__name__}")
@@ -40,10 +47,12 @@ def perplexity(model: nn.Module, ids: Tensor, batch_size: int = 8) -> Perplexity
     check_vocabulary(model, [{"input_ids": ids}])
     device = next(model.parameters()).device
     total = 0.0
+    size = max(tokens_at_once(model) // ids.shape[1], 1) if batch_size is None else batch_size
     with evaluating(model):
-        for part in ids.split(batch_size):
+        for part in ids.split(size):
             total += float(model_loss(model, {"input_ids": part.to(device)})) * len(part)
-    return Perplexity(math.exp(total / len(ids)), ids.shape[1], len(ids))
+    mean = total / len(ids)
+    return Perplexity(math.exp(mean) if mean < _LARGEST else math.inf, ids.shape[1], len(ids))
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class Accuracy:
 
     value: float
     images: int
+
+    name: ClassVar[str] = "accuracy"
 
     def __str__(self) -> str:
         return f"{100 * self.value:.2f} % ({self.images} images)"

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from moonshot.models.evaluation import Accuracy, Perplexity
 from moonshot.models.targets import listed
 
 
@@ -70,6 +71,19 @@ class Trial:
         return f"tried {self.name}: held-out loss {self.loss:.4f}, gain {self.gain:+.4f} +- {self.error:.4f}"
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model reached before and after it was pruned. data: what on; metric: "perplexity" or "accuracy"."""
+
+    data: str
+    metric: str
+    dense: Perplexity | Accuracy
+    pruned: Perplexity | Accuracy
+
+    def __str__(self) -> str:
+        return f"{self.data}: {self.metric} {self.dense} dense, {self.pruned} pruned"
+
+
 @dataclass
 class Report:
     """A pruned model: its layers by name, the recipe that made it, and what that took.
@@ -81,6 +95,7 @@ class Report:
     unused: the calibration samples that were left out, with the reason.
     resumed: how many layers' answers an earlier run had left in a checkpoint.
     parts: those that were refitted, by name; empty unless that was asked for.
+    evaluations: the model before and after on data that it was not calibrated on, where that was measured.
     before, after: what the model was measured at before and after, as text; empty where nobody measured.
     trials: what objective="auto" tried (selection.best_on_held_out), empty otherwise.
     seconds: wall-clock time. peak_memory: the most bytes that were resident at once.
@@ -95,6 +110,7 @@ class Report:
     parts: dict[str, PartReport] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
     before: str = ""
     after: str = ""
     resumed: int = 0
