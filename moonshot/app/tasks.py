@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -40,24 +40,28 @@ class Harness:
     """
 
     def __init__(self, tasks: list[str], include_path: Path | None = None):
-        with from_extra("eval"), _silent():
-            import accelerate  # noqa: F401 - the harness's models need it
-            import lm_eval
-            from lm_eval.tasks import TaskManager
         if include_path is not None and not include_path.is_dir():
             raise ArgumentError(
                 f"--include-path {include_path} is no folder: give one with YAML files of tasks"
             )
+        with from_extra("eval"), _silent():
+            import lm_eval
+            from lm_eval.models import huggingface  # noqa: F401 - says now what it lacks
+            from lm_eval.tasks import TaskManager
+
         self.version = lm_eval.__version__
         with _silent():
-            self._manager = TaskManager(include_path=None if include_path is None else str(include_path))
-        self._tasks = [name for task in tasks for name in self._matching(task)]
+            if include_path is not None:  # alone, for the harness's own are thousands of files
+                self._manager = TaskManager(include_path=str(include_path), include_defaults=False)
+            if include_path is None or not all(map(self._matching, tasks)):
+                self._manager = TaskManager(include_path=include_path and str(include_path))
+        self._tasks = [name for task in tasks for name in self._matching(task) or self._refuse(task)]
 
     def _matching(self, task: str) -> list[str]:
-        known = self._manager.all_tasks
-        if found := fnmatch.filter(known, task):
-            return found
-        close = get_close_matches(task, known, 1)
+        return fnmatch.filter(self._manager.all_tasks, task)
+
+    def _refuse(self, task: str) -> NoReturn:
+        close = get_close_matches(task, self._manager.all_tasks, 1)
         raise ArgumentError(
             f"--tasks: lm-eval {self.version} has no task {task!r}"
             + (
@@ -98,11 +102,14 @@ def _results(found: dict[str, dict[str, Any]]) -> Iterator[TaskResult]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """The harness and what it needs print nothing meanwhile."""
-    before = logging.root.manager.disable
+    """The harness, what it needs and the programs that it starts print nothing meanwhile."""
+    before, error = logging.root.manager.disable, os.dup(2)
     logging.disable(logging.CRITICAL)
     try:
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+            os.dup2(nothing.fileno(), 2)
             yield
     finally:
+        os.dup2(error, 2)
+        os.close(error)
         logging.disable(before)
