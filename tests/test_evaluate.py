@@ -164,7 +164,7 @@ def accuracy_by_hand(folder, rows):
     for row in rows:
         start, likelihoods = len(tokenizer(row["question"])["input_ids"]), []
         for choice in row["choices"]:
-            ids = torch.tensor(tokenizer(row["question"] + choice)["input_ids"])
+            ids = torch.tensor(tokenizer(f"{row['question']} {choice}")["input_ids"])
             with torch.no_grad():
                 logs = model(ids[None]).logits[0].log_softmax(-1)
             likelihoods.append(float(logs[range(start - 1, len(ids) - 1), ids[start:]].sum()))
@@ -177,10 +177,10 @@ def test_a_task_of_one_s_own_by_lm_eval(run, tmp_path):
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [
-        {"question": "import", "choices": [" os", " zebra"], "answer": 0},
-        {"question": "def", "choices": [" (", " main("], "answer": 1},
-        {"question": "for i in", "choices": [" range", " import"], "answer": 0},
-        {"question": "return", "choices": [" None", " else"], "answer": 0},
+        {"question": "import", "choices": ["os", "zebra"], "answer": 0},
+        {"question": "def", "choices": ["(", "main("], "answer": 1},
+        {"question": "for i in", "choices": ["range", "import"], "answer": 0},
+        {"question": "return", "choices": ["None", "else"], "answer": 0},
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "next_word.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
