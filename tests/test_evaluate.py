@@ -102,6 +102,8 @@ def test_files_that_are_no_text_are_named(run, tmp_path):
         (["dense"], "say what to measure: --data wikitext2"),
         (["dense", "--data", "c4", "--include-path", "."], "add --tasks"),
         (["dense", "--data", "c4", "--seqlen", 1], "at least two tokens"),
+        (["dense", "--data", "./wikitext"], "is no file, folder or loadable dataset"),
+        (["dense", "--data", "./wikitext2"], "(did you mean wikitext2?)"),
         (
             ["dense", "--data", "c4", "--seqlen", 8, "--nsamples", 999],
             "windows of 8 tokens, 999 were asked for",
@@ -132,6 +134,14 @@ def test_too_little_memory_is_one_line(run, monkeypatch, error):
     assert "not enough memory to run the model: give a smaller --seqlen" in run(
         "eval", "dense", "--data", "c4", "--seqlen", 32, status=1
     )
+
+
+def test_a_model_that_does_not_fit_into_memory_is_not_loaded(run, monkeypatch):
+    monkeypatch.setattr(
+        "moonshot.files.plan.free_memory", lambda device: 6 * 10**6
+    )  # of 3.2 M weights of 2 bytes
+    words = "the weights of dense take 0.0 GiB, 0.0 GiB of memory are free"
+    assert words in run("eval", "dense", "--data", "c4", "--seqlen", 32, status=1)
 
 
 def test_a_broken_model_s_perplexity_is_infinite_or_no_number(monkeypatch):

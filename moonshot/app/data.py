@@ -1,13 +1,14 @@
 """Calibration and test data as the command line names them: windows of text, or labelled images."""
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from torch import Tensor
 
 from moonshot.errors import ArgumentError
 from moonshot.files import protocols
 from moonshot.files.load import Source
-from moonshot.files.text import read_texts
+from moonshot.files.text import Texts, read_texts
 from moonshot.models.calibration import CalibrationError, windows
 from moonshot.models.images import Pictures, find_pictures
 
@@ -36,7 +37,7 @@ def calibration_windows(
         ids = protocols.calibration_windows(data, source.processor, samples, length, seed)
         found = Windows(ids, protocols.protocol(data).calibration.title)
     else:
-        texts = read_texts(data, source.processor, column)
+        texts = _texts(source, data, column)
         found = Windows(windows(source.processor, texts.text, samples, length, seed), data, texts.skipped)
     return _fitting(source, found)
 
@@ -57,12 +58,22 @@ def held_out_windows(
             )
         found = Windows(ids[:samples], protocols.protocol(data).test.title)
     else:
-        texts = read_texts(data, source.processor, column)
+        texts = _texts(source, data, column)
         if samples is None:
             tokens = len(source.processor(texts.text, verbose=False)["input_ids"])
             samples = max(tokens // max(length, 1), 1)
         found = Windows(windows(source.processor, texts.text, samples, length, None), data, texts.skipped)
     return _fitting(source, found)
+
+
+def _texts(source: Source, data: str, column: str | None) -> Texts:
+    """The text of the data. An error says which data set of the field may have been meant."""
+    try:
+        return read_texts(data, source.processor, column)
+    except CalibrationError as error:
+        if close := get_close_matches(data, protocols.PROTOCOLS, 1):
+            error.add_note(f"(did you mean {close[0]}?)")
+        raise
 
 
 def _context(source: Source, seqlen: int | None) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from moonshot.app.measure import HeldOut, dense_source, saying_what_memory_it_takes
+from moonshot.app.measure import HeldOut, check_memory, dense_source, saying_what_memory_it_takes
 from moonshot.app.prune import print_skipped
 from moonshot.app.tasks import Harness, TaskResult
 from moonshot.app.terminal import say
@@ -72,6 +72,7 @@ class _Measured:
     """What one model reaches."""
 
     def __init__(self, source: Source, held_out: HeldOut | None, harness: Harness | None):
+        check_memory(source)
         with saying_what_memory_it_takes():
             model = load_any(source)
             self.figure = None if held_out is None else held_out.measure(model)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moonshot.app.data import Windows, held_out_windows, pictures
+from moonshot.files import plan as planning
 from moonshot.files.load import Source
 from moonshot.files.source import FolderError, is_hub_name
 from moonshot.models.evaluation import Accuracy, Perplexity, accuracy, perplexity
@@ -59,6 +60,18 @@ def saying_what_memory_it_takes() -> Iterator[None]:
                 "there is not enough memory to run the model: give a smaller --seqlen, or run it on a machine with more"
             ) from error
         raise
+
+
+def check_memory(source: Source) -> None:
+    """Raises ResourceError for a model whose weights are more than the memory that is free."""
+    dtype = getattr(source.config.get_text_config(), "dtype", None)
+    size = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+    weights = size * sum(parameter.numel() for parameter in source.skeleton().parameters())
+    free = planning.free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if weights > free:
+        raise planning.ResourceError(
+            f"the weights of {source.name} take {weights / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free"
+        )
 
 
 def dense_source(source: Source) -> Source | None:
