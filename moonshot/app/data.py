@@ -32,14 +32,11 @@ def calibration_windows(
     seqlen: None for 2048, or as many positions as the model has. column: of rows (`read_texts`).
     Raises CalibrationError for more tokens than the text, the model's positions or its vocabulary have.
     """
-    length = _context(source, seqlen)
     if data in protocols.PROTOCOLS:
-        ids = protocols.calibration_windows(data, source.processor, samples, length, seed)
-        found = Windows(ids, protocols.protocol(data).calibration.title)
-    else:
-        texts = _texts(source, data, column)
-        found = Windows(windows(source.processor, texts.text, samples, length, seed), data, texts.skipped)
-    return _fitting(source, found)
+        ids = protocols.calibration_windows(data, source.processor, samples, _context(source, seqlen), seed)
+        return Windows(_fitting(source, ids), protocols.protocol(data).calibration.title)
+    found = _texts(source, data, column)
+    return Windows(text_windows(source, found.text, samples, seqlen, seed), data, found.skipped)
 
 
 def held_out_windows(
@@ -49,21 +46,29 @@ def held_out_windows(
 
     samples: how many from the start on; None for as many as there are.
     """
-    length = _context(source, seqlen)
     if data in protocols.PROTOCOLS:
-        ids = protocols.evaluation_windows(data, source.processor, length)
+        ids = protocols.evaluation_windows(data, source.processor, _context(source, seqlen))
         if samples is not None and samples > len(ids):
             raise CalibrationError(
-                f"{data} has {len(ids)} windows of {length} tokens, {samples} were asked for"
+                f"{data} has {len(ids)} windows of {ids.shape[1]} tokens, {samples} were asked for"
             )
-        found = Windows(ids[:samples], protocols.protocol(data).test.title)
-    else:
-        texts = _texts(source, data, column)
-        if samples is None:
-            tokens = len(source.processor(texts.text, verbose=False)["input_ids"])
-            samples = max(tokens // max(length, 1), 1)
-        found = Windows(windows(source.processor, texts.text, samples, length, None), data, texts.skipped)
-    return _fitting(source, found)
+        return Windows(_fitting(source, ids[:samples]), protocols.protocol(data).test.title)
+    found = _texts(source, data, column)
+    return Windows(text_windows(source, found.text, samples, seqlen, None), data, found.skipped)
+
+
+def text_windows(
+    source: Source, text: str, samples: int | None, seqlen: int | None, seed: int | None
+) -> Tensor:
+    """Token ids (samples, seqlen), from random places, or from the start on without a seed.
+
+    samples: None for as many windows as the text has; the rest as in `calibration_windows`.
+    """
+    length = _context(source, seqlen)
+    if samples is None:
+        tokens = len(source.processor(text, verbose=False)["input_ids"])
+        samples = max(tokens // max(length, 1), 1)
+    return _fitting(source, windows(source.processor, text, samples, length, seed))
 
 
 def _texts(source: Source, data: str, column: str | None) -> Texts:
@@ -85,13 +90,14 @@ def _context(source: Source, seqlen: int | None) -> int:
     return length
 
 
-def _fitting(source: Source, found: Windows) -> Windows:
+def _fitting(source: Source, ids: Tensor) -> Tensor:
+    """The ids. Raises CalibrationError where the model has no embedding for one of them."""
     size = source.config.get_text_config().vocab_size
-    if int(found.ids.max()) >= size:
+    if int(ids.max()) >= size:
         raise CalibrationError(
             f"the tokenizer of {source.name} has more tokens than the model's {size}: they do not belong together"
         )
-    return found
+    return ids
 
 
 def pictures(data: str, seqlen: int | None, column: str | None = None) -> Pictures:
