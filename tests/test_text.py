@@ -86,6 +86,15 @@ def test_chats_are_written_by_the_template(tmp_path, tokenizer, name):
     assert found == f"{begin}<user>Hello?<assistant>Yes.{begin}<user>Bye."
 
 
+def test_chats_of_a_dataset(tmp_path, tokenizer, dataset_cache):
+    (tmp_path / "chats").mkdir()
+    rows = [{"id": "a", "messages": chat} for chat in CHATS]
+    written(tmp_path / "chats", "train.parquet", rows)
+    tokenizer.chat_template = TEMPLATE.removeprefix("{{ bos_token }}")
+    found = read_texts(f"{tmp_path / 'chats'}::train", tokenizer)
+    assert found.text == "<user>Hello?<assistant>Yes.<user>Bye."
+
+
 def test_a_chat_s_beginning_is_not_doubled(tmp_path, tokenizer):
     file = written(tmp_path, "a.jsonl", [{"messages": chat} for chat in CHATS])
     token = tokenizer.convert_ids_to_tokens(0)

@@ -61,8 +61,8 @@ class EvalCommand:
             if (base := dense_source(source)) is not None:
                 dense = _Measured(base, held_out, harness)
                 dense.say(console, f", the dense model {base.name}")
-        except (MoonshotError, OSError) as error:
-            say(console, f"the dense model was not measured: {error}")
+        except (MoonshotError, OSError, MemoryError) as error:
+            say(console, f"the dense model was not measured: {str(error) or 'out of memory'}")
         if harness is not None:
             say(console, f"lm-eval {harness.version}, zero-shot unless a task says otherwise")
             console.print(_table(own.tasks, None if dense is None else dense.tasks))

@@ -100,10 +100,10 @@ def _folder(name: str) -> Path:
         return Path(name)
     if is_hub_name(name):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
             return Path(snapshot_download(name, local_files_only=True))
-        except LocalEntryNotFoundError:
+        except (HFValidationError, LocalEntryNotFoundError):
             pass
     raise FolderError(f"{name} is not on this machine")

@@ -121,10 +121,10 @@ class PruneCommand:
         layers = self._check_layers(skeleton)
         calibration, skipped = self._calibration(source, skeleton)
         print_skipped(console, skipped, source.is_image_classifier)
+        held_out = self._held_out(source, console)
         if self.dry_run:
             self._say_what_it_would_do(source, skeleton, layers, calibration, console)
             return
-        held_out = self._held_out(source, console)
         with self._saying_what_there_is():
             self._prune(source, calibration, held_out, skipped, console)
             self._remove_checkpoint()
