@@ -1,4 +1,4 @@
-"""Data sets in the layout that they have on the hub, small enough for a test."""
+"""Data sets in the layout that they have on the hub, and a task of lm-eval, small enough for a test."""
 
 import gzip
 import json
@@ -33,3 +33,33 @@ def c4(root, train=(), validation=()):
             for text in texts:
                 row = {"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org"}
                 file.write(json.dumps(row) + "\n")
+
+
+TASK = """
+task: next_word
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+def next_words(folder):
+    """A folder with the task next_word of lm-eval; its rows."""
+    folder.mkdir()
+    rows = [
+        {"question": "import", "choices": ["os", "zebra"], "answer": 0},
+        {"question": "def", "choices": ["(", "main("], "answer": 1},
+        {"question": "for i in", "choices": ["range", "import"], "answer": 0},
+        {"question": "return", "choices": ["None", "else"], "answer": 0},
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "next_word.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
+    return rows

@@ -151,22 +151,6 @@ def test_a_broken_model_s_perplexity_is_infinite_or_no_number(monkeypatch):
         assert not value < 1e9
 
 
-TASK = """
-task: next_word
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {file}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-"""
-
-
 def accuracy_by_hand(folder, rows):
     """How often the right choice is the one whose tokens are likeliest after the question."""
     model, tokenizer = load(folder)
@@ -184,16 +168,7 @@ def accuracy_by_hand(folder, rows):
 
 def test_a_task_of_one_s_own_by_lm_eval(run, tmp_path):
     pytest.importorskip("lm_eval")
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    rows = [
-        {"question": "import", "choices": ["os", "zebra"], "answer": 0},
-        {"question": "def", "choices": ["(", "main("], "answer": 1},
-        {"question": "for i in", "choices": ["range", "import"], "answer": 0},
-        {"question": "return", "choices": ["None", "else"], "answer": 0},
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "next_word.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
+    folder, rows = tmp_path / "tasks", hub.next_words(tmp_path / "tasks")
     run("prune", "dense", "--data", "c4", *PRUNE, *FEW, "--save", "pruned", "--eval", "none")
     own = ["--tasks", "next_word", "--include-path", folder]
     said = run("eval", "pruned", *own, "--data", "c4", *FEW)

@@ -62,6 +62,20 @@ def test_a_table_of_a_language_model(tmp_path, capsys, name):
     assert len({row[0] for row in rows.values()}) == len(rows)  # each has its own
 
 
+def test_a_table_with_tasks(tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    hub.wikitext(tmp_path, train=LINES[:10], test=LINES[:20])
+    hub.c4(tmp_path, train=["\n".join(LINES[:12])], validation=LINES[:30])
+    hub.next_words(tmp_path / "tasks")
+    options = ["--seqlen", "16", "--nsamples", "2", "--patterns", "2:4", "--methods", "SparseGPT"]
+    options += ["--output", "outputs", "--tasks", "next_word", "--include-path", "tasks"]
+    reproduce.main(["llama-3-8b", "--model", str(model_folder(tmp_path / "model")), *options])
+    head, rows = table_of(capsys.readouterr().out)
+    assert head[-5:] == ["next_word", "published", "zero-shot mean", "published", "minutes"]
+    for row in rows.values():
+        assert row[-5] == row[-3] and float(row[-3]) in (0, 25, 50, 75, 100)
+
+
 @pytest.mark.parametrize("name", list(VISION))
 def test_a_table_of_an_image_classifier(tmp_path, capsys, name):
     for part, count in (("train", 2), ("val", 3)):
