@@ -333,13 +333,14 @@ class PruneCommand:
 
     @cached_property
     def _read_from(self) -> str:
-        """A digest of which local files the model, the data and --config were at the start, each with its last change.
+        """A digest of which local files the model, all data and --config were at the start, each with its last change.
 
         What has a hub's or a dataset's name is not looked at.
         """
         ours = [path.resolve() for path in (self.save, self.checkpoint) if path is not None]
         found = []
-        for place in (Path(self.model), Path(self.data), *([self.config] if self.config else [])):
+        data = map(Path, [self.data, *(self.held_out or ())])
+        for place in (Path(self.model), *data, *([self.config] if self.config else [])):
             for path in sorted(filter(Path.is_file, [place, *place.rglob("*")])):
                 there, about = path.resolve(), path.stat()
                 if not any(there.is_relative_to(folder) for folder in ours):
