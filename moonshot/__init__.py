@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moonshot.models.units import column_patterns
     from moonshot.pruning.allocate import allocate
     from moonshot.pruning.allocation import Allocation
+    from moonshot.pruning.compare import compare
     from moonshot.pruning.prune import prune
     from moonshot.pruning.refit import Refit
 
@@ -71,6 +72,7 @@ __all__ = [
     "allocate",
     "as_pattern",
     "column_patterns",
+    "compare",
     "front",
     "load_compact",
     "lower_bound",
@@ -91,6 +93,7 @@ _WITH_TORCH = {
     "Refit": "pruning.refit",
     "allocate": "pruning.allocate",
     "column_patterns": "models.units",
+    "compare": "pruning.compare",
     "load_compact": "files.compact",
     "prune": "pruning.prune",
     "shrink": "models.shrink",

@@ -1,4 +1,4 @@
-"""The command line: `moonshot demo`, `moonshot prune`, `moonshot eval`, `moonshot unpack`."""
+"""The command line: `moonshot demo`, `prune`, `compare`, `eval` and `unpack`."""
 
 import os
 import shlex
@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import moonshot
 from moonshot.app import options
@@ -23,6 +22,7 @@ from moonshot.app.terminal import (
     say,
     unbroken_output,
 )
+from moonshot.app.variadic import Variadic
 from moonshot.errors import MoonshotError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app = typer.Typer(
     help="Prune trained networks in one shot, and say how good the answer is.",
 )
 console = Console()
+DEFAULT_OBJECTIVE = "0.6 reconstruction + 0.2 token_fisher + 0.2 fisher"
 
 
 def _print_version(wanted: bool) -> None:
@@ -55,26 +56,21 @@ def common(
 def demo(
     save: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("moonshot-demo"),
     seed: options.Seed = 0,
+    seeds: options.Seeds = 1,
 ) -> None:
     """Prune a small trained Llama by every method and compare held-out perplexities."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the model is small, and here
+    from moonshot.app.compare import show
     from moonshot.app.demo import IDEAS, setting
 
     with console.status("loading"):
-        begin = setting(samples=24, seed=seed)
+        begin = setting(samples=24)
     console.print(str(begin), highlight=False)
     with console.status("pruning") as status:
-        comparison = begin.compare(seed=seed, on_step=lambda step: status.update(f"pruning: {step}"))
-    patterns = list(comparison.rows[0].perplexities)
-    table = Table(title=f"Held-out perplexity, dense {begin.dense}")
-    table.add_column("method")
-    for pattern in patterns:
-        table.add_column(pattern, justify="right")
-    table.add_column("what it does")
-    for row in comparison.rows:
-        values = (f"{row.perplexities[pattern]:.2f}" for pattern in patterns)
-        table.add_row(row.method, *values, IDEAS[row.method])
-    console.print(table)
+        comparison = begin.compare(
+            seeds=range(seed, seed + seeds), on_progress=lambda what, _: status.update(f"pruning: {what}")
+        )
+    show(comparison, console, IDEAS)
     save.mkdir(parents=True, exist_ok=True)
     comparison.plot(save / "demo.png")
     say(console, f"picture: {save / 'demo.png'}")
@@ -101,7 +97,7 @@ def prune(
     choice: options.Choice = None,
     unreached: options.Unreached = OrSkip.error,
     unfit: options.Unfit = OrSkip.error,
-    objective: options.ObjectiveText = "0.6 reconstruction + 0.2 token_fisher + 0.2 fisher",
+    objective: options.ObjectiveText = DEFAULT_OBJECTIVE,
     solver: options.SolverName = "admm",
     solver_option: options.SolverOption = None,
     factors: options.Factors = 16,
@@ -163,6 +159,67 @@ def prune(
         config=config,
         settings=given(context),
         dry_run=dry_run,
+    ).run(Console(quiet=True) if quiet else console)
+
+
+@app.command(
+    cls=Variadic,
+    epilog="Examples:\n\n"
+    "moonshot compare MODEL --data text/ --pattern 2:4 70% --solver magnitude wanda sparsegpt admm\n\n"
+    "moonshot compare MODEL --data train.txt --eval-data test.txt --pattern 2:4 --solver admm "
+    '--objective reconstruction "0.5 reconstruction + 0.5 fisher" --seeds 3 --save comparison',
+)
+def compare(
+    model: options.Model,
+    data: options.Data,
+    pattern: options.Patterns,
+    solver: options.Solvers = ["magnitude", "wanda", "sparsegpt", "admm"],  # noqa: B006 - typer reads it
+    objective: options.Objectives = [DEFAULT_OBJECTIVE],  # noqa: B006
+    nsamples: options.Samples = 128,
+    seqlen: options.Seqlen = None,
+    seeds: options.Seeds = 1,
+    eval_data: options.EvalData = None,
+    eval_nsamples: options.EvalSamples = 0,
+    save: options.SaveComparison = None,
+    targets: options.Targets = None,
+    ignore: options.Ignore = None,
+    unreached: options.Unreached = OrSkip.error,
+    unfit: options.Unfit = OrSkip.error,
+    factors: options.Factors = 16,
+    dampening_frac: options.Dampening = 0.01,
+    refit: options.Refit = False,
+    adapter: options.AdapterName = None,
+    config: options.Config = None,
+    quiet: options.Quiet = False,
+    trust_remote_code: options.Trust = False,
+) -> None:
+    """Prune a model by several methods and print what each costs: perplexity or accuracy on data set aside."""
+    from moonshot.app.compare import CompareCommand
+    from moonshot.app.parse import parse_adapter, parse_objective, parse_pattern, parse_solver
+
+    CompareCommand(
+        model=model,
+        data=data,
+        patterns=[parse_pattern(text, None) for text in pattern],
+        solvers=[parse_solver(text) for text in solver],
+        objectives={text: parse_objective(text) for text in objective},
+        eval_data=eval_data,
+        eval_nsamples=eval_nsamples,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seeds=seeds,
+        save=save,
+        trust_remote_code=trust_remote_code,
+        options={
+            "targets": targets,
+            "ignore": ignore or [],
+            "unreached": unreached.value,
+            "unfit": unfit.value,
+            "factors": factors,
+            "dampening_frac": dampening_frac,
+            "refit": refit,
+            "adapter": parse_adapter(adapter),
+        },
     ).run(Console(quiet=True) if quiet else console)
 
 

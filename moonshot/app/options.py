@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from moonshot.app.config import read_into
-from moonshot.app.parse import SOLVERS, TERMS
+from moonshot.app.names import SOLVERS, TERMS
 
 CALIBRATION, PATTERN, METHOD = "Calibration data", "What becomes zero", "How"
 OUTPUT, RUN = "What is written", "The run"
@@ -106,7 +106,7 @@ SolverName = Annotated[
     str,
     _option(
         METHOD,
-        "magnitude, wanda, sparsegpt, obs, iht, admm, swaps, exact, or your own as module:Class.",
+        f"{', '.join(SOLVERS)}, or your own as module:Class.",
         autocompletion=completing(*SOLVERS),
     ),
 ]
@@ -133,6 +133,40 @@ Compact = Annotated[
 ]
 Html = Annotated[
     Path | None, _option(OUTPUT, "A report to look at, in one HTML file; measures the model before and after.")
+]
+
+Seeds = Annotated[
+    int,
+    _option(
+        CALIBRATION, "How many draws of the calibration samples: the table has mean and deviation over them."
+    ),
+]
+EvalData = Annotated[
+    str | None,
+    _option(CALIBRATION, "What to measure on, named like --data; a fifth of --data is set aside if not given."),
+]
+EvalSamples = Annotated[int, _option(CALIBRATION, "Windows or images to measure on; 0 for all.")]
+Patterns = Annotated[
+    list[str], _option(PATTERN, '"2:4", "50%", 0.5, or your own as module:Class; several.', "--pattern")
+]
+Solvers = Annotated[
+    list[str],
+    _option(
+        METHOD,
+        f'{", ".join(SOLVERS)}, or your own as module:Class; several. Options may follow: "admm(growth=1.05)".',
+        "--solver",
+    ),
+]
+Objectives = Annotated[
+    list[str],
+    _option(METHOD, "Terms with weights, as for prune, or 'auto'; several.", "--objective"),
+]
+SaveComparison = Annotated[
+    Path | None,
+    _option(
+        OUTPUT,
+        "Folder for every run, the table as CSV, JSON and Markdown, and the picture; done runs are not repeated.",
+    ),
 ]
 
 Config = Annotated[

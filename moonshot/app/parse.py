@@ -10,27 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from moonshot import solvers
+from moonshot.app.names import SOLVERS, TERMS
 from moonshot.errors import ArgumentError, MoonshotError
 from moonshot.layer.columns import Columns
-from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
+from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern, as_pattern
 from moonshot.models.adapter import Adapter
 from moonshot.solvers import Solver
 
-TERMS = {"reconstruction": Reconstruction, "fisher": Fisher, "token_fisher": TokenFisher}
-SOLVERS = {
-    kind.__name__.lower(): kind
-    for kind in (
-        solvers.Magnitude,
-        solvers.Wanda,
-        solvers.SparseGPT,
-        solvers.OBS,
-        solvers.IHT,
-        solvers.ADMM,
-        solvers.Swaps,
-        solvers.Exact,
-    )
-}
 _TERM = re.compile(r"\s*([0-9.eE-]+)?\s*\*?\s*([A-Za-z_][\w.]*(?::\w+)?)\s*(?:\((.*)\))?\s*")
 
 
@@ -85,10 +72,12 @@ def parse_pattern(pattern: str | None, sparsity: float | None, columns: float | 
 def parse_solver(name: str, options: Iterable[str] = ()) -> Solver:
     """A solver by its name, or one's own by `module:Class`, with options such as "growth=1.05".
 
-    Swaps start from ADMM unless the option `inner` names another. Raises ValueError for unknown names and options.
+    They may also stand behind the name, as in "admm(growth=1.05)". Swaps start from ADMM unless the option `inner`
+    names another. Raises ValueError for unknown names and options.
     """
+    match = re.fullmatch(r"([^()]*)\((.*)\)\s*", name)
+    name, given = (match[1].strip(), _arguments(match[2])) if match else (name, {})
     kind = _found(name, SOLVERS, "solver", "--solver")
-    given: dict[str, Any] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:

@@ -1,7 +1,5 @@
 """A report as one HTML page that needs nothing else: no scripts, no fonts, nothing from a network."""
 
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +8,7 @@ from moonshot.pruning.chart import chart, kinds, legend
 from moonshot.pruning.markup import bar, cell, number, table, text
 from moonshot.pruning.report import LayerReport, Report
 from moonshot.pruning.style import STYLE
+from moonshot.pruning.whole_file import write_whole
 
 _OPEN = 60  # layers in a table that is shown at once
 _NAMES = 20  # in a list of layers that have the same said of them, at most
@@ -20,16 +19,7 @@ def save_html(report: Report, path: str | Path) -> None:
 
     Raises OSError where it cannot be written.
     """
-    path = Path(path)
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(html(report))
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    write_whole(path, html(report))
 
 
 def html(report: Report) -> str:

@@ -4,12 +4,16 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 
-def text(value: object) -> str:
-    """What a value says: no markup, and characters that do not print are written out."""
-    printed = "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in str(value)
+def printable(text: str) -> str:
+    """The text with all but lines of printable characters written out."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text
     )
-    return escape(printed)
+
+
+def text(value: object) -> str:
+    """What a value says, without markup."""
+    return escape(printable(str(value)))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

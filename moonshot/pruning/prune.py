@@ -158,7 +158,7 @@ def prune_by(
         skipped |= pattern.skipped
     if not isinstance(pattern, Mapping):
         skipped |= partition.skipped(recipe.targets, recipe.ignore)
-    report = Report(_described(recipe, pattern, batches, fit), _versions(), skipped=skipped, unused=unused)
+    report = Report(_described(recipe, pattern, batches, fit), versions(), skipped=skipped, unused=unused)
     if recipe.targets is None and not isinstance(pattern, Mapping):
         report.left_alone = partition.left_alone()
     trials = len(CANDIDATES) if isinstance(recipe.objective, str) else 0
@@ -290,7 +290,8 @@ def _work(
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that have a part in pruning and are loaded."""
     packages = ("moonshot", "torch", "transformers", "numpy", "scipy", "numba")
     loaded = {name: str(sys.modules[name].__version__) for name in packages if sys.modules.get(name)}
     return {"python": platform.python_version()} | loaded
