@@ -39,10 +39,10 @@ class Steps:
 def progress(console: Console, after_step: Callable[[], object] = lambda: None) -> Iterator[Steps]:
     """A bar on a terminal while the steps inside are done, a line for each of them elsewhere."""
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
         MofNCompleteColumn(),
+        BarColumn(bar_width=12),
         TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),  # last, where a narrow terminal cuts it off
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         yield Steps(console, bar, bar.add_task("", total=None), after_step)
