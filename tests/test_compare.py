@@ -123,7 +123,9 @@ def test_runs_that_are_done_are_not_repeated(tmp_path, pruned):
     assert compared() == (found, 0)
     damaged = sorted((tmp_path / "runs").iterdir())[0]
     damaged.write_text(damaged.read_text()[:20])
+    (tmp_path / ".comparison.csv-killed").write_text("half")
     assert compared()[0].cell("SparseGPT", "2:4").values == found.cell("SparseGPT", "2:4").values
+    assert not (tmp_path / ".comparison.csv-killed").exists()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     assert compared()[1] == 4

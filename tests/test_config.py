@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -155,6 +156,7 @@ def test_quiet_says_only_what_is_wrong(monkeypatch, tmp_path, capfd, model):
         (["--pattern", "2/4"], "did you mean 2:4?"),
         (["--pattern", "0,5"], "did you mean 0.5?"),
         (["--solver", "admm", "--solver-option", "growht=2"], "did you mean growth?"),
+        (["--html", "out.html", "--save", "out.html"], "ends with .html"),
     ],
 )
 def test_what_the_arguments_show_is_said_before_the_model_is_looked_for(
@@ -201,3 +203,19 @@ def test_progress_between_layers_is_told(monkeypatch, tmp_path, capsys, model):
     lines = capsys.readouterr().out.splitlines()
     assert lines.count("gradients") == 1 and lines.count("refit of model.layers.0") == 1
     assert cli.console.is_terminal is False
+
+
+def test_only_our_own_warnings_are_shown(monkeypatch, capsys):
+    def warning():
+        for module in ("torch.nn", "moonshot.pruning.checkpoint"):
+            warnings.warn_explicit(f"a file of {module} is\ndamaged", UserWarning, "file.py", 1, module)
+
+    monkeypatch.setattr(cli, "app", warning)
+    assert run(monkeypatch, "prune") == 0
+    assert capsys.readouterr().err == "moonshot: a file of moonshot.pruning.checkpoint is damaged\n"
+
+
+def test_a_target_that_is_nearly_a_layer(monkeypatch, tmp_path, capsys, model):
+    arguments = [model, *(part for pair in OPTIONS.items() for part in (f"--{pair[0]}", pair[1]))]
+    assert run(monkeypatch, "prune", *arguments, "--save", tmp_path / "out", "--targets", "q_prj") == 1
+    assert "did you mean q_proj?" in capsys.readouterr().err

@@ -1,14 +1,17 @@
-"""What the README and the reference say: the README's code runs, and every parameter of a public name is described."""
+"""What the pages say: the README's code runs, commands can be read, parameters of public names are described."""
 
 import importlib.util
 import inspect
 import re
+import shlex
 from enum import Enum
 from pathlib import Path
 
 import pytest
+import typer
 
 import moonshot as ms
+from moonshot.app import cli
 
 ROOT = Path(ms.__file__).parent.parent
 
@@ -70,3 +73,21 @@ def test_a_docstring_becomes_entries():
         "fourth": "another",
         "fifth": "and a long one: with a colon.",
     }
+
+
+def written_commands():
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        if "_build" not in page.parts:
+            text = page.read_text("utf-8").replace("\\\n", " ")  # a command of several lines
+            for line in re.findall(r"^    moonshot (.*)", text, re.MULTILINE):
+                yield pytest.param(shlex.split(line, comments=True), id=f"{page.name}: {line[:60]}")
+
+
+@pytest.mark.parametrize("arguments", list(written_commands()))
+def test_the_commands_of_the_pages_can_be_read(monkeypatch, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    for file in ("run.yaml", "pruned/run.yaml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("model: m\ndata: d\npattern: 2:4\n")
+    command = typer.main.get_command(cli.app).commands[arguments[0]]
+    command.make_context(arguments[0], arguments[1:])  # raises for options and values that it cannot read

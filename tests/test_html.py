@@ -167,7 +167,7 @@ def test_the_whole_file_or_none(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_prune_writes_it_and_measures_before_and_after(monkeypatch, tmp_path, capsys, inside):
-    place = tmp_path / "pruned" / "report.html" if inside else tmp_path / "report.html"
+    place = tmp_path / "pruned" / "about" / "report.html" if inside else tmp_path / "report.html"
     arguments = prune_arguments(
         tmp_path, targets="*.0.*", solver="magnitude", objective="reconstruction", html=place
     )

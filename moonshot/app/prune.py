@@ -163,6 +163,7 @@ class PruneCommand:
             if self.shrink:
                 work.replace(shrink(work.model))
             if self._html_inside:
+                (work.draft / self._html_inside).parent.mkdir(parents=True, exist_ok=True)
                 save_html(report, work.draft / self._html_inside)
             (work.draft / SETTINGS).write_text(self._settings_text(report), encoding="utf-8")
             work.save(report, self.compact)
@@ -232,7 +233,11 @@ class PruneCommand:
         """Raises ArgumentError for a report that cannot be written where it should be."""
         if self.html is None:
             return
-        if self.html.suffix.lower() not in (".html", ".htm") or self.html.is_dir():
+        if (
+            self.html.suffix.lower() != ".html"
+            or self.html.is_dir()
+            or self.html.absolute() == self.save.absolute()
+        ):
             raise ArgumentError(f"--html is a file whose name ends with .html, got {self.html}")
         if not self._html_inside and not self.html.parent.is_dir():
             raise ArgumentError(f"--html {self.html}: there is no folder {self.html.parent}")

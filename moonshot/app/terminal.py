@@ -45,7 +45,7 @@ def say(console: Console, text: str) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """What other libraries warn of and count is not said, but for downloads on a terminal."""
+    """What other libraries warn of and count is not said, but for downloads on a terminal; our warnings are a line."""
     silent = {
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",
@@ -59,7 +59,13 @@ def quiet_libraries() -> Iterator[None]:
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module=r"moonshot\.")
+            warnings.showwarning = _show_warning
         yield
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"moonshot: {one_line(str(message))}", file=sys.stderr)
 
 
 @contextmanager

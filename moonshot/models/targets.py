@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from moonshot.errors import ArgumentTypeError, MoonshotError
@@ -47,7 +48,10 @@ def _matching(names: list[str], expressions: str | Iterable[str], kind: str) -> 
     for expression in _as_texts(expressions, kind):
         found = {name for name in names if _matches(expression, name)}
         if not found:
-            raise TargetError(f"the {kind} {expression!r} matches no layer; layers are {listed(names)}")
+            endings = {name.rpartition(".")[2] for name in names}
+            close = get_close_matches(expression, [*names, *sorted(endings)], 1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            raise TargetError(f"the {kind} {expression!r} matches no layer; {meant}layers are {listed(names)}")
         matched |= found
     return matched
 

@@ -38,7 +38,9 @@ class RunStore:
 
     def __enter__(self) -> "RunStore":
         (self.folder / _RUNS).mkdir(parents=True, exist_ok=True)
-        self._held.enter_context(locked(self.folder / _LOCK, self.folder))
+        if self._held.enter_context(locked(self.folder / _LOCK, self.folder)):
+            for file in (*self.folder.glob(".comparison.*"), *(self.folder / _RUNS).glob(".*")):
+                file.unlink()  # what a killed process was writing
         return self
 
     def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
