@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import signal
 import statistics
 from importlib import import_module
 from itertools import product
@@ -313,6 +314,26 @@ def test_the_command_compares_an_image_classifier(dataset_cache, monkeypatch, tm
     assert run(monkeypatch, "compare", DEMO / name, *options, *methods) == 0
     said = capsys.readouterr().out
     assert "accuracy, %, dense " in said and "failed" not in said
+
+
+def test_an_interrupted_command_says_what_there_is(monkeypatch, tmp_path, capsys):
+    (tmp_path / "dense").mkdir()
+    model = model_folder(tmp_path / "dense", num_hidden_layers=1)
+    calls, prune = [], comparing.prune
+
+    def interrupted(*arguments, on_layer, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return prune(*arguments, on_layer=on_layer, **options)
+
+    monkeypatch.setattr(comparing, "prune", interrupted)
+    monkeypatch.setattr(comparing, "_check_options", lambda options: None)
+    options = ["--data", DEMO / "heldout.txt", "--nsamples", 4, "--seqlen", 16, "--eval-nsamples", 4]
+    methods = ["--pattern", "2:4", "--solver", "magnitude", "wanda", "--save", tmp_path / "found"]
+    assert run(monkeypatch, "compare", model, *options, *methods) == 130
+    said = capsys.readouterr().err
+    assert f"interrupted ({tmp_path / 'found'} has 1 runs: the same command continues from there)" in said
 
 
 def test_images_to_measure_on_are_no_calibration_images(dataset_cache):

@@ -1,6 +1,7 @@
 """`moonshot compare`: methods side by side on a model from a folder or hub name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from moonshot.models.evaluation import accuracy, perplexity
 from moonshot.models.images import ImageBatches, Pictures
 from moonshot.pruning.compare import Measure, compare
 from moonshot.pruning.comparison import Comparison
+from moonshot.pruning.lock import LockedError
 from moonshot.pruning.run_store import RunStore
 from moonshot.solvers import Solver
 
@@ -58,7 +60,7 @@ class CompareCommand:
         draw, evaluate, metric = (self._images if source.is_image_classifier else self._text)(source)
         draw(0)  # or say what is wrong with the data
         model = source.load()
-        with progress(console) as steps:
+        with self._saying_what_there_is(), progress(console) as steps:
             found = compare(
                 model,
                 draw,
@@ -78,6 +80,17 @@ class CompareCommand:
         if self.save is not None:
             found.plot(self.save / "comparison.png")
             say(console, f"saved: {self.save} (comparison.csv, .json, .md and .png, and every run)")
+
+    @contextmanager
+    def _saying_what_there_is(self) -> Iterator[None]:
+        """Whatever ends the comparison says what there is of it."""
+        try:
+            yield
+        except BaseException as error:
+            if self.save is not None and not isinstance(error, LockedError):
+                done = len(list(self.save.glob("runs/*.json")))
+                error.add_note(f"({self.save} has {done} runs: the same command continues from there)")
+            raise
 
     def _text(self, source: Source) -> tuple[Callable[[int], Tensor], Measure, str]:
         """What draws calibration windows, what measures a model, and what that is called."""

@@ -121,11 +121,8 @@ def compare_methods(
     """`compare`, for methods by name, each a solver and an objective."""
     check_model(model)
     _check_options(options)
-    tasks = [
-        _Task(name, pattern, solver, objective)
-        for pattern in map(as_pattern, _several(patterns))
-        for name, (solver, objective) in methods.items()
-    ]
+    wanted = {str(pattern): pattern for pattern in map(as_pattern, _several(patterns))}
+    tasks = [_Task(name, pattern, *method) for pattern in wanted.values() for name, method in methods.items()]
     draws = _draws(seeds)
     runs: list[Run] = []
     with nullcontext() if folder is None else RunStore(folder) as store:
@@ -238,9 +235,9 @@ def _named(given: Any, what: str) -> dict[str, Any]:
 
 
 def _draws(seeds: int | Sequence[int]) -> list[int]:
-    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
+    if type(seeds) is int and seeds > 0:
         return list(range(seeds))
-    if isinstance(seeds, Sequence) and seeds and all(isinstance(seed, int) and seed >= 0 for seed in seeds):
+    if isinstance(seeds, Sequence) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds):
         return list(dict.fromkeys(seeds))
     raise ArgumentError(f"seeds is how many there are, 1 or more, or a list of them, got {seeds!r}")
 

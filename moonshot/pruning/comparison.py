@@ -163,15 +163,10 @@ class Comparison:
 def number(value: float, like: float | None = None) -> str:
     """A value as it is printed, with the decimals of one `like` it, or of its own size."""
     size = abs(value if like is None else like)
-    return (
-        f"{value:.4f}"
-        if size < 1
-        else f"{value:.2f}"
-        if size < 1000
-        else f"{value:.0f}"
-        if size < 1e6
-        else f"{value:.3g}"
-    )
+    for limit, decimals in ((1, 4), (1000, 2), (1e6, 0)):
+        if size < limit:
+            return f"{value:.{decimals}f}"
+    return f"{value:.3g}"
 
 
 def _short(cell: Cell) -> str:
