@@ -48,7 +48,7 @@ def chart(
         dots = [name for name in names if kind_of[name] == kind]
         marks += [_line(places[a], places[b], number) for a, b in pairwise(dots)]
         marks += [_dot(name, values[name], places[name], number, radius) for name in dots]
-    return f'<div class="plot"><svg width="100%" height="{_HEIGHT}" role="img">{"".join(marks)}</svg></div>'
+    return f'<div class="plot"><svg width="100%" height="{_HEIGHT}" aria-hidden="true">{"".join(marks)}</svg></div>'
 
 
 class _LogScale:
