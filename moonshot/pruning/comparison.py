@@ -7,6 +7,7 @@ import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import wrap
 
 from moonshot.pruning.markup import printable
 from moonshot.pruning.picture import blank, draw_bars
@@ -138,14 +139,17 @@ class Comparison:
 
     def plot(self, path: str | Path) -> None:
         """A bar for each method and pattern, from the dense model's value to its own; as PNG."""
-        figure = blank(min(3.5 * len(self.patterns), 12) + 1, 1.1 + 0.3 * len(self.methods))
+        names = {method: _label(method) for method in self.methods}
+        width = max(len(line) for name in names.values() for line in name.splitlines())
+        lines = sum(1 + 0.5 * name.count("\n") for name in names.values())
+        figure = blank(0.5 + 0.08 * width + min(2.6 * len(self.patterns), 12), 1.1 + 0.3 * lines)
         axes = figure.subplots(1, len(self.patterns), sharey=True, squeeze=False)[0]
         for axis, pattern in zip(axes, self.patterns, strict=True):
             cells = {method: self.cell(method, pattern) for method in self.methods}
             best = [method == self.best(pattern) for method in cells]
             draw_bars(
                 axis,
-                {printable(method).replace("$", r"\$"): cell.mean for method, cell in cells.items()},
+                {names[method]: cell.mean for method, cell in cells.items()},
                 self.dense,
                 numbers=[_short(cell) for cell in cells.values()],
                 colours=["#1f5fa8" if is_best else "#a9c1db" for is_best in best],
@@ -154,9 +158,11 @@ class Comparison:
                 log=not self.higher_is_better,
             )
             zeros = f"{pattern[:-1]} % zeros" if pattern.endswith("%") else pattern
-            axis.set_title(zeros, fontsize=11, weight="bold")
-            axis.set_title(f"dense {number(self.dense)}", fontsize=9, loc="left")
-        figure.supxlabel(self.metric + ("" if self.higher_is_better else ", log scale"), fontsize=9)
+            axis.set_title(zeros, fontsize=11, weight="bold", loc="left")
+        scale = "" if self.higher_is_better else ", log scale"
+        figure.supxlabel(
+            f"{self.metric}{scale}; bars begin at the dense model's {number(self.dense)}", fontsize=9
+        )
         figure.savefig(path)
 
 
@@ -167,6 +173,11 @@ def number(value: float, like: float | None = None) -> str:
         if size < limit:
             return f"{value:.{decimals}f}"
     return f"{value:.3g}"
+
+
+def _label(method: str) -> str:
+    """A method's name beside its bar."""
+    return "\n".join(wrap(printable(method), 34)).replace("$", r"\$")
 
 
 def _short(cell: Cell) -> str:
