@@ -188,12 +188,6 @@ class PruneCommand:
         """Raises ValueError or TypeError for arguments that nothing can be done with."""
         if self.nsamples < 1:
             raise ArgumentError(f"--nsamples is at least one image or window of text, got {self.nsamples}")
-        needed = 8 if self.allocate or self.objective == "auto" else 2 if self.refit else 1
-        if self.nsamples < needed:
-            why = "--allocate" if self.allocate else "--objective auto" if needed == 8 else "--refit"
-            raise ArgumentError(
-                f"{why} sets samples aside and needs at least {needed}, got --nsamples {self.nsamples}"
-            )
         if self.seqlen is not None and self.seqlen < 2:
             raise ArgumentError(f"--seqlen is 2 tokens or more, got {self.seqlen}")
         self._check_html()
@@ -216,6 +210,12 @@ class PruneCommand:
             raise ArgumentError(f"--memory is GiB that pruning may take, more than 0, got {self.memory:g}")
         if not 0 <= self.seed < 2**63:
             raise ArgumentError(f"--seed is a number from 0 to 2^63 - 1, got {self.seed}")
+        needed = 8 if self.allocate or self.objective == "auto" else 2 if self.refit else 1
+        if self.nsamples < needed:
+            why = "--allocate" if self.allocate else "--objective auto" if needed == 8 else "--refit"
+            raise ArgumentError(
+                f"{why} sets samples aside and needs at least {needed}, got --nsamples {self.nsamples}"
+            )
         Recipe(self.objective, self.solver, factors=self.factors, dampening_frac=self.dampening_frac)
         if self.checkpoint is not None:
             checkpoint.check_name(self.checkpoint)
