@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from moonshot.app.data import pictures, text_windows
+from moonshot.app.data import calibration_windows, held_out_windows, pictures, text_windows
 from moonshot.app.progress import progress
 from moonshot.app.terminal import one_line, say
 from moonshot.errors import ArgumentError
 from moonshot.files.load import Source
-from moonshot.files.text import read_text
+from moonshot.files.protocols import PROTOCOLS
+from moonshot.files.text import read_texts
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern
-from moonshot.models.calibration import tokens_at_once
 from moonshot.models.evaluation import accuracy, perplexity
 from moonshot.models.images import ImageBatches, Pictures
 from moonshot.pruning.compare import Measure, compare
@@ -44,6 +44,7 @@ class CompareCommand:
     eval_nsamples: int = 0
     nsamples: int = 128
     seqlen: int | None = None
+    text_column: str | None = None
     seeds: int = 1
     save: Path | None = None
     trust_remote_code: bool = False
@@ -94,21 +95,31 @@ class CompareCommand:
 
     def _text(self, source: Source) -> tuple[Callable[[int], Tensor], Measure, str]:
         """What draws calibration windows, what measures a model, and what that is called."""
-        text = read_text(self.data)
-        held_out = read_text(self.eval_data) if self.eval_data else text[len(text) * (_FIFTH - 1) // _FIFTH :]
-        if self.eval_data is None:
-            text = text[: len(text) - len(held_out)]
-        windows = text_windows(source, held_out, self.eval_nsamples or None, self.seqlen, None)
+        other = self.eval_data or (self.data if self.data in PROTOCOLS else None)
+        if other is not None:
+            held_out = held_out_windows(
+                source, other, self.eval_nsamples or None, self.seqlen, self.text_column
+            ).ids
 
-        def draw(seed: int) -> Tensor:
-            return text_windows(source, text, self.nsamples, self.seqlen, seed)
+            def draw(seed: int) -> Tensor:
+                found = calibration_windows(
+                    source, self.data, self.nsamples, self.seqlen, seed, self.text_column
+                )
+                return found.ids
+        else:
+            text = read_texts(self.data, source.processor, self.text_column).text
+            cut = len(text) * (_FIFTH - 1) // _FIFTH
+            held_out = text_windows(source, text[cut:], self.eval_nsamples or None, self.seqlen, None)
 
-        about = f"perplexity (context {windows.shape[1]}, {windows.shape[0]} windows)"
-        return draw, partial(_perplexity, windows), about
+            def draw(seed: int) -> Tensor:
+                return text_windows(source, text[:cut], self.nsamples, self.seqlen, seed)
+
+        about = f"perplexity (context {held_out.shape[1]}, {held_out.shape[0]} windows)"
+        return draw, partial(_perplexity, held_out), about
 
     def _images(self, source: Source) -> tuple[Callable[[int], list[Any]], Measure, str]:
         """As `_text`."""
-        found = pictures(self.data, self.seqlen)
+        found = pictures(self.data, self.seqlen, self.text_column)
         split = self.eval_data is None
         skeleton = source.skeleton()
 
@@ -141,7 +152,7 @@ def show(found: Comparison, console: Console, ideas: dict[str, str] | None = Non
 
 
 def _perplexity(windows: Tensor, model: nn.Module) -> float:
-    return perplexity(model, windows, max(tokens_at_once(model) // windows.shape[1], 1)).value
+    return perplexity(model, windows).value
 
 
 def _accuracy(name: str, trusted: bool, data: str, split: bool, samples: int, model: nn.Module) -> float:
