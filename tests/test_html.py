@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from moonshot.files.folder import Opened
 from moonshot.pruning.chart import COLOURS, chart, kinds
 from moonshot.pruning.html import html, save_html
 from moonshot.pruning.report import LayerReport, PartReport, Report, Trial
@@ -190,9 +191,13 @@ def test_a_folder_that_is_gone_is_said_after_the_model_is_saved(monkeypatch, tmp
         tmp_path, targets="*.0.*", solver="magnitude", html=tmp_path / "reports" / "a.html"
     )
 
-    def saved(*_):
-        raise FileNotFoundError(2, "No such file or directory", str(tmp_path / "reports"))
+    save = Opened.save
 
-    monkeypatch.setattr("moonshot.app.prune.save_html", saved)
+    def saved(self, *rest):
+        folder = save(self, *rest)
+        (tmp_path / "reports").rmdir()
+        return folder
+
+    monkeypatch.setattr(Opened, "save", saved)
     assert run(monkeypatch, "prune", DEMO / "model", *arguments) == 1
     assert f"({tmp_path / 'pruned'} is saved)" in capsys.readouterr().err
