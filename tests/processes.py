@@ -84,5 +84,6 @@ def _serve(pipe: Any) -> None:
             answer = function(rank, *arguments)
         except Exception as error:
             answer = error
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         pipe.send_bytes(pickle.dumps(answer))  # by value: what torch would share ends with the process

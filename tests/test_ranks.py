@@ -2,19 +2,24 @@
 
 import os
 import signal
+import socket
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import MixtralConfig
 
 import moonshot as ms
+from moonshot.app import cli
 from moonshot.models.calibration import as_batches
 from moonshot.models.ranks import RankError, owners, shares
-from tests.models import JOINT, decoder, network, tokens, weights
+from tests.models import DEMO, JOINT, decoder, model_folder, network, tokens, weights
 from tests.processes import Workers
 
 
@@ -275,3 +280,50 @@ def interrupted(rank, folder):
 def pruned_with_a_checkpoint(rank, folder):
     place = folder if rank == 0 else "/proc/nothing/can/be/made/here"
     return pruned(rank, decoder, tokens(), "2:4", SPARSEGPT | dict(checkpoint=place))
+
+
+# The command line
+
+
+def command(rank, count, port, arguments):
+    """(exit code, output, errors) of a command in a process that torchrun has started."""
+    torch.distributed.destroy_process_group()  # that of the tests
+    launched = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
+    launched |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    output, errors = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        for name, value in launched.items():
+            patch.setenv(name, str(value))
+        patch.setattr("sys.argv", ["moonshot", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    return code, output.getvalue(), errors.getvalue()
+
+
+def commands(workers, *arguments):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    return workers(2, command, 2, port, arguments)
+
+
+def test_the_command_line_under_torchrun(workers, tmp_path, monkeypatch):
+    source = model_folder(tmp_path / "dense", pad_token_id=None)
+    work = ["prune", source, "--data", DEMO / "calibration.txt", "--nsamples", "6", "--seqlen", "32"]
+    work += ["--pattern", "2:4", "--solver", "sparsegpt"]
+    saved, alone = tmp_path / "together" / "pruned", tmp_path / "alone"
+    first, other = commands(workers, *work, "--save", saved, "--checkpoint", tmp_path / "answers")
+    assert first[0] == other[0] == 0 and other[1:] == ("", "")
+    assert f"saved: {saved}" in first[1] and "14 layers" in first[1]
+    assert [path.name for path in saved.parent.iterdir()] == ["pruned"]  # nothing is left of the others' copies
+    monkeypatch.setattr("sys.argv", ["moonshot", *map(str, work), "--save", str(alone)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    close(load_file(saved / "model.safetensors"), load_file(alone / "model.safetensors"), rtol=1e-2)
+
+    first, other = commands(workers, *work, "--save", saved)
+    assert first[0] == other[0] == 1 and other[1:] == ("", "")
+    assert first[1] == "" and f"{saved} exists" in first[2] and first[2].count("\n") == 1

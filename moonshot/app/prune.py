@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moonshot import pruning
 from moonshot.app.config import saved_text
 from moonshot.app.data import pictures, text_windows
+from moonshot.app.launch import console_of, launched, processes_here
 from moonshot.app.progress import progress
 from moonshot.app.terminal import one_line, say
 from moonshot.errors import ArgumentError
@@ -32,6 +33,7 @@ from moonshot.models.calibration import as_batches, tokens_at_once
 from moonshot.models.evaluation import accuracy, perplexity
 from moonshot.models.images import ImageBatches
 from moonshot.models.layers import layers_of
+from moonshot.models.ranks import Ranks
 from moonshot.models.roles import heads, routers
 from moonshot.models.shrink import shrink
 from moonshot.models.targets import listed, select
@@ -102,16 +104,22 @@ class PruneCommand:
         Raises ValueError, TypeError or OSError with what to do about it.
 
         What can be known from the arguments, the data and the model's shapes is looked at before weights are copied.
+        Under torchrun the processes share the work, of which the first one writes and prints.
         """
+        with launched() as ranks:
+            self._run(ranks, console_of(ranks, console))
+
+    def _run(self, ranks: Ranks, console: Console) -> None:
         self._check()
         self._read_from  # noqa: B018 - before anything is read
-        if self._is_done():
-            if not self.dry_run:
+        if ranks.broadcast(ranks.is_first and self._is_done()):
+            if ranks.is_first and not self.dry_run:
                 self._remove_checkpoint()
             say(console, f"done already: {self.save}")
             return
-        check_free(self.save, self.overwrite)
-        self._check_checkpoint()
+        if ranks.is_first:
+            check_free(self.save, self.overwrite)
+            self._check_checkpoint()
         source = Source(self.model, self.trust_remote_code)
         source.check_files()
         skeleton = source.skeleton()
@@ -123,20 +131,26 @@ class PruneCommand:
             self._say_what_it_would_do(source, skeleton, layers, calibration, console)
             return
         with self._saying_what_there_is():
-            self._prune(source, calibration, broken, console)
-            self._remove_checkpoint()
+            self._prune(source, calibration, broken, ranks, console)
+            if ranks.is_first:
+                self._remove_checkpoint()
         say(console, f"saved: {self.save}")
         if self.html is not None:
             say(console, f"report: {self.html}")
         say(console, _GAINS["shrink" if self.shrink else "compact" if self.compact else "zeros"])
 
-    def _prune(self, source: Source, calibration: Any, broken: list[str] | None, console: Console) -> None:
-        """From the opened model to the saved one."""
-        with opened(source, self.save, overwrite=self.overwrite) as work:
+    def _prune(
+        self, source: Source, calibration: Any, broken: list[str] | None, ranks: Ranks, console: Console
+    ) -> None:
+        """From the opened model to the saved one. Ranks but the first have copies beside it that are not saved."""
+        place = self.save if ranks.is_first else self.save.with_name(f".{self.save.name}.rank{ranks.index}")
+        with opened(source, place, overwrite=self.overwrite) as work:
             plan = self._plan(work.model, calibration, _device(work.model))
-            scratch = self._scratch(plan, work, console)
-            before = self._measured(work.model, calibration)
+            scratch = self._scratch(plan, work, ranks, console)
+            before = self._measured(work.model, calibration) if ranks.is_first else ""
             report = self._pruned(work, calibration, scratch, console)
+            if not ranks.is_first:
+                return
             report.recipe.update(
                 model=self.model, data=self.data, command=self.command, read_from=self._read_from
             )
@@ -356,17 +370,19 @@ class PruneCommand:
             device=device,
         )
 
-    def _scratch(self, plan: Plan | None, source: Opened, console: Console) -> Path | None:
+    def _scratch(self, plan: Plan | None, source: Opened, ranks: Ranks, console: Console) -> Path | None:
         """Say what pruning will take; the folder to offload to where it does not fit into memory, None where it does.
 
         Raises ResourceError where there is not enough memory or disk.
         """
         if plan is None:
             return None
-        say(console, str(plan))
-        on_disk = plan.needs_offload(planning.free_memory(_device(source.model), self.memory))
+        say(console, f"{plan}{f', by one process where {ranks.count} share the work' * (ranks.count > 1)}")
+        device = _device(source.model)
+        free = planning.free_memory(device, self.memory)
+        on_disk = plan.needs_offload(free if device.type == "cuda" else free // processes_here())
         needed = {source.draft: source.unwritten + plan.offloaded * on_disk}
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and ranks.is_first:
             weights = sum(parameter.nbytes for parameter in source.model.parameters())
             needed[self.checkpoint] = weights * (1 + self.refit)
         planning.check_disk(needed)

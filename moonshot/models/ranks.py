@@ -32,10 +32,10 @@ class RankError(MoonshotError):
 class Ranks:
     """This process alone.
 
-    index: of this rank, from 0 on; count: how many there are.
+    index: of this rank, from 0 on; count: how many there are; told: whether all of them know that one has failed.
     """
 
-    index, count = 0, 1
+    index, count, told = 0, 1, False
 
     @property
     def is_first(self) -> bool:
@@ -238,7 +238,9 @@ class _Group(Ranks):
             padded[: len(content)] = content
             said = self._all_gather(padded, longest)
         values, errors = zip(*(pickle.loads(each.numpy().tobytes()) for each in said), strict=True)
-        if error is None and (failed := [rank for rank, what in enumerate(errors) if what is not None]):
+        failed = [rank for rank, what in enumerate(errors) if what is not None]
+        self.told = bool(failed)
+        if failed and error is None:
             raise RankError(f"rank {failed[0]} failed: {errors[failed[0]]}")
         return list(values)
 
