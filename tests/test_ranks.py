@@ -135,6 +135,32 @@ def pruned_from_a_generator(rank):
     return pruned(rank, decoder, from_a_generator(tokens()), "2:4", SPARSEGPT)
 
 
+@pytest.mark.parametrize(
+    ("make", "data", "arguments"),
+    [
+        (decoder, as_batches(tokens(12), batch_tokens=16), {}),
+        (network, list(images().split(2)), dict(loss=spread, patterns=[0.25, 0.5, 0.75])),
+    ],
+)
+def test_ranks_allocate_as_one_process_does(workers, make, data, arguments):
+    expected = allocated(0, make, data, arguments)
+    for found in workers(2, allocated, make, data, arguments):
+        assert {name: str(pattern) for name, pattern in found.items()} == {
+            name: str(pattern) for name, pattern in expected.items()
+        }
+        assert [trial.loss for trial in found.trials] == pytest.approx(
+            [trial.loss for trial in expected.trials]
+        )
+
+
+def allocated(rank, make, data, arguments):
+    model = make()
+    before = weights(model)
+    found = ms.allocate(model, data, 0.5, solver=ms.SparseGPT(), objective=JOINT, rounds=1, **arguments)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    return found
+
+
 # What goes wrong
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from moonshot.errors import ArgumentTypeError, MoonshotError
 from moonshot.extras import from_extra
 from moonshot.models.batch_tree import has_position_axes, leaves, map_tensors, samples_of, take_samples
+from moonshot.models.ranks import Ranks
 
 Batch = Any  # a mapping or a sequence of tensors, or one tensor: what `loss(model, batch)` takes
 _OF_IMAGES = ("pixel_values", "image_", "video_")  # what entries are called that may have several for a text
@@ -241,6 +242,12 @@ def split(batches: list[Batch], size: int) -> list[Batch]:
         for batch in batches
         for first in range(0, batch_samples(batch), size)
     ]
+
+
+def own_batches(ranks: Ranks, batches: list[Batch]) -> list[Batch]:
+    """A rank's share of the batches."""
+    own = ranks.share([batch_samples(batch) for batch in batches])
+    return batches[own.start : own.stop]
 
 
 def open_dataset(data: str) -> Any:

@@ -131,4 +131,4 @@ def sample_losses(model: nn.Module, batches: list[Batch], loss: Callable[..., Te
 def mean_loss(model: nn.Module, batches: list[Batch], loss: Callable[..., Tensor] = model_loss) -> float:
     """The mean loss over all samples, each batch in one pass, with the model in the mode that it is in."""
     total = sum(float(loss(model, batch)) * batch_samples(batch) for batch in batches)
-    return total / sum(batch_samples(batch) for batch in batches)
+    return total / max(sum(batch_samples(batch) for batch in batches), 1)

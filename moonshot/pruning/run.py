@@ -13,7 +13,7 @@ from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem
 from moonshot.models.batchnorm import reestimate, running_statistics
-from moonshot.models.calibration import Batch, batch_samples
+from moonshot.models.calibration import Batch, own_batches
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import loss_of, sample_losses
 from moonshot.models.modules import evaluating
@@ -128,7 +128,7 @@ class PruningRun:
     def losses(self, batches: list[Batch]) -> Tensor:
         """The model's loss on each sample (samples,)."""
         with running_in_float32(self.model, self._modules):
-            own = sample_losses(self.model, self._own(batches), self._loss)
+            own = sample_losses(self.model, own_batches(self.ranks, batches), self._loss)
         return torch.cat(self.ranks.gather(own))
 
     @property
@@ -146,18 +146,14 @@ class PruningRun:
     def _estimate_batch_norm(self, batches: list[Batch]) -> None:
         if self.estimates_batch_norm:
             with in_float32(tensors_of(self.model)):
-                reestimate(self.model, self._own(batches), self._loss, self._modules, self.ranks)
+                own = own_batches(self.ranks, batches)
+                reestimate(self.model, own, self._loss, self._modules, self.ranks)
 
     def _estimate_part(self, part: Part, replay: Replay) -> None:
         """Estimate the running statistics of a part on what it reads in the pruned model."""
         if self.batch_norm:
             batches = list(range(len(replay.batches)))
             reestimate(part.module, batches, lambda _, b: replay.output(part.index, b), ranks=self.ranks)
-
-    def _own(self, batches: list[Batch]) -> list[Batch]:
-        """This rank's share of the batches."""
-        own = self.ranks.share([batch_samples(batch) for batch in batches])
-        return batches[own.start : own.stop]
 
     def _refitted(self, part: Part, replay: Replay, refit: Refit, checkpoint: Checkpoint | None) -> PartReport:
         """Fit a part whose layers are pruned, or put in what a checkpoint has of it."""
