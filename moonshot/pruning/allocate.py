@@ -100,7 +100,7 @@ def allocate(
         unfit=unfit,
         scratch=scratch,
         adapter=adapter,
-        on_progress=on_progress or unheard,
+        on_progress=on_progress if on_progress and ranks.is_first else unheard,
     )
     if isinstance(objective, str):
         raise ArgumentTypeError(

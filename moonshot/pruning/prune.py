@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,6 +152,8 @@ def prune_by(
     if not isinstance(checkpoint, str | Path | None):
         raise ArgumentTypeError(f"checkpoint must be a folder, got {checkpoint!r}")
     ranks = current()
+    if not ranks.is_first:
+        recipe, on_layer = replace(recipe, on_progress=unheard), None
     batches, unused = recipe.batches(model, calibration)
     partition = partition_model(model, batches, recipe.loss, recipe.adapter)
     patterns, skipped = layer_patterns(partition, pattern, recipe)
@@ -228,9 +231,8 @@ def _check_ranks(ranks: Ranks, run: PruningRun, batches: list[Batch], fit: Refit
             f"{alone[0]} does not say that its statistics add up, as those of several processes must: set additive = "
             "True in the class if they are arrays that do, or prune in one process"
         )
-    fields = {
-        name: comparable(getattr(recipe, name)) for name in Recipe.__dataclass_fields__ if name != "scratch"
-    }
+    names = [name for name in Recipe.__dataclass_fields__ if name not in ("scratch", "on_progress")]
+    fields = {name: comparable(getattr(recipe, name)) for name in names}
     ranks.agree(
         fields
         | {
