@@ -12,7 +12,7 @@ from moonshot.models.calibration import Batch
 from moonshot.models.layers import layers_of
 from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of
 from moonshot.models.modules import ModelError, patched
-from moonshot.models.precision import tensors_outside, widened
+from moonshot.models.precision import as_read, tensors_outside
 from moonshot.models.settings import without_cache
 
 
@@ -47,7 +47,7 @@ class Chain:
     """A model cut at its blocks' boundaries, everything between them computed in float32.
 
     loss: (model, batch) -> scalar. Hidden states are the blocks' first argument and first (or only) result.
-    What is outside the blocks must be in float32 to `enter` and `leave` (`in_float32(chain.outside)`), a block to run.
+    What is outside the blocks must be in float32 to `enter` and `leave` (`placed(chain.outside)`), a block to run.
     """
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], loss: Loss):
@@ -96,7 +96,7 @@ class Chain:
 
     def leave(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
         """The loss of one batch from the last block's output, and its gradient there."""
-        leaf = widened(hidden.detach()).requires_grad_()
+        leaf = as_read(hidden.detach()).requires_grad_()
 
         def replace(_hidden, *args, **kwargs):
             return (leaf,) if self._returns_tuple else leaf
@@ -112,9 +112,9 @@ class Chain:
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """One block alone. It may change in place what it reads, so it reads copies."""
         args, kwargs = tree_map(_copied, (call.args, call.kwargs))
-        output = self.blocks[index](widened(hidden), *args, **kwargs)
+        output = self.blocks[index](as_read(hidden), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+    return as_read(leaf) if isinstance(leaf, Tensor) else leaf

@@ -18,7 +18,7 @@ from moonshot.models.left_out import left_out, shared_between
 from moonshot.models.losses import Loss, naming_sample
 from moonshot.models.modules import ModelError, check_model, evaluating
 from moonshot.models.offload import Offload
-from moonshot.models.precision import in_float32, tensors_of
+from moonshot.models.precision import placed, tensors_of
 from moonshot.models.replay import Replay
 from moonshot.models.roles import routers
 from moonshot.models.targets import TargetError, listed, select
@@ -331,11 +331,11 @@ def _is_chain(model: nn.Module, blocks: Parts, sample: Batch, loss: Loss, expect
     """Whether the blocks, one after the other, turn hidden states of one shape into the model's own loss."""
     chain = Chain(model, [block for _, block in blocks], loss)
     try:
-        with in_float32(chain.outside):
+        with placed(chain.outside):
             hidden, calls = chain.enter(sample)
             for index, call in enumerate(calls):
                 before = hidden.shape
-                with in_float32(tensors_of(chain.blocks[index])):
+                with placed(tensors_of(chain.blocks[index])):
                     hidden = chain.run(index, hidden, call)
                 if hidden.shape != before:
                     return False

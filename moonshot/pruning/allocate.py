@@ -22,7 +22,7 @@ from moonshot.models.losses import Loss, loss_of, mean_loss, model_loss, sample_
 from moonshot.models.modules import evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.partition import partition_model
-from moonshot.models.precision import in_float32, tensors_of
+from moonshot.models.precision import passing, placed, tensors_of
 from moonshot.models.ranks import Ranks, current
 from moonshot.models.restore import restored_on_failure
 from moonshot.models.settings import with_model_ready
@@ -61,6 +61,8 @@ def allocate(
     unfit: Literal["error", "skip"] = "error",
     scratch: Path | None = None,
     adapter: Adapter | None = None,
+    device: torch.device | str | None = None,
+    precision: Literal["model", "float32"] | None = None,
     on_step: OnStep | None = None,
     on_progress: OnProgress | None = None,
 ) -> Allocation:
@@ -73,8 +75,8 @@ def allocate(
     unreached, unfit: as in `prune`; the budget is that of the layers that are not skipped.
     on_step: called with what was just done and the number of steps in all, at most.
     on_progress: called in between, while gradients are gathered, as in `prune`.
-    model, calibration, objective, solver, targets, ignore, factors, dampening_frac, seed, loss, scratch,
-    adapter: as in `prune`.
+    model, calibration, objective, solver, targets, ignore, factors, dampening_frac, seed, loss, scratch, adapter,
+    device, precision: as in `prune`.
 
     A quarter of the samples is set aside. On the rest every layer is solved at every choice, as if it alone were
     pruned, which gives its loss as a curve. The curves are handed out (budgets.hand_out) in several units, the answers
@@ -100,6 +102,8 @@ def allocate(
         unfit=unfit,
         scratch=scratch,
         adapter=adapter,
+        device=device,
+        precision=precision,
         on_progress=on_progress if on_progress and ranks.is_first else unheard,
     )
     if isinstance(objective, str):
@@ -112,16 +116,32 @@ def allocate(
     if not isinstance(rounds, int) or rounds < 0:
         raise ArgumentError(f"rounds must be 0 or a positive integer, got {rounds!r}")
     even = _even_pattern(sparsity)
+    with passing(recipe.passes(model)):
+        return _allocated(recipe, model, calibration, even, patterns, rounds, on_step, ranks)
+
+
+def _allocated(
+    recipe: Recipe,
+    model: nn.Module,
+    calibration: Any,
+    even: Unstructured,
+    patterns: Sequence[PatternLike] | None,
+    rounds: int,
+    on_step: OnStep | None,
+    ranks: Ranks,
+) -> Allocation:
+    objective: Any = recipe.objective
+    loss, solver = recipe.loss, recipe.solver
     batches, unused = recipe.batches(model, calibration)
-    fitted, held_out = set_aside(batches, seed)
-    partition = partition_model(model, batches, loss, adapter)
+    fitted, held_out = set_aside(batches, recipe.seed)
+    partition = partition_model(model, batches, loss, recipe.adapter)
     layers = partition.layers()
-    names = partition.select(targets, ignore)
-    if unreached == "error":
+    names = partition.select(recipe.targets, recipe.ignore)
+    if recipe.unreached == "error":
         partition.check_reached(names)
     views = {name: layers[name] for name in names if name not in partition.unreached}
     menus, unfitting = _menus(views, even, patterns, recipe)
-    skipped = partition.skipped(targets, ignore) | unreached_layers(partition, names) | unfitting
+    skipped = partition.skipped(recipe.targets, recipe.ignore) | unreached_layers(partition, names) | unfitting
     views = {name: view for name, view in views.items() if name in menus}
     total = sum(even.zeros(view.problem_shape) for view in views.values())
     zeros = [[zeros for zeros, _ in offered] for offered in menus.values()]
@@ -134,11 +154,11 @@ def allocate(
         if on_step is not None and ranks.is_first:
             on_step(what, steps)
 
-    with restored_on_failure(model, views.values(), Offload(scratch)) as restore, evaluating(model):
+    with restored_on_failure(model, views.values(), Offload(recipe.scratch)) as restore, evaluating(model):
         calibrated = CalibrationPass(model, partition, views, fitted, [objective], recipe, ranks=ranks)
         offer = Offer(views, _solved(calibrated, menus, solver, advance, ranks), total, exact=patterns is None)
         del calibrated  # the hidden states it has offloaded
-        with in_float32(tensors_of(model)):
+        with placed(tensors_of(model)):
             candidates = _candidates(
                 offer, _PrunedModel(offer, model, fitted, partial(loss_of, loss), advance, ranks), rounds
             )
@@ -152,7 +172,7 @@ def allocate(
                 offer.patterns(choices),
                 on_layer=lambda layer, _: advance(layer.name),
             )
-            with in_float32(tensors_of(model)):
+            with placed(tensors_of(model)):
                 losses = sample_losses(model, own_batches(ranks, held_out), partial(loss_of, loss))
             restore()
             return torch.cat(ranks.gather(losses))

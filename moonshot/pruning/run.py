@@ -19,7 +19,7 @@ from moonshot.models.losses import loss_of, sample_losses
 from moonshot.models.modules import evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
-from moonshot.models.precision import in_float32, running_in_float32, tensors_of
+from moonshot.models.precision import in_float32, placed, placed_in_turn, tensors_of
 from moonshot.models.ranks import Ranks
 from moonshot.models.replay import Replay
 from moonshot.models.restore import restored_on_failure
@@ -113,7 +113,8 @@ class PruningRun:
                     reports[name] = answers[0].report
                 self._estimate_part(part, calibration.replay)
                 if refit and part.layers:
-                    refitted[part.name] = self._refitted(part, calibration.replay, refit, checkpoint)
+                    with in_float32(tensors_of(part.module)):
+                        refitted[part.name] = self._refitted(part, calibration.replay, refit, checkpoint)
         if len(running_statistics(self.model)) > sum(len(running_statistics(m)) for m in self._modules):
             self._estimate_batch_norm(batches)  # some lie outside of all parts
         return reports, refitted
@@ -127,7 +128,7 @@ class PruningRun:
 
     def losses(self, batches: list[Batch]) -> Tensor:
         """The model's loss on each sample (samples,)."""
-        with running_in_float32(self.model, self._modules):
+        with placed_in_turn(self.model, self._modules):
             own = sample_losses(self.model, own_batches(self.ranks, batches), self._loss)
         return torch.cat(self.ranks.gather(own))
 
@@ -145,7 +146,7 @@ class PruningRun:
 
     def _estimate_batch_norm(self, batches: list[Batch]) -> None:
         if self.estimates_batch_norm:
-            with in_float32(tensors_of(self.model)):
+            with placed(tensors_of(self.model)):
                 own = own_batches(self.ranks, batches)
                 reestimate(self.model, own, self._loss, self._modules, self.ranks)
 
