@@ -7,11 +7,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import moonshot as ms
+from moonshot.app import cli
 from moonshot.errors import ArgumentError
 from moonshot.models.blocks import find_blocks
 from moonshot.models.modules import ModelError
 from moonshot.models.precision import as_device, tensors_of, tensors_outside
-from tests.models import JOINT, decoder, network, tokens, weights
+from tests.models import DEMO, JOINT, decoder, model_folder, network, tokens, weights
 
 GPU = torch.device("cuda:0")
 WORK = dict(objective=JOINT, solver=ms.SparseGPT())
@@ -189,3 +190,45 @@ def test_a_refit_after_passes_in_bfloat16_is_computed_in_float32():
 def test_precisions_that_are_none():
     with pytest.raises(ArgumentError, match='precision must be "model" or "float32"'):
         ms.prune(decoder(), tokens(), 0.5, precision="bfloat16")
+
+
+# The command line
+
+
+def arguments(tmp_path, **options):
+    named = {
+        "data": DEMO / "calibration.txt",
+        "pattern": "2:4",
+        "solver": "sparsegpt",
+        "save": tmp_path / "pruned",
+    }
+    named |= {"nsamples": 4, "seqlen": 32} | options
+    return [str(part) for name, value in named.items() for part in (f"--{name}", value)]
+
+
+def test_the_command_line_passes_them_on(monkeypatch, tmp_path):
+    source, found = model_folder(tmp_path / "dense", pad_token_id=None), {}
+    real = ms.pruning.prune
+
+    def prune(*args, **named):
+        found.update(named)
+        return real(*args, **(named | {"device": None}))
+
+    monkeypatch.setattr("moonshot.app.prune.pruning.prune", prune)
+    monkeypatch.setattr("moonshot.app.prune.as_device", lambda name: GPU if name == "cuda" else None)
+    monkeypatch.setattr("moonshot.pruning.recipe.as_device", lambda name: None)
+    monkeypatch.setattr("moonshot.app.prune.PruneCommand._plan", lambda *_: None)
+    monkeypatch.setattr("moonshot.app.prune.planning.check_supported", lambda *_: None)
+    argv = ["moonshot", "prune", str(source), *arguments(tmp_path, device="cuda", precision="float32")]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert found["device"] == GPU and found["precision"] == "float32"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["moonshot", "prune", "nowhere", *arguments(tmp_path, device="cuda:1")])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err.startswith("moonshot: device 'cuda:1' is not there")

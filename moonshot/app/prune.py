@@ -33,6 +33,7 @@ from moonshot.models.calibration import as_batches, tokens_at_once
 from moonshot.models.evaluation import accuracy, perplexity
 from moonshot.models.images import ImageBatches
 from moonshot.models.layers import layers_of
+from moonshot.models.precision import as_device
 from moonshot.models.ranks import Ranks
 from moonshot.models.roles import heads, routers
 from moonshot.models.shrink import shrink
@@ -93,6 +94,8 @@ class PruneCommand:
     unreached: Literal["error", "skip"] = "error"
     unfit: Literal["error", "skip"] = "error"
     adapter: Adapter | None = None
+    device: str = "auto"
+    precision: Literal["model", "float32"] | None = None
     html: Path | None = None
     config: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -144,8 +147,8 @@ class PruneCommand:
     ) -> None:
         """From the opened model to the saved one. Ranks but the first have copies beside it that are not saved."""
         place = self.save if ranks.is_first else self.save.with_name(f".{self.save.name}.rank{ranks.index}")
-        with opened(source, place, overwrite=self.overwrite) as work:
-            plan = self._plan(work.model, calibration, _device(work.model))
+        with opened(source, place, overwrite=self.overwrite, on_gpu=self._fits_on_gpu(source)) as work:
+            plan = self._plan(work.model, calibration)
             scratch = self._scratch(plan, work, ranks, console)
             before = self._measured(work.model, calibration) if ranks.is_first else ""
             report = self._pruned(work, calibration, scratch, console)
@@ -212,7 +215,16 @@ class PruneCommand:
             raise ArgumentError(f"--memory is GiB that pruning may take, more than 0, got {self.memory:g}")
         if not 0 <= self.seed < 2**63:
             raise ArgumentError(f"--seed is a number from 0 to 2^63 - 1, got {self.seed}")
-        Recipe(self.objective, self.solver, factors=self.factors, dampening_frac=self.dampening_frac)
+        Recipe(
+            self.objective,
+            self.solver,
+            factors=self.factors,
+            dampening_frac=self.dampening_frac,
+            device=self.device,
+            precision=self.precision,
+        )
+        if processes_here() > 1 and self.device.startswith("cuda:"):
+            raise ArgumentError("--device: each process takes a GPU of its own, write cuda without a number")
         if self.checkpoint is not None:
             checkpoint.check_name(self.checkpoint)
             check_apart("--save", self.save, "--checkpoint", self.checkpoint)
@@ -280,7 +292,7 @@ class PruneCommand:
             {name: views[name].problem_shape for name in patterns},
             {name: self._choices() or [pattern] for name, pattern in patterns.items()},
             "gradients" in self._terms().needed,
-            _default_device(),
+            self._device,
         )
         return patterns
 
@@ -353,7 +365,30 @@ class PruneCommand:
                 )
             raise
 
-    def _plan(self, model: nn.Module, calibration: Any, device: torch.device) -> Plan | None:
+    @property
+    def _device(self) -> torch.device:
+        """Where parts run and are solved."""
+        return as_device(self.device) or torch.device("cpu")
+
+    def _fits_on_gpu(self, source: Source) -> bool:
+        """Whether the model can be on the GPU as a whole: it may take half, unless a GPU was asked for by name.
+
+        Otherwise it stays on the CPU, and moves there part by part.
+        """
+        if self.device != "auto" or self._device.type == "cpu":
+            return False
+        size = sum((source.folder / name).stat().st_size for name in source.check_files())
+        return 2 * size < planning.free_memory(self._device, self.memory)
+
+    def _needs_disk(self, plan: Plan) -> bool:
+        """Whether what can be offloaded goes to disk, for lack of memory. Raises ResourceError as the plan does."""
+        device, on_host = self._device, torch.device("cpu")
+        if device.type == "cpu":
+            return plan.needs_offload(planning.free_memory(on_host, self.memory) // processes_here())
+        plan.needs_offload(planning.free_memory(device, self.memory))
+        return plan.offloaded > planning.free_memory(on_host) // processes_here()
+
+    def _plan(self, model: nn.Module, calibration: Any) -> Plan | None:
         """What pruning will take, where that can be said."""
         auto = self.objective == "auto"
         return planning.plan(
@@ -367,7 +402,7 @@ class PruneCommand:
             factors=self.factors,
             trials=len(CANDIDATES) if auto else 0,
             refit=Refit() if self.refit else None,
-            device=device,
+            device=self._device,
         )
 
     def _scratch(self, plan: Plan | None, source: Opened, ranks: Ranks, console: Console) -> Path | None:
@@ -378,9 +413,7 @@ class PruneCommand:
         if plan is None:
             return None
         say(console, f"{plan}{f', by one process where {ranks.count} share the work' * (ranks.count > 1)}")
-        device = _device(source.model)
-        free = planning.free_memory(device, self.memory)
-        on_disk = plan.needs_offload(free if device.type == "cuda" else free // processes_here())
+        on_disk = self._needs_disk(plan)
         needed = {source.draft: source.unwritten + plan.offloaded * on_disk}
         if self.checkpoint is not None and ranks.is_first:
             weights = sum(parameter.nbytes for parameter in source.model.parameters())
@@ -401,14 +434,13 @@ class PruneCommand:
             say(console, f"{len(layers)} layers in blocks would be pruned to {self.pattern}: {listed(layers)}")
         if not layers or source.is_image_classifier:
             say(console, "which layers outside of blocks would be pruned is found out when it runs")
-        plan = self._plan(skeleton, calibration, _default_device())
+        plan = self._plan(skeleton, calibration)
         needed = sum((source.folder / name).stat().st_size for name in source.check_files())
         if plan is None:
             say(console, "what it will take can only be said of a language model")
         else:
             say(console, str(plan))
-            on_disk = plan.needs_offload(planning.free_memory(_default_device(), self.memory))
-            needed += plan.offloaded * on_disk
+            needed += plan.offloaded * self._needs_disk(plan)
         planning.check_disk({self.save.parent: needed})
         say(console, f"it would be saved to {self.save}; nothing was done: leave out --dry-run to prune")
 
@@ -425,6 +457,8 @@ class PruneCommand:
             unfit=self.unfit,
             scratch=scratch,
             adapter=self.adapter,
+            device=None if self._device.type == "cpu" else self._device,
+            precision=self.precision,
         )
         allocation = None
         if self.allocate:
@@ -460,14 +494,6 @@ class PruneCommand:
 
     def _patterns(self, model: nn.Module) -> Pattern | Mapping[str, Pattern]:
         return self.pattern if self.columns is None else column_patterns(model, self.columns)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def print_skipped(console: Console, skipped: list[str]) -> None:

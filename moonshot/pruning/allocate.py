@@ -154,7 +154,8 @@ def _allocated(
         if on_step is not None and ranks.is_first:
             on_step(what, steps)
 
-    with restored_on_failure(model, views.values(), Offload(recipe.scratch)) as restore, evaluating(model):
+    offload = Offload(recipe.scratch, to_host=recipe.device is not None)
+    with restored_on_failure(model, views.values(), offload) as restore, evaluating(model):
         calibrated = CalibrationPass(model, partition, views, fitted, [objective], recipe, ranks=ranks)
         offer = Offer(views, _solved(calibrated, menus, solver, advance, ranks), total, exact=patterns is None)
         del calibrated  # the hidden states it has offloaded

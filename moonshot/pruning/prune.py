@@ -312,6 +312,7 @@ def _work(
             "model": state_digest(model, without=patterns),
             "bound": bound,
             "batch_norm": batch_norm,
+            **({} if recipe.passes(model).widened else {"precision": "model"}),
             "moonshot": report.versions["moonshot"],
         }
     )

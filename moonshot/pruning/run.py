@@ -60,8 +60,9 @@ class PruningRun:
         """In evaluation mode inside, and if that fails as it was; yields a function that puts it back any time."""
         layers = self.partition.layers()
         chosen = [layers[name] for name in self.patterns]
+        offload = Offload(self.recipe.scratch, to_host=self.recipe.device is not None)
         with (
-            restored_on_failure(self.model, chosen, Offload(self.recipe.scratch)) as restore,
+            restored_on_failure(self.model, chosen, offload) as restore,
             evaluating(self.model),
         ):
             yield restore
