@@ -180,7 +180,7 @@ class PruneCommand:
             return ""
         if not isinstance(calibration, Tensor):
             return f"accuracy {accuracy(model, calibration)}, on the calibration images"
-        batch_size = max(tokens_at_once(model) // calibration.shape[1], 1)
+        batch_size = max(tokens_at_once(model, in_pieces=False) // calibration.shape[1], 1)
         return f"perplexity {perplexity(model, calibration, batch_size)}, on the calibration text"
 
     def _check(self) -> None:

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.batch_tree import leaves
 from moonshot.models.blocks import Chain, find_blocks
-from moonshot.models.calibration import Batch, batch_samples, decoder_mask, one_by_one, take, token_mask
+from moonshot.models.calibration import (
+    Batch,
+    batch_samples,
+    batch_tokens,
+    decoder_mask,
+    logits_at_once,
+    one_by_one,
+    take,
+    token_mask,
+)
 from moonshot.models.chain import ChainAdapter
 from moonshot.models.graph import GraphAdapter
 from moonshot.models.layer_view import LayerView
@@ -262,9 +271,13 @@ class _Trials:
 
         They must as well where what a layer reads of a batch is not one sample after the other.
 
-        Of the first batch with several samples; where each has one, of the first 16 in the sizes of the first.
+        Of the first batch with several samples, as many as have their logits at once (`logits_at_once`), two at least;
+        where each has one, of the first 16 in the sizes of the first.
         """
         several = next((batch for batch in batches if batch_samples(batch) > 1), None)
+        if several is not None:
+            at_once = logits_at_once(self.model) // max(batch_tokens(take(several, [0])), 1)
+            several = take(several, list(range(min(batch_samples(several), max(at_once, 2)))))
         if several is None:
             samples = [batch for batch in batches if _sizes(batch) == _sizes(batches[0])][:16]
         else:

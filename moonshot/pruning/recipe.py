@@ -13,6 +13,7 @@ from moonshot.layer.assembly import check_fraction
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.models.adapter import Adapter
 from moonshot.models.calibration import Batch, as_batches, check_length, check_vocabulary, moved, tokens_at_once
+from moonshot.models.chain import ChainAdapter
 from moonshot.models.losses import Loss, model_loss
 from moonshot.models.precision import Passes, as_device, runs_as_it_is
 from moonshot.models.sample_targets import with_equal_targets
@@ -92,7 +93,9 @@ class Recipe:
         Raises CalibrationError for texts longer than the model can read, and for tokens that it does not know.
         """
         device = as_device(self.device) or _home(model)
-        batches = [moved(batch, device) for batch in as_batches(calibration, tokens_at_once(model))]
+        in_pieces = self.loss is model_loss and isinstance(self.adapter, ChainAdapter | None)
+        tokens = tokens_at_once(model, in_pieces)
+        batches = [moved(batch, device) for batch in as_batches(calibration, tokens)]
         check_length(model, batches)
         check_vocabulary(model, batches)
         return with_equal_targets(model, batches, self.loss)
