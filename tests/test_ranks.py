@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -98,6 +99,7 @@ CASES = {
         SPARSEGPT,
     ),
     "graph": (network, images(), 0.5, ADMM | dict(loss=spread)),
+    "graph, one batch": (network, [images(4)], 0.5, SPARSEGPT | dict(loss=spread)),
     "experts": (mixture, tokens(), "2:4", SPARSEGPT),
     "more ranks than samples": (decoder, tokens(2), "2:4", SPARSEGPT),
     "one batch of several": (decoder, as_batches(tokens()), "2:4", SPARSEGPT),
@@ -251,6 +253,27 @@ def pruned_with_a_bad_ending(rank):
 
     seen = []
     return pruned(rank, decoder, tokens(), "2:4", SPARSEGPT | dict(on_layer=on_layer))
+
+
+class FailsWhileAnotherWorks(ms.Reconstruction):
+    """On one rank, while the other one takes longer than a rank waits to be heard."""
+
+    def accumulate(self, statistic, observation):
+        if torch.distributed.get_rank() == 1:
+            raise RuntimeError("no more")
+        time.sleep(0.5)
+        return super().accumulate(statistic, observation)
+
+
+def test_a_rank_hears_later_of_one_that_did_not_wait(workers):
+    assert_all_failed(workers(2, pruned_by_an_impatient_rank), 1, "no more")
+
+
+def pruned_by_an_impatient_rank(rank):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moonshot.models.ranks._LAST_WORD", 0.1)
+        work = dict(objective=FailsWhileAnotherWorks(), solver=ms.SparseGPT(), targets="0.self_attn.q_proj")
+        return pruned(rank, decoder, tokens(), "2:4", work)
 
 
 class Unsaid(ms.Reconstruction):

@@ -256,7 +256,8 @@ def _check_ranks(ranks: Ranks, run: PruningRun, batches: list[Batch], fit: Refit
             f"{alone[0]} does not say that its statistics add up, as those of several processes must: set additive = "
             "True in the class if they are arrays that do, or prune in one process"
         )
-    names = [name for name in Recipe.__dataclass_fields__ if name not in ("scratch", "on_progress")]
+    own = ("scratch", "on_progress", "device")
+    names = [name for name in Recipe.__dataclass_fields__ if name not in own]
     fields = {name: comparable(getattr(recipe, name)) for name in names}
     ranks.agree(
         fields
