@@ -45,10 +45,10 @@ class _Entered(Exception):
 
 
 class Chain:
-    """A model cut at its blocks' boundaries, everything between them computed in float32.
+    """A model cut at its blocks' boundaries.
 
     loss: (model, batch) -> scalar. Hidden states are the blocks' first argument and first (or only) result.
-    What is outside the blocks must be in float32 to `enter` and `leave` (`placed(chain.outside)`), a block to run.
+    What is outside the blocks must be `placed` to `enter` and `leave`, a block to `run`.
     """
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], loss: Loss):

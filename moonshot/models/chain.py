@@ -77,7 +77,7 @@ class ChainReplay:
             self._dense = [offload.store(hidden.read()) for hidden in self._pruned]
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
-        """Run a block, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
+        """Run a block, still dense and `placed`, on every batch and hand what its layers see to `statistics`."""
         for b, batch in enumerate(self.batches):
             dense_inputs, deltas = self._differentiate(index, b, statistics.layers)
             if statistics.layers:
@@ -112,7 +112,7 @@ class ChainReplay:
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Run the block as it is now, in float32, for the inputs of the next one."""
+        """Run the block as it is now, for the inputs of the next one."""
         for b, stored in enumerate(self._pruned):
             stored.replace(as_stored(self.output(index, b), self._dtype))
 

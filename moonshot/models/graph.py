@@ -194,7 +194,7 @@ class GraphReplay:
             )
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
-        """Run a part, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
+        """Run a part, still dense and `placed`, on every batch and hand what its layers see to `statistics`."""
         _, part = self.parts[index]
         layers = statistics.layers
         self._arguments, self._dense_outputs = [], []
@@ -239,7 +239,7 @@ class GraphReplay:
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Run the part as it is now, in float32, for the inputs of those after it."""
+        """Run the part as it is now, for the inputs of those after it."""
         _, part = self.parts[index]
         for b, arguments in enumerate(self._arguments):
             args, kwargs = _to_read(arguments)

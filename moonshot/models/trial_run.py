@@ -110,7 +110,7 @@ def trial_run(
     batch: Batch,
     loss: Loss,
 ) -> TrialRun:
-    """Run the model on a batch in float32, of its blocks one at a time.
+    """Run the model on a batch, of its blocks one `placed` at a time.
 
     Raises ModelError for a loss that is not a finite scalar.
     """
