@@ -104,6 +104,24 @@ def test_a_failure_leaves_the_model_where_and_as_it_was(gpu):
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
 
 
+@pytest.mark.parametrize("moves", [3, 40])
+def test_a_gpu_that_is_full_leaves_the_model_where_it_was(gpu, moves):
+    class Full(StandIn):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.most += function is torch.Tensor.to and GPU in args
+            if self.most == moves:
+                self.most += 1
+                raise torch.OutOfMemoryError("no more memory")
+            return super().__torch_function__(function, types, args, kwargs)
+
+    model = decoder()
+    before, places = weights(model), [tensor.data_ptr() for tensor in tensors_of(model)]
+    with Full([]), pytest.raises(torch.OutOfMemoryError):
+        ms.prune(model, tokens(), 0.5, device="cuda", **WORK)
+    assert places == [tensor.data_ptr() for tensor in tensors_of(model)]
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
 def test_a_device_of_the_model_itself_changes_nothing():
     model, other = decoder(), decoder()
     ms.prune(model, tokens(), 0.5, **WORK)

@@ -47,12 +47,12 @@ def placed(tensors: list[Tensor]) -> Iterator[None]:
     nothing else: weights may lie in a file.
     """
     passes, moved = _passes.get(), []
-    for tensor in dict.fromkeys(tensors):
-        dtype = torch.float32 if passes.widened and _is_half(tensor) else tensor.dtype
-        if (device := passes.device or tensor.device) != tensor.device or dtype != tensor.dtype:
-            moved.append((tensor, tensor.data))
-            tensor.data = tensor.data.to(device, dtype)
     try:
+        for tensor in dict.fromkeys(tensors):
+            dtype = torch.float32 if passes.widened and _is_half(tensor) else tensor.dtype
+            if (device := passes.device or tensor.device) != tensor.device or dtype != tensor.dtype:
+                moved.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(device, dtype)
         yield
     finally:
         for tensor, original in moved:
