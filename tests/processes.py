@@ -80,9 +80,11 @@ def _serve(pipe: Any) -> None:
     while True:
         store, rank, count, function, arguments = pickle.loads(pipe.recv_bytes())
         distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=count)
+        distributed.barrier()  # all are connected, before one of them may leave
         try:
             answer = function(rank, *arguments)
         except Exception as error:
             answer = error
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         pipe.send_bytes(pickle.dumps(answer))  # by value: what torch would share ends with the process

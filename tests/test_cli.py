@@ -349,9 +349,9 @@ def test_prune_says_what_it_takes_and_keeps_on_disk_what_does_not_fit(monkeypatc
         plans.append(plan(*arguments, **more))
         return plans[-1]
 
-    def recorded(self, folder=None):
+    def recorded(self, folder=None, **more):
         folders.append(folder)
-        made(self, folder)
+        made(self, folder, **more)
 
     plan, made = planning.plan, Offload.__init__
     monkeypatch.setattr(planning, "plan", remembered)

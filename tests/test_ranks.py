@@ -2,19 +2,25 @@
 
 import os
 import signal
+import socket
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import MixtralConfig
 
 import moonshot as ms
+from moonshot.app import cli
 from moonshot.models.calibration import as_batches
 from moonshot.models.ranks import RankError, owners, shares
-from tests.models import JOINT, decoder, network, tokens, weights
+from tests.models import DEMO, JOINT, decoder, model_folder, network, tokens, weights
 from tests.processes import Workers
 
 
@@ -93,6 +99,7 @@ CASES = {
         SPARSEGPT,
     ),
     "graph": (network, images(), 0.5, ADMM | dict(loss=spread)),
+    "graph, one batch": (network, [images(4)], 0.5, SPARSEGPT | dict(loss=spread)),
     "experts": (mixture, tokens(), "2:4", SPARSEGPT),
     "more ranks than samples": (decoder, tokens(2), "2:4", SPARSEGPT),
     "one batch of several": (decoder, as_batches(tokens()), "2:4", SPARSEGPT),
@@ -128,6 +135,32 @@ def test_a_generator_is_read_on_each_rank(workers):
 
 def pruned_from_a_generator(rank):
     return pruned(rank, decoder, from_a_generator(tokens()), "2:4", SPARSEGPT)
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "arguments"),
+    [
+        (decoder, as_batches(tokens(12), batch_tokens=16), {}),
+        (network, list(images().split(2)), dict(loss=spread, patterns=[0.25, 0.5, 0.75])),
+    ],
+)
+def test_ranks_allocate_as_one_process_does(workers, make, data, arguments):
+    expected = allocated(0, make, data, arguments)
+    for found in workers(2, allocated, make, data, arguments):
+        assert {name: str(pattern) for name, pattern in found.items()} == {
+            name: str(pattern) for name, pattern in expected.items()
+        }
+        assert [trial.loss for trial in found.trials] == pytest.approx(
+            [trial.loss for trial in expected.trials]
+        )
+
+
+def allocated(rank, make, data, arguments):
+    model = make()
+    before = weights(model)
+    found = ms.allocate(model, data, 0.5, solver=ms.SparseGPT(), objective=JOINT, rounds=1, **arguments)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    return found
 
 
 # What goes wrong
@@ -222,6 +255,27 @@ def pruned_with_a_bad_ending(rank):
     return pruned(rank, decoder, tokens(), "2:4", SPARSEGPT | dict(on_layer=on_layer))
 
 
+class FailsWhileAnotherWorks(ms.Reconstruction):
+    """On one rank, while the other one takes longer than a rank waits to be heard."""
+
+    def accumulate(self, statistic, observation):
+        if torch.distributed.get_rank() == 1:
+            raise RuntimeError("no more")
+        time.sleep(0.5)
+        return super().accumulate(statistic, observation)
+
+
+def test_a_rank_hears_later_of_one_that_did_not_wait(workers):
+    assert_all_failed(workers(2, pruned_by_an_impatient_rank), 1, "no more")
+
+
+def pruned_by_an_impatient_rank(rank):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moonshot.models.ranks._LAST_WORD", 0.1)
+        work = dict(objective=FailsWhileAnotherWorks(), solver=ms.SparseGPT(), targets="0.self_attn.q_proj")
+        return pruned(rank, decoder, tokens(), "2:4", work)
+
+
 class Unsaid(ms.Reconstruction):
     """A term that does not say that its statistics add up."""
 
@@ -275,3 +329,50 @@ def interrupted(rank, folder):
 def pruned_with_a_checkpoint(rank, folder):
     place = folder if rank == 0 else "/proc/nothing/can/be/made/here"
     return pruned(rank, decoder, tokens(), "2:4", SPARSEGPT | dict(checkpoint=place))
+
+
+# The command line
+
+
+def command(rank, count, port, arguments):
+    """(exit code, output, errors) of a command in a process that torchrun has started."""
+    torch.distributed.destroy_process_group()  # that of the tests
+    launched = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
+    launched |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    output, errors = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        for name, value in launched.items():
+            patch.setenv(name, str(value))
+        patch.setattr("sys.argv", ["moonshot", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    return code, output.getvalue(), errors.getvalue()
+
+
+def commands(workers, *arguments):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    return workers(2, command, 2, port, arguments)
+
+
+def test_the_command_line_under_torchrun(workers, tmp_path, monkeypatch):
+    source = model_folder(tmp_path / "dense", pad_token_id=None)
+    work = ["prune", source, "--data", DEMO / "calibration.txt", "--nsamples", "6", "--seqlen", "32"]
+    work += ["--pattern", "2:4", "--solver", "sparsegpt"]
+    saved, alone = tmp_path / "together" / "pruned", tmp_path / "alone"
+    first, other = commands(workers, *work, "--save", saved, "--checkpoint", tmp_path / "answers")
+    assert first[0] == other[0] == 0 and other[1:] == ("", "")
+    assert f"saved: {saved}" in first[1] and "14 layers" in first[1]
+    assert [path.name for path in saved.parent.iterdir()] == ["pruned"]  # nothing is left of the others' copies
+    monkeypatch.setattr("sys.argv", ["moonshot", *map(str, work), "--save", str(alone)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    close(load_file(saved / "model.safetensors"), load_file(alone / "model.safetensors"), rtol=1e-2)
+
+    first, other = commands(workers, *work, "--save", saved)
+    assert first[0] == other[0] == 1 and other[1:] == ("", "")
+    assert first[1] == "" and f"{saved} exists" in first[2] and first[2].count("\n") == 1

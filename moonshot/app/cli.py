@@ -106,6 +106,8 @@ def prune(
     bound: options.Bound = False,
     adapter: options.AdapterName = None,
     text_column: options.TextColumn = None,
+    device: options.Device = "auto",
+    precision: options.PrecisionName = None,
     nsamples: options.Samples = 128,
     seqlen: options.Seqlen = None,
     seed: options.Seed = 0,
@@ -155,6 +157,8 @@ def prune(
         unreached=unreached.value,  # type: ignore[arg-type]
         unfit=unfit.value,  # type: ignore[arg-type]
         adapter=parse_adapter(adapter),
+        device=device,
+        precision=None if precision is None else precision.value,  # type: ignore[arg-type]
         html=html,
         config=config,
         settings=given(context),

@@ -20,6 +20,13 @@ class OrSkip(str, Enum):
     skip = "skip"
 
 
+class Precision(str, Enum):
+    """What passes are computed in."""
+
+    model = "model"
+    float32 = "float32"
+
+
 def _option(panel: str, text: str, *flags: str, **more: Any) -> Any:
     return typer.Option(*flags, help=text, rich_help_panel=panel, **more)
 
@@ -182,6 +189,19 @@ DryRun = Annotated[
     bool, _option(RUN, "Check everything and say what it would take, and prune nothing.", "--dry-run")
 ]
 Quiet = Annotated[bool, _option(RUN, "Say nothing but what goes wrong.", "--quiet")]
+Device = Annotated[
+    str,
+    _option(
+        RUN,
+        "Where it runs: auto, cpu, cuda, or such as cuda:1, to which the model moves part by part; auto is the GPU "
+        "where there is one, with the whole model on it if it fits.",
+        autocompletion=completing("auto", "cpu", "cuda"),
+    ),
+]
+PrecisionName = Annotated[
+    Precision | None,
+    _option(RUN, "Of the passes: the model's own dtype, the default on a GPU, or float32, that on the CPU."),
+]
 Memory = Annotated[float | None, _option(RUN, "Memory it may use, in GiB; all that is free unless given.")]
 CheckpointFolder = Annotated[
     Path | None,

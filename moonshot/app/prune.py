@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moonshot import pruning
 from moonshot.app.config import saved_text
 from moonshot.app.data import calibration_windows, pictures
+from moonshot.app.launch import console_of, launched, processes_here
 from moonshot.app.measure import HeldOut
 from moonshot.app.progress import progress
 from moonshot.app.terminal import one_line, say
@@ -33,6 +34,8 @@ from moonshot.models.calibration import as_batches, tokens_at_once
 from moonshot.models.evaluation import Accuracy, Perplexity, accuracy, perplexity
 from moonshot.models.images import ImageBatches
 from moonshot.models.layers import layers_of
+from moonshot.models.precision import as_device
+from moonshot.models.ranks import Ranks
 from moonshot.models.roles import heads, routers
 from moonshot.models.shrink import shrink
 from moonshot.models.targets import listed, select
@@ -94,6 +97,8 @@ class PruneCommand:
     unreached: Literal["error", "skip"] = "error"
     unfit: Literal["error", "skip"] = "error"
     adapter: Adapter | None = None
+    device: str = "auto"
+    precision: Literal["model", "float32"] | None = None
     html: Path | None = None
     config: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -105,16 +110,22 @@ class PruneCommand:
         Raises ValueError, TypeError or OSError with what to do about it.
 
         What can be known from the arguments, the data and the model's shapes is looked at before weights are copied.
+        Under torchrun the processes share the work, of which the first one writes and prints.
         """
+        with launched() as ranks:
+            self._run(ranks, console_of(ranks, console))
+
+    def _run(self, ranks: Ranks, console: Console) -> None:
         self._check()
         self._read_from  # noqa: B018 - before anything is read
-        if self._is_done():
-            if not self.dry_run:
+        if ranks.broadcast(ranks.is_first and self._is_done()):
+            if ranks.is_first and not self.dry_run:
                 self._remove_checkpoint()
             say(console, f"done already: {self.save}")
             return
-        check_free(self.save, self.overwrite)
-        self._check_checkpoint()
+        if ranks.is_first:
+            check_free(self.save, self.overwrite)
+            self._check_checkpoint()
         source = Source(self.model, self.trust_remote_code)
         source.check_files()
         skeleton = source.skeleton()
@@ -126,28 +137,38 @@ class PruneCommand:
             self._say_what_it_would_do(source, skeleton, layers, calibration, console)
             return
         with self._saying_what_there_is():
-            self._prune(source, calibration, held_out, skipped, console)
-            self._remove_checkpoint()
+            self._prune(source, calibration, held_out, skipped, ranks, console)
+            if ranks.is_first:
+                self._remove_checkpoint()
         say(console, f"saved: {self.save}")
         if self.html is not None:
             say(console, f"report: {self.html}")
         say(console, _GAINS["shrink" if self.shrink else "compact" if self.compact else "zeros"])
 
     def _prune(
-        self, source: Source, calibration: Any, held_out: list[HeldOut], skipped: list[str], console: Console
+        self,
+        source: Source,
+        calibration: Any,
+        held_out: list[HeldOut],
+        skipped: list[str],
+        ranks: Ranks,
+        console: Console,
     ) -> None:
-        """From the opened model to the saved one."""
-        with opened(source, self.save, overwrite=self.overwrite) as work:
-            plan = self._plan(work.model, calibration, _device(work.model))
-            scratch = self._scratch(plan, work, console)
+        """From the opened model to the saved one. Ranks but the first have copies beside it that are not saved."""
+        place = self.save if ranks.is_first else self.save.with_name(f".{self.save.name}.rank{ranks.index}")
+        with opened(source, place, overwrite=self.overwrite, on_gpu=self._fits_on_gpu(source)) as work:
+            plan = self._plan(work.model, calibration)
+            scratch = self._scratch(plan, work, ranks, console)
             if scratch is not None and held_out:
                 say(console, "the model does not fit into memory: measure it afterwards, by moonshot eval")
                 held_out = []
-            before = self._measured(work.model, calibration, held_out)
+            before = self._measured(work.model, calibration, held_out) if ranks.is_first else {}
             for data, figure in before.items():
                 say(console, f"{data}: {figure.name} {figure} dense")
             work.release()
             report = self._pruned(work, calibration, scratch, console)
+            if not ranks.is_first:
+                return
             report.recipe.update(
                 model=self.model, data=self.data, command=self.command, read_from=self._read_from
             )
@@ -216,7 +237,16 @@ class PruneCommand:
             raise ArgumentError(
                 f"{why} sets samples aside and needs at least {needed}, got --nsamples {self.nsamples}"
             )
-        Recipe(self.objective, self.solver, factors=self.factors, dampening_frac=self.dampening_frac)
+        Recipe(
+            self.objective,
+            self.solver,
+            factors=self.factors,
+            dampening_frac=self.dampening_frac,
+            device=self.device,
+            precision=self.precision,
+        )
+        if processes_here() > 1 and self.device.startswith("cuda:"):
+            raise ArgumentError("--device: each process takes a GPU of its own, write cuda without a number")
         if self.checkpoint is not None:
             checkpoint.check_name(self.checkpoint)
             check_apart("--save", self.save, "--checkpoint", self.checkpoint)
@@ -288,7 +318,7 @@ class PruneCommand:
             {name: views[name].problem_shape for name in patterns},
             {name: self._choices() or [pattern] for name, pattern in patterns.items()},
             "gradients" in self._terms().needed,
-            _default_device(),
+            self._device,
         )
         return patterns
 
@@ -381,7 +411,30 @@ class PruneCommand:
                 )
             raise
 
-    def _plan(self, model: nn.Module, calibration: Any, device: torch.device) -> Plan | None:
+    @property
+    def _device(self) -> torch.device:
+        """Where parts run and are solved."""
+        return as_device(self.device) or torch.device("cpu")
+
+    def _fits_on_gpu(self, source: Source) -> bool:
+        """Whether the model can be on the GPU as a whole: it may take half, unless a GPU was asked for by name.
+
+        Otherwise it stays on the CPU, and moves there part by part.
+        """
+        if self.device != "auto" or self._device.type == "cpu":
+            return False
+        size = sum((source.folder / name).stat().st_size for name in source.check_files())
+        return 2 * size < planning.free_memory(self._device, self.memory)
+
+    def _needs_disk(self, plan: Plan) -> bool:
+        """Whether what can be offloaded goes to disk, for lack of memory. Raises ResourceError as the plan does."""
+        device, on_host = self._device, torch.device("cpu")
+        if device.type == "cpu":
+            return plan.needs_offload(planning.free_memory(on_host, self.memory) // processes_here())
+        plan.needs_offload(planning.free_memory(device, self.memory))
+        return plan.offloaded > planning.free_memory(on_host) // processes_here()
+
+    def _plan(self, model: nn.Module, calibration: Any) -> Plan | None:
         """What pruning will take, where that can be said."""
         auto = self.objective == "auto"
         return planning.plan(
@@ -395,20 +448,20 @@ class PruneCommand:
             factors=self.factors,
             trials=len(CANDIDATES) if auto else 0,
             refit=Refit() if self.refit else None,
-            device=device,
+            device=self._device,
         )
 
-    def _scratch(self, plan: Plan | None, source: Opened, console: Console) -> Path | None:
+    def _scratch(self, plan: Plan | None, source: Opened, ranks: Ranks, console: Console) -> Path | None:
         """Say what pruning will take; the folder to offload to where it does not fit into memory, None where it does.
 
         Raises ResourceError where there is not enough memory or disk.
         """
         if plan is None:
             return None
-        say(console, str(plan))
-        on_disk = plan.needs_offload(planning.free_memory(_device(source.model), self.memory))
+        say(console, f"{plan}{f', by one process where {ranks.count} share the work' * (ranks.count > 1)}")
+        on_disk = self._needs_disk(plan)
         needed = {source.draft: source.unwritten + plan.offloaded * on_disk}
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and ranks.is_first:
             weights = sum(parameter.nbytes for parameter in source.model.parameters())
             needed[self.checkpoint] = weights * (1 + self.refit)
         planning.check_disk(needed)
@@ -427,14 +480,13 @@ class PruneCommand:
             say(console, f"{len(layers)} layers in blocks would be pruned to {self.pattern}: {listed(layers)}")
         if not layers or source.is_image_classifier:
             say(console, "which layers outside of blocks would be pruned is found out when it runs")
-        plan = self._plan(skeleton, calibration, _default_device())
+        plan = self._plan(skeleton, calibration)
         needed = sum((source.folder / name).stat().st_size for name in source.check_files())
         if plan is None:
             say(console, "what it will take can only be said of a language model")
         else:
             say(console, str(plan))
-            on_disk = plan.needs_offload(planning.free_memory(_default_device(), self.memory))
-            needed += plan.offloaded * on_disk
+            needed += plan.offloaded * self._needs_disk(plan)
         planning.check_disk({self.save.parent: needed})
         say(console, f"it would be saved to {self.save}; nothing was done: leave out --dry-run to prune")
 
@@ -451,6 +503,8 @@ class PruneCommand:
             unfit=self.unfit,
             scratch=scratch,
             adapter=self.adapter,
+            device=None if self._device.type == "cpu" else self._device,
+            precision=self.precision,
         )
         allocation = None
         if self.allocate:
@@ -486,14 +540,6 @@ class PruneCommand:
 
     def _patterns(self, model: nn.Module) -> Pattern | Mapping[str, Pattern]:
         return self.pattern if self.columns is None else column_patterns(model, self.columns)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def print_skipped(console: Console, skipped: list[str], images: bool) -> None:

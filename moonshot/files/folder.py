@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from moonshot.files.card import model_card
 from moonshot.files.compact import write_compact
 from moonshot.files.draft import Draft, drafted, saving
-from moonshot.files.load import Source, quiet
+from moonshot.files.load import Source, default_on_gpu, quiet
 from moonshot.files.mapped import MappedFile
 from moonshot.files.plan import check_disk
 from moonshot.files.source import INDEX, check_weights, companions, weight_files
@@ -122,7 +121,12 @@ class Opened:
 
 @contextmanager
 def opened(
-    name: str | Source, folder: str | Path, *, overwrite: bool = False, trust_remote_code: bool = False
+    name: str | Source,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    on_gpu: bool | None = None,
 ) -> Iterator[Opened]:
     """A model of a folder or a hub name, to be pruned and saved to `folder`, which must not exist.
 
@@ -130,6 +134,7 @@ def opened(
     are mapped from copies of its safetensors files in a temporary folder beside `folder`, so that they need not fit
     into memory. On a GPU, or where the files are of another kind than the model, it is loaded. What has not been
     saved is gone afterwards.
+    on_gpu: whether it is to be on a GPU as a whole; unless given, if there is one.
     overwrite: whether a folder that moonshot wrote may be replaced. trust_remote_code: whether code that comes with the
     model may run. Raises what `save` and `Source` do.
     """
@@ -137,8 +142,8 @@ def opened(
     source.check_files()
     companions(source.folder)
     with drafted(Path(folder), overwrite) as draft:
-        found = None if torch.cuda.is_available() else _mapped(source, draft)
-        yield found or Opened(source.load(), source.processor, draft, source=source)
+        found = None if default_on_gpu(on_gpu) else _mapped(source, draft)
+        yield found or Opened(source.load(on_gpu), source.processor, draft, source=source)
 
 
 def _mapped(source: Source, draft: Draft) -> Opened | None:

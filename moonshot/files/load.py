@@ -83,8 +83,8 @@ class Source:
         with reading(self.kind, self.name), torch.device("meta"), quiet():
             return self._auto.from_config(self.config, trust_remote_code=self.trusted).eval()
 
-    def load(self) -> nn.Module:
-        """The model in the dtype it was saved in, on the GPU if there is one.
+    def load(self, on_gpu: bool | None = None) -> nn.Module:
+        """The model in the dtype it was saved in. on_gpu: whether on the GPU; unless given, if there is one.
 
         Raises FolderError where the files lack weights that the configuration asks for, or have others.
         """
@@ -98,7 +98,7 @@ class Source:
                 ignore_mismatched_sizes=True,
             )
         self._check_complete(model, found)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return model.to("cuda" if default_on_gpu(on_gpu) else "cpu")
 
     def check_files(self) -> list[str]:
         """`weight_files`, each looked at by safetensors.
@@ -167,6 +167,11 @@ class Source:
                 f"{self.name} lacks weights that {type(model).__name__} has: {missing[0]}{_more(missing)}; get the "
                 "model once more, or one that was trained as this"
             )
+
+
+def default_on_gpu(on_gpu: bool | None) -> bool:
+    """Whether a model is loaded onto a GPU, unless that was said."""
+    return torch.cuda.is_available() if on_gpu is None else on_gpu
 
 
 def load(name: str, trust_remote_code: bool = False) -> tuple[nn.Module, object]:

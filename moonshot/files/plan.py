@@ -24,7 +24,7 @@ from moonshot.layer.patterns import Pattern, Unstructured
 from moonshot.layer.problem import Problem
 from moonshot.linalg.hessian import RowHessian
 from moonshot.models.blocks import find_blocks
-from moonshot.models.calibration import Batch, batch_tokens, count_samples
+from moonshot.models.calibration import Batch, batch_tokens, count_samples, logits_at_once
 from moonshot.models.layers import layers_of
 from moonshot.models.precision import tensors_outside
 from moonshot.models.targets import select
@@ -170,13 +170,14 @@ def count(
     rank = min(factors, count_samples(batches)) if "gradients" in objective.needed else 0
     total, at_once = sum(tokens), max(tokens)
     length = max(batch["input_ids"].shape[1] for batch in batches)
+    with_logits = min(at_once, max(2 * length, logits_at_once(model)))  # two samples show how the model runs
 
     offloaded = sum(m * d for m, d, _ in layers) * itemsize * (1 + trials)
     offloaded += total * hidden * itemsize * (2 + len(blocks) if replayed else 1 + (refit is not None))
     weights = [sum(p.numel() for p in block.parameters()) for _, block in parts]
     outside = sum(tensor.numel() for tensor in tensors_outside(model, [block for _, block in parts]))
     memory = max(
-        4 * outside + 4 * at_once * vocabulary * _LOGITS,
+        4 * outside + 4 * with_logits * vocabulary * _LOGITS,
         *(
             4 * own
             + _running(block, at_once, length, replayed or refit is not None)

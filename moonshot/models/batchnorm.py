@@ -68,12 +68,15 @@ def reestimate(
 
 @torch.no_grad()
 def estimate_in_one_pass(
-    model: nn.Module, batches: list[Batch], forward: Callable[[nn.Module, Batch], Any]
+    model: nn.Module,
+    batches: list[Batch],
+    forward: Callable[[nn.Module, Batch], Any],
+    ranks: Ranks = ALONE,
 ) -> None:
     """As `reestimate`, roughly, at the price of one pass: the mean over the batches of each batch's own statistics.
 
     Every batch norm's inputs come from layers that normalise by the batch, so the result depends on how the samples are
-    batched: for comparing many models, not for keeping one.
+    batched: for comparing many models, not for keeping one. ranks: those that have a share of the batches each.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and _running(layer)]
     before = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
@@ -88,6 +91,11 @@ def estimate_in_one_pass(
         for layer, momentum, tracked in before:
             layer.momentum, layer.num_batches_tracked = momentum, tracked
             layer.eval()
+    if ranks.count > 1:
+        share = len(batches) / sum(ranks.gather(len(batches)))
+        for buffer in running_statistics(model):
+            buffer.copy_(buffer * share if share else torch.zeros_like(buffer))
+        ranks.sum_(running_statistics(model))
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from moonshot.models.calibration import Batch
+from moonshot.models.calibration import Batch, logits_at_once
 from moonshot.models.layers import layers_of
-from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of
+from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of, model_loss, predicts_the_next_token
 from moonshot.models.modules import ModelError, patched
-from moonshot.models.precision import tensors_outside, widened
+from moonshot.models.pieces import can_be_taken_apart, in_pieces, is_text
+from moonshot.models.precision import as_read, tensors_outside
 from moonshot.models.settings import without_cache
 
 
@@ -44,16 +45,17 @@ class _Entered(Exception):
 
 
 class Chain:
-    """A model cut at its blocks' boundaries, everything between them computed in float32.
+    """A model cut at its blocks' boundaries.
 
     loss: (model, batch) -> scalar. Hidden states are the blocks' first argument and first (or only) result.
-    What is outside the blocks must be in float32 to `enter` and `leave` (`in_float32(chain.outside)`), a block to run.
+    What is outside the blocks must be `placed` to `enter` and `leave`, a block to `run`.
     """
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], loss: Loss):
         self.model, self.blocks, self.loss = model, blocks, loss
         self.outside = tensors_outside(model, blocks)
         self._returns_tuple = False
+        self._can_be_taken_apart: bool | None = None
 
     @torch.no_grad()
     def enter(self, batch: Batch) -> tuple[Tensor, list[Call]]:
@@ -95,8 +97,20 @@ class Chain:
         return first[0], calls
 
     def leave(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
-        """The loss of one batch from the last block's output, and its gradient there."""
-        leaf = widened(hidden.detach()).requires_grad_()
+        """The loss of one batch from the last block's output, and its gradient there.
+
+        Where that can be done, of some tokens at a time, so that their logits are about LOGITS numbers.
+        """
+        size = max(logits_at_once(self.model) // len(hidden), 1)
+        if self.loss is model_loss and predicts_the_next_token(self.model) and is_text(batch, hidden):
+            if size < hidden.shape[1] and self._can_be_taken_apart is None:
+                self._can_be_taken_apart = can_be_taken_apart(self._leave, batch, hidden)
+            if size < hidden.shape[1] and self._can_be_taken_apart:
+                return in_pieces(self._leave, batch, hidden, size)
+        return self._leave(batch, hidden)
+
+    def _leave(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
+        leaf = as_read(hidden.detach()).requires_grad_()
 
         def replace(_hidden, *args, **kwargs):
             return (leaf,) if self._returns_tuple else leaf
@@ -112,9 +126,9 @@ class Chain:
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """One block alone. It may change in place what it reads, so it reads copies."""
         args, kwargs = tree_map(_copied, (call.args, call.kwargs))
-        output = self.blocks[index](widened(hidden), *args, **kwargs)
+        output = self.blocks[index](as_read(hidden), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+    return as_read(leaf) if isinstance(leaf, Tensor) else leaf

@@ -10,6 +10,7 @@ from torch import Tensor
 from moonshot.errors import ArgumentTypeError, MoonshotError
 from moonshot.extras import from_extra
 from moonshot.models.batch_tree import has_position_axes, leaves, map_tensors, samples_of, take_samples
+from moonshot.models.ranks import Ranks
 
 Batch = Any  # a mapping or a sequence of tensors, or one tensor: what `loss(model, batch)` takes
 _OF_IMAGES = ("pixel_values", "image_", "video_")  # what entries are called that may have several for a text
@@ -43,11 +44,19 @@ def as_batches(calibration: Any, batch_tokens: int = 2048, batch_samples: int = 
     return [_as_batch(batch, index) for index, batch in enumerate(batches)]
 
 
-def tokens_at_once(model: Any) -> int:
-    """How many tokens a batch should have: 2048, or so many that their logits are about 2**25 numbers."""
+def tokens_at_once(model: Any, in_pieces: bool = True) -> int:
+    """How many tokens a batch should have: 2048, or as many as have their logits at once.
+
+    in_pieces: whether the logits of a batch need not all be there at once (models.pieces).
+    """
+    return 2048 if in_pieces else min(2048, logits_at_once(model))
+
+
+def logits_at_once(model: Any) -> int:
+    """How many tokens should have their logits at once: so many that these are about 2**25 numbers."""
     embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     vocabulary = len(getattr(embeddings, "weight", ()))
-    return min(2048, max(2**25 // max(vocabulary, 1), 1))
+    return max(2**25 // max(vocabulary, 1), 1)
 
 
 def longest_text(model: Any) -> int | None:
@@ -242,6 +251,12 @@ def split(batches: list[Batch], size: int) -> list[Batch]:
         for batch in batches
         for first in range(0, batch_samples(batch), size)
     ]
+
+
+def own_batches(ranks: Ranks, batches: list[Batch]) -> list[Batch]:
+    """A rank's share of the batches."""
+    own = ranks.share([batch_samples(batch) for batch in batches])
+    return batches[own.start : own.stop]
 
 
 def open_dataset(data: str) -> Any:

@@ -16,7 +16,7 @@ from moonshot.models.calibration import Batch, batch_samples, decoder_mask, take
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss, naming_sample
 from moonshot.models.offload import Offload, Offloaded
-from moonshot.models.precision import activation_dtype, in_float32, narrowed, tensors_of, widened
+from moonshot.models.precision import activation_dtype, as_read, as_stored, placed, tensors_of, widened
 from moonshot.models.recording import Seen, gradient_dtype, output_gradients, recording
 from moonshot.models.replay import Replay
 from moonshot.models.statistics import LayerStatistics
@@ -64,10 +64,10 @@ class ChainReplay:
         self._dtype = activation_dtype(model)
         self._pruned: list[Offloaded] = []
         self._calls: list[list[Call]] = []
-        with in_float32(self._chain.outside):
+        with placed(self._chain.outside):
             for batch in batches:
                 hidden, calls = self._chain.enter(batch)
-                self._pruned.append(offload.store(narrowed(hidden, self._dtype)))
+                self._pruned.append(offload.store(as_stored(hidden, self._dtype)))
                 self._calls.append(calls)
         self._dense: list[Offloaded] = []
         self._gradients: list[list[Offloaded]] = []
@@ -77,7 +77,7 @@ class ChainReplay:
             self._dense = [offload.store(hidden.read()) for hidden in self._pruned]
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
-        """Run a block, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
+        """Run a block, still dense and `placed`, on every batch and hand what its layers see to `statistics`."""
         for b, batch in enumerate(self.batches):
             dense_inputs, deltas = self._differentiate(index, b, statistics.layers)
             if statistics.layers:
@@ -96,10 +96,10 @@ class ChainReplay:
         inputs: Seen = {}
         outputs: Seen = {}
         differentiated = bool(layers and self._gradients)
-        leaf = widened(self._dense[b].read()).requires_grad_()
+        leaf = as_read(self._dense[b].read()).requires_grad_()
         with torch.set_grad_enabled(differentiated), recording(layers, inputs, outputs):
             output = self._chain.run(index, leaf, self._calls[b][index])
-        self._dense[b].replace(narrowed(output.detach(), self._dtype))
+        self._dense[b].replace(as_stored(output.detach(), self._dtype))
         if not differentiated:
             return {}, {}
         return inputs, output_gradients(output, [widened(self._gradients[index][b].read())], outputs)
@@ -108,13 +108,13 @@ class ChainReplay:
         return self._chain.run(index, self._pruned[b].read(), self._calls[b][index])
 
     def dense_output(self, index: int, b: int) -> Tensor:
-        return widened(self._dense[b].read())
+        return as_read(self._dense[b].read())
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Run the block as it is now, in float32, for the inputs of the next one."""
+        """Run the block as it is now, for the inputs of the next one."""
         for b, stored in enumerate(self._pruned):
-            stored.replace(narrowed(self.output(index, b), self._dtype))
+            stored.replace(as_stored(self.output(index, b), self._dtype))
 
 
 def block_gradients(
@@ -131,22 +131,23 @@ def block_gradients(
     boundaries = [hidden]
     for k, block in enumerate(chain.blocks):
         boundaries.append([])
-        with torch.no_grad(), in_float32(tensors_of(block)):
+        with torch.no_grad(), placed(tensors_of(block)):
             for b, stored in enumerate(boundaries[k]):
                 output = chain.run(k, stored.read(), calls[b][k])
-                boundaries[k + 1].append(offload.store(narrowed(output, hidden_dtype)))
-    with in_float32(chain.outside):
+                boundaries[k + 1].append(offload.store(as_stored(output, hidden_dtype)))
+    with placed(chain.outside):
         for b, batch in enumerate(batches):
             hidden_states = boundaries[-1][b].read()
             with naming_sample(b, batch_samples(batch), partial(_leave_one, chain, batch, hidden_states)):
                 _, gradient = chain.leave(batch, hidden_states)
             boundaries[-1][b].replace((gradient * batch_samples(batch)).to(dtype))
     for k in range(len(chain.blocks) - 1, 0, -1):
-        with in_float32(tensors_of(chain.blocks[k])):
+        with placed(tensors_of(chain.blocks[k])):
             for b, stored in enumerate(boundaries[k]):
-                leaf = widened(stored.read()).requires_grad_()
+                leaf = as_read(stored.read()).requires_grad_()
                 output = chain.run(k, leaf, calls[b][k])
-                (gradient,) = torch.autograd.grad(output, leaf, widened(boundaries[k + 1][b].read()))
+                above = boundaries[k + 1][b].read().to(output.dtype)
+                (gradient,) = torch.autograd.grad(output, leaf, above)
                 stored.replace(gradient.to(dtype))
     return boundaries[1:]
 

@@ -25,11 +25,11 @@ from moonshot.models.modules import ModelError, patched
 from moonshot.models.offload import Offload, Offloaded, read_all
 from moonshot.models.precision import (
     activation_dtype,
-    in_float32,
-    narrowed,
+    as_read,
+    as_stored,
+    placed,
     tensors_of,
     tensors_outside,
-    widened,
 )
 from moonshot.models.recording import (
     Seen,
@@ -142,7 +142,7 @@ class GraphReplay:
         self._wants_dense = dense
         self._dense_outputs: list[Offloaded] = []  # of the part whose turn it is, by batch
         if gradients or dense:
-            with in_float32(tensors_of(model)), torch.set_grad_enabled(gradients):
+            with placed(tensors_of(model)), torch.set_grad_enabled(gradients):
                 for b, batch in enumerate(batches):
                     with naming_sample(b, batch_samples(batch), partial(self._loss_of, batch)):
                         self._run_dense(batch, gradients)
@@ -194,7 +194,7 @@ class GraphReplay:
             )
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
-        """Run a part, still dense and in float32, on every batch and hand what its layers see to `statistics`."""
+        """Run a part, still dense and `placed`, on every batch and hand what its layers see to `statistics`."""
         _, part = self.parts[index]
         layers = statistics.layers
         self._arguments, self._dense_outputs = [], []
@@ -202,7 +202,7 @@ class GraphReplay:
             dense_inputs, deltas = self._differentiate(index, b, layers)
             self._arguments.append(self._reach(index, b))
             if layers:
-                args, kwargs = _in_float32(self._arguments[b])
+                args, kwargs = _to_read(self._arguments[b])
                 inputs: Seen = {}
                 with torch.no_grad(), recording(layers, inputs):
                     part(*args, **kwargs)
@@ -217,7 +217,7 @@ class GraphReplay:
         _, part = self.parts[index]
         inputs: Seen = {}
         outputs: Seen = {}
-        args, kwargs = _in_float32(self._dense[b][index])
+        args, kwargs = _to_read(self._dense[b][index])
         with torch.set_grad_enabled(differentiated), recording(layers, inputs, outputs):
             result = part(*args, **kwargs)
         self._dense[b][index] = ((), {})
@@ -231,18 +231,18 @@ class GraphReplay:
 
     def output(self, index: int, b: int) -> Tensor:
         _, part = self.parts[index]
-        args, kwargs = _in_float32(self._arguments[b])
+        args, kwargs = _to_read(self._arguments[b])
         return main_output(part(*args, **kwargs))
 
     def dense_output(self, index: int, b: int) -> Tensor:
-        return widened(self._dense_outputs[b].read())
+        return as_read(self._dense_outputs[b].read())
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Run the part as it is now, in float32, for the inputs of those after it."""
+        """Run the part as it is now, for the inputs of those after it."""
         _, part = self.parts[index]
         for b, arguments in enumerate(self._arguments):
-            args, kwargs = _in_float32(arguments)
+            args, kwargs = _to_read(arguments)
             self._results[b].append(self._stored(part(*args, **kwargs)))
 
     @torch.no_grad()
@@ -255,11 +255,11 @@ class GraphReplay:
             raise _Reached
 
         def returned(k: int) -> Callable:
-            return lambda *args, **kwargs: _in_float32(self._results[b][k])
+            return lambda *args, **kwargs: _to_read(self._results[b][k])
 
         forwards = [returned(k) for k in range(index)] + [stop]
         replaced = patched([part for _, part in self.parts[: index + 1]], forwards)
-        with in_float32(self._outside), replaced, suppress(_Reached):
+        with placed(self._outside), replaced, suppress(_Reached):
             loss_of(self._loss, self._model, self.batches[b])
         if not found:
             raise ModelError(f"{self.parts[index][0]} did not run: every batch must call the same parts once")
@@ -269,14 +269,14 @@ class GraphReplay:
         """A stored copy of whatever a module reads or returns, floating-point tensors in the model's dtype."""
 
         def copied(leaf: Any) -> Any:
-            return narrowed(leaf.detach(), self._dtype) if isinstance(leaf, Tensor) else leaf
+            return as_stored(leaf.detach(), self._dtype) if isinstance(leaf, Tensor) else leaf
 
         return self._offload.store_all(tree_map(copied, tree))
 
 
-def _in_float32(tree: Any) -> Any:
-    """A copy of stored tensors, which a module may change in place; half precision as float32, which it reads."""
-    return tree_map(lambda leaf: widened(leaf) if isinstance(leaf, Tensor) else leaf, read_all(tree))
+def _to_read(tree: Any) -> Any:
+    """A copy of stored tensors, which a module may change in place, as it reads them."""
+    return tree_map(lambda leaf: as_read(leaf) if isinstance(leaf, Tensor) else leaf, read_all(tree))
 
 
 def _tracked(leaf: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moonshot.models.batch_tree import leaves, map_tensors, unshared
 from moonshot.models.calibration import Batch, CalibrationError, batch_samples, take, token_mask
 from moonshot.models.modules import ModelError, evaluating
-from moonshot.models.precision import widened
+from moonshot.models.precision import as_given
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> scalar, the mean over the batch
 
@@ -66,7 +66,7 @@ def loss_of(loss: Loss, model: nn.Module, batch: Batch) -> Any:
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device.index].manual_seed(seed)
-        return loss(model, unshared(map_tensors(widened, batch)))
+        return loss(model, unshared(map_tensors(lambda tensor: as_given(tensor, model), batch)))
 
 
 def gradients_of(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
@@ -131,4 +131,4 @@ def sample_losses(model: nn.Module, batches: list[Batch], loss: Callable[..., Te
 def mean_loss(model: nn.Module, batches: list[Batch], loss: Callable[..., Tensor] = model_loss) -> float:
     """The mean loss over all samples, each batch in one pass, with the model in the mode that it is in."""
     total = sum(float(loss(model, batch)) * batch_samples(batch) for batch in batches)
-    return total / sum(batch_samples(batch) for batch in batches)
+    return total / max(sum(batch_samples(batch) for batch in batches), 1)

@@ -17,6 +17,11 @@ def check_model(model: nn.Module) -> None:
     """Raises ArgumentTypeError for what is no module, ModelError for one without weights."""
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch module, got {type(model).__name__}")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ModelError(
+            "the model is spread over several devices by device_map: load it without, so that it stays on the CPU, and "
+            'give device="cuda", which takes one part of it at a time; for several GPUs start with torchrun'
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("the model is on the meta device and holds no weights: load it first")
 

@@ -23,9 +23,13 @@ class Offloaded(Protocol):
 
 
 class Offload:
-    """Stores tensors in memory, or in an unnamed file in `folder`, which is gone with the process or this object."""
+    """Stores tensors in memory, or in an unnamed file in `folder`, which is gone with the process or this object.
 
-    def __init__(self, folder: Path | None = None):
+    to_host: whether those on a GPU are stored in main memory where there is no folder.
+    """
+
+    def __init__(self, folder: Path | None = None, to_host: bool = False):
+        self._to_host = to_host
         self._file: _Unnamed | None = None
         if folder is not None:
             try:
@@ -37,9 +41,9 @@ class Offload:
         self._end = 0
 
     def store(self, tensor: Tensor) -> Offloaded:
-        """The tensor itself in memory, a copy of it on disk."""
+        """The tensor itself in its memory, a copy of it elsewhere."""
         if self._file is None:
-            return _InMemory(tensor)
+            return _OnHost(tensor) if self._to_host and tensor.is_cuda else _InMemory(tensor)
         stored = _InFile(self._file, self._end, tensor)
         self._end += tensor.nbytes
         return stored
@@ -51,7 +55,7 @@ class Offload:
 
 def read_all(tree: Any) -> Any:
     """A tree with its stored tensors read."""
-    return tree_map(lambda leaf: leaf.read() if isinstance(leaf, _InMemory | _InFile) else leaf, tree)
+    return tree_map(lambda leaf: leaf.read() if isinstance(leaf, _InMemory | _OnHost | _InFile) else leaf, tree)
 
 
 class _InMemory:
@@ -63,6 +67,21 @@ class _InMemory:
 
     def replace(self, tensor: Tensor) -> None:
         self._tensor = tensor
+
+
+class _OnHost:
+    """In pinned memory, so that a GPU goes on while it comes and goes; both in the order of the current stream."""
+
+    def __init__(self, tensor: Tensor):
+        self.replace(tensor)
+
+    def read(self) -> Tensor:
+        return self._tensor.to(self._device, non_blocking=True)
+
+    def replace(self, tensor: Tensor) -> None:
+        self._device = tensor.device
+        self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        self._tensor.copy_(tensor, non_blocking=True)
 
 
 class _Unnamed:

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.batch_tree import leaves
 from moonshot.models.blocks import Chain, find_blocks
-from moonshot.models.calibration import Batch, batch_samples, decoder_mask, one_by_one, take, token_mask
+from moonshot.models.calibration import (
+    Batch,
+    batch_samples,
+    batch_tokens,
+    decoder_mask,
+    logits_at_once,
+    one_by_one,
+    take,
+    token_mask,
+)
 from moonshot.models.chain import ChainAdapter
 from moonshot.models.graph import GraphAdapter
 from moonshot.models.layer_view import LayerView
@@ -18,7 +27,7 @@ from moonshot.models.left_out import left_out, shared_between
 from moonshot.models.losses import Loss, naming_sample
 from moonshot.models.modules import ModelError, check_model, evaluating
 from moonshot.models.offload import Offload
-from moonshot.models.precision import in_float32, tensors_of
+from moonshot.models.precision import placed, tensors_of
 from moonshot.models.replay import Replay
 from moonshot.models.roles import routers
 from moonshot.models.targets import TargetError, listed, select
@@ -262,9 +271,13 @@ class _Trials:
 
         They must as well where what a layer reads of a batch is not one sample after the other.
 
-        Of the first batch with several samples; where each has one, of the first 16 in the sizes of the first.
+        Of the first batch with several samples, as many as have their logits at once (`logits_at_once`), two at least;
+        where each has one, of the first 16 in the sizes of the first.
         """
         several = next((batch for batch in batches if batch_samples(batch) > 1), None)
+        if several is not None:
+            at_once = logits_at_once(self.model) // max(batch_tokens(take(several, [0])), 1)
+            several = take(several, list(range(min(batch_samples(several), max(at_once, 2)))))
         if several is None:
             samples = [batch for batch in batches if _sizes(batch) == _sizes(batches[0])][:16]
         else:
@@ -331,11 +344,11 @@ def _is_chain(model: nn.Module, blocks: Parts, sample: Batch, loss: Loss, expect
     """Whether the blocks, one after the other, turn hidden states of one shape into the model's own loss."""
     chain = Chain(model, [block for _, block in blocks], loss)
     try:
-        with in_float32(chain.outside):
+        with placed(chain.outside):
             hidden, calls = chain.enter(sample)
             for index, call in enumerate(calls):
                 before = hidden.shape
-                with in_float32(tensors_of(chain.blocks[index])):
+                with placed(tensors_of(chain.blocks[index])):
                     hidden = chain.run(index, hidden, call)
                 if hidden.shape != before:
                     return False

@@ -1,37 +1,128 @@
-"""Half-precision modules that compute in float32 for a while."""
+"""Where and in which precision a model's modules compute for a while."""
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
+from moonshot.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How the parts of a model run.
+
+    device: on which, None for the one that they are on. widened: whether half precision is computed in float32.
+    """
+
+    device: torch.device | None = None
+    widened: bool = True
+
+
+_DEFAULT = Passes()
+_passes: ContextVar[Passes] = ContextVar("passes", default=_DEFAULT)
+
+
+@contextmanager
+def passing(passes: Passes) -> Iterator[None]:
+    """Parts that are `placed` inside run so."""
+    token = _passes.set(passes)
+    try:
+        with torch.autocast(passes.device.type, enabled=False) if passes.device else nullcontext():
+            yield
+    finally:
+        _passes.reset(token)
+
+
+@contextmanager
+def placed(tensors: list[Tensor]) -> Iterator[None]:
+    """Parameters and buffers where passes compute inside, in their own memory again outside. Ties stay tied.
+
+    That is float32 for half precision, unless `passing` says something else. What changed inside is written back, and
+    nothing else: weights may lie in a file.
+    """
+    passes, moved = _passes.get(), []
+    try:
+        for tensor in dict.fromkeys(tensors):
+            dtype = torch.float32 if passes.widened and _is_half(tensor) else tensor.dtype
+            if (device := passes.device or tensor.device) != tensor.device or dtype != tensor.dtype:
+                moved.append((tensor, tensor.data))
+                tensor.data = tensor.data.to(device, dtype)
+        yield
+    finally:
+        for tensor, original in moved:
+            found = tensor.data.to(original.device, original.dtype)
+            if not torch.equal(found, original):
+                original.copy_(found)
+            tensor.data = original
+
 
 @contextmanager
 def in_float32(tensors: list[Tensor]) -> Iterator[None]:
-    """Half-precision parameters and buffers as float32 inside, in their own memory again outside. Ties stay tied.
-
-    What changed inside is written back, and nothing else: weights may lie in a file.
-    """
-    halves = [(t, t.data) for t in dict.fromkeys(tensors) if t.is_floating_point() and t.itemsize < 4]
-    for tensor, half in halves:
-        tensor.data = half.float()
-    try:
+    """`placed`, in float32 whatever the precision of passes is."""
+    with passing(replace(_passes.get(), widened=True)), placed(tensors):
         yield
-    finally:
-        for tensor, half in halves:
-            rounded = tensor.data.to(half.dtype)
-            if not torch.equal(rounded, half):
-                half.copy_(rounded)
-            tensor.data = half
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """A copy, in float32 where it is in half precision: what modules read that compute `in_float32`."""
-    half = tensor.is_floating_point() and tensor.itemsize < 4
-    return tensor.to(torch.float32 if half else tensor.dtype, copy=True)
+    """A copy, in float32 where it is in half precision."""
+    return tensor.to(torch.float32 if _is_half(tensor) else tensor.dtype, copy=True)
+
+
+def as_read(tensor: Tensor) -> Tensor:
+    """A copy as modules read it that are `placed`."""
+    return widened(tensor) if _passes.get().widened else tensor.clone()
+
+
+def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy to store: `narrowed` to a dtype where it was computed in a wider one."""
+    return narrowed(tensor, dtype) if _passes.get().widened else tensor.clone()
+
+
+def as_given(tensor: Tensor, model: nn.Module) -> Tensor:
+    """A copy of what is in a batch, as a model reads it that is `placed`: floating-point numbers in its own dtype."""
+    if _passes.get().widened or not tensor.is_floating_point():
+        return widened(tensor)
+    return tensor.to(activation_dtype(model), copy=True)
+
+
+def runs_as_it_is(model: nn.Module) -> bool:
+    """Whether gradients can be computed in the model's own dtype: not in float16, whose range is too small."""
+    halves = {tensor.dtype for tensor in tensors_of(model) if _is_half(tensor)}
+    return halves <= {torch.bfloat16}
+
+
+def as_device(device: str | torch.device | None) -> torch.device | None:
+    """The device that a name is for: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one, else None.
+
+    Raises ArgumentError for another, and for a GPU that is not there.
+    """
+    if device is None or device == "auto":
+        return None if device is None or not torch.cuda.is_available() else as_device("cuda")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f'device must be "cpu", "cuda" or such as "cuda:1", got {device!r}') from error
+    if found.type not in ("cpu", "cuda"):
+        raise ArgumentError(f'device must be "cpu", "cuda" or such as "cuda:1", got {str(found)!r}')
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = "finds no GPU" if torch.version.cuda else "is one without CUDA"
+        raise ArgumentError(f"device {str(found)!r} is not there, this torch {built}: leave device out")
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if index >= (count := torch.cuda.device_count()):
+        raise ArgumentError(f"device {str(found)!r} is not there, torch sees {count}, from cuda:0 on")
+    return torch.device("cuda", index)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.itemsize < 4
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,18 +173,18 @@ def tensors_outside(model: nn.Module, parts: list[nn.Module]) -> list[Tensor]:
 
 
 @contextmanager
-def running_in_float32(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
-    """A model that computes in float32, of whose blocks only the one that runs is in it."""
+def placed_in_turn(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
+    """A model that is `placed`, of whose blocks only the one that runs is."""
     running = ExitStack()
     handles = []
     for block in blocks:
         tensors = tensors_of(block)
         handles.append(
-            block.register_forward_pre_hook(lambda *_, t=tensors: running.enter_context(in_float32(t)) and None)
+            block.register_forward_pre_hook(lambda *_, t=tensors: running.enter_context(placed(t)) and None)
         )
         handles.append(block.register_forward_hook(lambda *_: running.close()))
     try:
-        with running, in_float32(tensors_outside(model, blocks)):
+        with running, placed(tensors_outside(model, blocks)):
             yield
     finally:
         for handle in handles:

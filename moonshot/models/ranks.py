@@ -6,6 +6,7 @@ tells the others its answers.
 """
 
 import pickle
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -22,7 +23,8 @@ from moonshot.errors import MoonshotError
 Value = TypeVar("Value")
 
 _LONGEST = timedelta(hours=12)  # that a rank may compute while the others wait for it
-_LAST_WORD = timedelta(seconds=60)  # that a rank which fails waits for the others to hear why
+_LAST_WORD = 30.0  # seconds that a rank which fails waits for the others to hear of it, whose store it may have
+_PAUSE = 0.05  # seconds at most between looks at whether an exchange has ended, or a rank failed
 
 
 class RankError(MoonshotError):
@@ -32,10 +34,10 @@ class RankError(MoonshotError):
 class Ranks:
     """This process alone.
 
-    index: of this rank, from 0 on; count: how many there are.
+    index: of this rank, from 0 on; count: how many there are; told: whether all of them know that one has failed.
     """
 
-    index, count = 0, 1
+    index, count, told = 0, 1, False
 
     @property
     def is_first(self) -> bool:
@@ -91,8 +93,8 @@ def current() -> Ranks:
 def joined() -> Iterator[None]:
     """All ranks of torch's default process group, if there is one of several, prune together inside.
 
-    Where one of them fails the others raise RankError, which says what happened, the next time that they exchange
-    anything; where it ends without a word, they do so at once.
+    Where one of them fails, or its process ends, the others raise RankError, which says what happened, as soon as they
+    wait for it.
     """
     if current() is not ALONE or not dist.is_initialized() or dist.get_world_size() == 1:
         yield
@@ -149,14 +151,16 @@ class _Slot(NamedTuple):
 class _Group(Ranks):
     """The ranks of torch's default process group.
 
-    control: a group of the same ranks by which they tell one another objects, and whether they go on. They do so before
-    they exchange tensors, so that no rank waits for those of one that has failed. on_host: another one, for tensors on
-    the CPU.
+    control: a group of the same ranks by which they tell one another objects. They do so before they exchange tensors,
+    so that no rank waits on a GPU for those of one that has failed. on_host: another one, for tensors on the CPU. What
+    a rank fails of is in the store of the default group, where those that wait for it look.
     """
 
     def __init__(self, control: Any, on_host: Any):
         self.index, self.count = dist.get_rank(), dist.get_world_size()
         self._control, self._on_host = control, on_host
+        self._store = dist.distributed_c10d._get_default_store()
+        self._failure = f"moonshot/{control.group_name}"
 
     def share(self, sizes: Sequence[int]) -> range:
         return shares(sizes, self.count)[self.index]
@@ -172,14 +176,23 @@ class _Group(Ranks):
             yield name, self.broadcast(own.pop(name, None), owner, device)  # type: ignore[misc]
 
     def gather(self, value: Value) -> list[Value]:
-        return self._exchange(value, None, _LONGEST)
+        content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        lengths = self._all_gather(torch.tensor([len(content)], device="cpu"))
+        padded = torch.zeros(int(max(lengths)), dtype=torch.uint8, device="cpu")
+        padded[: len(content)] = content
+        return [pickle.loads(each.numpy().tobytes()) for each in self._all_gather(padded)]
 
     def tell(self, error: Exception) -> None:
-        """Make the others raise an error that this rank has raised."""
-        what = " ".join([str(error), *getattr(error, "__notes__", ())])
+        """Let the others know of an error that this rank has raised, and give those that wait for it time to hear."""
         kind = "" if isinstance(error, MoonshotError) else f"{type(error).__name__}: "
-        with suppress(RankError):  # others have failed too, or do not listen
-            self._exchange(None, kind + what, _LAST_WORD)
+        what = " ".join([kind + str(error), *getattr(error, "__notes__", ())])
+        with suppress(RuntimeError):  # the process that has the store is gone
+            self._store.set(self._failure, f"rank {self.index} failed: {what}")
+            self.told = True
+            heard, end = self._hear(), time.monotonic() + _LAST_WORD
+            while heard < self.count and time.monotonic() < end:
+                time.sleep(_PAUSE)
+                heard = self._store.add(f"{self._failure}/heard", 0)
 
     def broadcast(self, value: Value, source: int = 0, device: torch.device | str = "cpu") -> Value:
         tensors: list[Tensor] = []
@@ -200,61 +213,68 @@ class _Group(Ranks):
         is_source = self.index == source
         sent = self.gather(tree_map(taken, value) if is_source else None)[source]
         found = value if is_source else tree_map(received, sent, is_leaf=lambda leaf: isinstance(leaf, _Slot))
-        with _connected():
-            for tensor in tensors:
-                dist.broadcast(tensor.reshape(-1).view(torch.uint8), source, group=self._group(tensor))
+        for tensor in tensors:
+            self._run(dist.broadcast, tensor.reshape(-1).view(torch.uint8), source)
         return found  # type: ignore[return-value]
 
     def sum_(self, tensors: Iterable[Tensor], wanted_by: int | None = None) -> None:
         self.gather(None)
-        with _connected():
-            for tensor in tensors:
-                whole = tensor.detach().contiguous()
-                if wanted_by is None:
-                    dist.all_reduce(whole, group=self._group(tensor))
-                else:
-                    dist.reduce(whole, wanted_by, group=self._group(tensor))
-                if whole.data_ptr() != tensor.data_ptr():
-                    tensor.copy_(whole)
+        for tensor in tensors:
+            whole = tensor.detach().contiguous()
+            if wanted_by is None:
+                self._run(dist.all_reduce, whole)
+            else:
+                self._run(dist.reduce, whole, wanted_by)
+            if whole.data_ptr() != tensor.data_ptr():
+                tensor.copy_(whole)
 
     def agree(self, arguments: Mapping[str, Any]) -> None:
         said = self.gather(dict(arguments))
         for rank, other in enumerate(said):
             if differing := [name for name in said[0] if other.get(name) != said[0][name]]:
+                self.told = True
                 raise RankError(
                     f"rank {rank} was called with other arguments than rank 0, {', '.join(differing)} differ: every "
                     "process must make the same call on the same model"
                 )
 
-    def _group(self, tensor: Tensor) -> Any:
-        return None if tensor.is_cuda else self._on_host  # None: the default group
+    def _run(self, exchange: Callable[..., Any], tensor: Tensor, *arguments: int) -> None:
+        """An exchange of tensors, on a GPU in the default group."""
+        if tensor.is_cuda:
+            exchange(tensor, *arguments)
+        else:
+            self._wait(exchange(tensor, *arguments, group=self._on_host, async_op=True))
 
-    def _exchange(self, value: Any, error: str | None, longest: timedelta) -> list[Any]:
-        """What every rank says. Raises RankError where one says that it has failed."""
-        content = torch.frombuffer(bytearray(pickle.dumps((value, error))), dtype=torch.uint8)
-        with _connected():
-            lengths = self._all_gather(torch.tensor([len(content)], device="cpu"), longest)
-            padded = torch.zeros(int(max(lengths)), dtype=torch.uint8, device="cpu")
-            padded[: len(content)] = content
-            said = self._all_gather(padded, longest)
-        values, errors = zip(*(pickle.loads(each.numpy().tobytes()) for each in said), strict=True)
-        if error is None and (failed := [rank for rank, what in enumerate(errors) if what is not None]):
-            raise RankError(f"rank {failed[0]} failed: {errors[failed[0]]}")
-        return list(values)
-
-    def _all_gather(self, tensor: Tensor, longest: timedelta) -> list[Tensor]:
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
         found = [torch.empty_like(tensor) for _ in range(self.count)]
-        dist.all_gather(found, tensor, group=self._control, async_op=True).wait(longest)
+        self._wait(dist.all_gather(found, tensor, group=self._control, async_op=True))
         return found
 
+    def _wait(self, exchange: Any) -> None:
+        """Wait until an exchange has ended. Raises RankError where a rank has failed or is gone."""
+        pause = _PAUSE / 2**9
+        try:
+            while not exchange.is_completed():
+                time.sleep(pause)
+                pause = min(2 * pause, _PAUSE)
+                if pause == _PAUSE:
+                    self._check_failures()
+            exchange.wait()
+        except RuntimeError as error:  # the base class of all that torch raises
+            with suppress(RuntimeError):
+                self._check_failures()
+            raise RankError(
+                f"another process that prunes this model has ended, or cannot be reached any more ({error}): its own "
+                "output says why"
+            ) from error
 
-@contextmanager
-def _connected() -> Iterator[None]:
-    """Say of an exchange that does not come to its end what that means."""
-    try:
-        yield
-    except RuntimeError as error:  # the base class of all that torch raises
-        raise RankError(
-            f"another process that prunes this model has ended, or cannot be reached any more ({error}): its own "
-            "output says why"
-        ) from error
+    def _check_failures(self) -> None:
+        if self._store.check([self._failure]):
+            self.told = True
+            what = self._store.get(self._failure).decode()
+            self._hear()
+            raise RankError(what)
+
+    def _hear(self) -> int:
+        """Say that this rank knows of a failure; how many do."""
+        return self._store.add(f"{self._failure}/heard", 1)

@@ -11,6 +11,8 @@ from moonshot.models.statistics import LayerStatistics
 class Replay(Protocol):
     """A model run part by part: `observe` each while it is dense, prune its layers, then `advance`.
 
+    Meanwhile the part is `placed`, as `precision.as_read` and `as_stored` suppose of what it reads and returns.
+
     parts: (name, module), in the order in which the model runs them; batches: what it is run on.
     """
 
@@ -18,13 +20,13 @@ class Replay(Protocol):
     batches: list[Batch]
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
-        """Run part `index`, still dense and in float32, on every batch; hand what its layers see to `statistics`.
+        """Run part `index`, still dense and `placed`, on every batch; hand what its layers see to `statistics`.
 
         Inputs are those that the pruned parts before it give, gradients those of the dense model.
         """
 
     def output(self, index: int, b: int) -> Tensor:
-        """What part `index`, observed before, returns as it is now on batch b of the partly pruned model, in float32.
+        """What part `index`, observed before, returns as it is now on batch b of the partly pruned model.
 
         Of several results the hidden states (`recording.main_output`).
         """
@@ -33,4 +35,4 @@ class Replay(Protocol):
         """As `output`, of the dense part in the dense model; for a replay that was made with `dense`."""
 
     def advance(self, index: int) -> None:
-        """Run part `index` as it is now, in float32, for the inputs of those after it."""
+        """Run part `index` as it is now, for the inputs of those after it."""

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from moonshot.errors import ArgumentError, ArgumentTypeError
@@ -15,18 +16,20 @@ from moonshot.layer.patterns import Pattern, PatternError, Unstructured, as_patt
 from moonshot.layer.problem import Problem
 from moonshot.models.adapter import Adapter
 from moonshot.models.batchnorm import estimate_in_one_pass
-from moonshot.models.calibration import Batch, set_aside
+from moonshot.models.calibration import Batch, count_samples, own_batches, set_aside
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss, loss_of, mean_loss, model_loss, sample_losses
 from moonshot.models.modules import evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.partition import partition_model
-from moonshot.models.precision import in_float32, tensors_of
+from moonshot.models.precision import passing, placed, tensors_of
+from moonshot.models.ranks import Ranks, current
 from moonshot.models.restore import restored_on_failure
 from moonshot.models.settings import with_model_ready
+from moonshot.models.statistics import LayerStatistics
 from moonshot.pruning import budgets
 from moonshot.pruning.allocation import Allocation
-from moonshot.pruning.calibration_pass import CalibrationPass, in_layer
+from moonshot.pruning.calibration_pass import CalibrationPass, Part, in_layer
 from moonshot.pruning.choices import RELATIVE, Choice, Offer, SparseMatrix, menu
 from moonshot.pruning.layer_patterns import PatternLike, refuse_unfit, unreached_layers
 from moonshot.pruning.prune import prune_by
@@ -58,6 +61,8 @@ def allocate(
     unfit: Literal["error", "skip"] = "error",
     scratch: Path | None = None,
     adapter: Adapter | None = None,
+    device: torch.device | str | None = None,
+    precision: Literal["model", "float32"] | None = None,
     on_step: OnStep | None = None,
     on_progress: OnProgress | None = None,
 ) -> Allocation:
@@ -70,8 +75,8 @@ def allocate(
     unreached, unfit: as in `prune`; the budget is that of the layers that are not skipped.
     on_step: called with what was just done and the number of steps in all, at most.
     on_progress: called in between, while gradients are gathered, as in `prune`.
-    model, calibration, objective, solver, targets, ignore, factors, dampening_frac, seed, loss, scratch,
-    adapter: as in `prune`.
+    model, calibration, objective, solver, targets, ignore, factors, dampening_frac, seed, loss, scratch, adapter,
+    device, precision: as in `prune`.
 
     A quarter of the samples is set aside. On the rest every layer is solved at every choice, as if it alone were
     pruned, which gives its loss as a curve. The curves are handed out (budgets.hand_out) in several units, the answers
@@ -83,7 +88,7 @@ def allocate(
     Memory: the nonzeros of all choices, at most 3.4 times the model, and a bit for each weight and choice.
     Raises what `prune` raises, and BudgetError where the choices cannot have that many zeros, or that few.
     """
-    solver = ADMM() if solver is None else solver
+    solver, ranks = ADMM() if solver is None else solver, current()
     recipe = Recipe(
         objective=objective,
         solver=solver,
@@ -97,7 +102,9 @@ def allocate(
         unfit=unfit,
         scratch=scratch,
         adapter=adapter,
-        on_progress=on_progress or unheard,
+        device=device,
+        precision=precision,
+        on_progress=on_progress if on_progress and ranks.is_first else unheard,
     )
     if isinstance(objective, str):
         raise ArgumentTypeError(
@@ -109,16 +116,32 @@ def allocate(
     if not isinstance(rounds, int) or rounds < 0:
         raise ArgumentError(f"rounds must be 0 or a positive integer, got {rounds!r}")
     even = _even_pattern(sparsity)
+    with passing(recipe.passes(model)):
+        return _allocated(recipe, model, calibration, even, patterns, rounds, on_step, ranks)
+
+
+def _allocated(
+    recipe: Recipe,
+    model: nn.Module,
+    calibration: Any,
+    even: Unstructured,
+    patterns: Sequence[PatternLike] | None,
+    rounds: int,
+    on_step: OnStep | None,
+    ranks: Ranks,
+) -> Allocation:
+    objective: Any = recipe.objective
+    loss, solver = recipe.loss, recipe.solver
     batches, unused = recipe.batches(model, calibration)
-    fitted, held_out = set_aside(batches, seed)
-    partition = partition_model(model, batches, loss, adapter)
+    fitted, held_out = set_aside(batches, recipe.seed)
+    partition = partition_model(model, batches, loss, recipe.adapter)
     layers = partition.layers()
-    names = partition.select(targets, ignore)
-    if unreached == "error":
+    names = partition.select(recipe.targets, recipe.ignore)
+    if recipe.unreached == "error":
         partition.check_reached(names)
     views = {name: layers[name] for name in names if name not in partition.unreached}
     menus, unfitting = _menus(views, even, patterns, recipe)
-    skipped = partition.skipped(targets, ignore) | unreached_layers(partition, names) | unfitting
+    skipped = partition.skipped(recipe.targets, recipe.ignore) | unreached_layers(partition, names) | unfitting
     views = {name: view for name, view in views.items() if name in menus}
     total = sum(even.zeros(view.problem_shape) for view in views.values())
     zeros = [[zeros for zeros, _ in offered] for offered in menus.values()]
@@ -128,16 +151,17 @@ def allocate(
     steps = len(views) * (4 + 2 * rounds) + 1 + units * (1 + 3 * rounds)
 
     def advance(what: str) -> None:
-        if on_step is not None:
+        if on_step is not None and ranks.is_first:
             on_step(what, steps)
 
-    with restored_on_failure(model, views.values(), Offload(scratch)) as restore, evaluating(model):
-        calibrated = CalibrationPass(model, partition, views, fitted, [objective], recipe)
-        offer = Offer(views, _solved(calibrated, menus, solver, advance), total, exact=patterns is None)
+    offload = Offload(recipe.scratch, to_host=recipe.device is not None)
+    with restored_on_failure(model, views.values(), offload) as restore, evaluating(model):
+        calibrated = CalibrationPass(model, partition, views, fitted, [objective], recipe, ranks=ranks)
+        offer = Offer(views, _solved(calibrated, menus, solver, advance, ranks), total, exact=patterns is None)
         del calibrated  # the hidden states it has offloaded
-        with in_float32(tensors_of(model)):
+        with placed(tensors_of(model)):
             candidates = _candidates(
-                offer, _PrunedModel(offer, model, fitted, partial(loss_of, loss), advance), rounds
+                offer, _PrunedModel(offer, model, fitted, partial(loss_of, loss), advance, ranks), rounds
             )
         restore()
 
@@ -149,12 +173,13 @@ def allocate(
                 offer.patterns(choices),
                 on_layer=lambda layer, _: advance(layer.name),
             )
-            with in_float32(tensors_of(model)):
-                losses = sample_losses(model, held_out, partial(loss_of, loss))
+            with placed(tensors_of(model)):
+                losses = sample_losses(model, own_batches(ranks, held_out), partial(loss_of, loss))
             restore()
-            return losses
+            return torch.cat(ranks.gather(losses))
 
         best, trials = best_on_held_out(candidates, held_out_losses)
+        ranks.gather(None)  # all have come this far: none has to put its model back
     return Allocation(offer.budgets(candidates[best]), best, trials, skipped, unused)
 
 
@@ -190,15 +215,19 @@ def _solved(
     menus: dict[str, list[tuple[int, Pattern]]],
     solver: Solver,
     advance: Callable[[str], None],
+    ranks: Ranks,
 ) -> dict[str, list[Choice]]:
     """Every layer solved at every choice, the other layers dense."""
-    solved = {}
+    solved: dict[str, list[Choice]] = {}
     for part in calibration.parts:
         with calibration.observed(part) as statistics:
-            for name, layer in part.layers.items():
-                (problem,) = calibration.problems(name, layer, statistics)
-                solved[name] = _choices(name, problem, menus[name], solver)
-                del problem  # its memory, before the next one takes as much
+
+            def choices(name: str, part: Part = part, statistics: LayerStatistics = statistics) -> list[Choice]:
+                (problem,) = calibration.problems(name, part.layers[name], statistics)
+                return _choices(name, problem, menus[name], solver)
+
+            for name, found in ranks.deal(calibration.owners(part), choices, part.device):
+                solved[name] = found
                 advance(name)
     return solved
 
@@ -213,17 +242,24 @@ def _choice(name: str, problem: Problem, zeros: int, pattern: Pattern, solver: S
         result = solve(problem, pattern, solver, state=state)
     costs = {RELATIVE: result.relative}
     costs |= {term.name: result.terms[term.name] * term.at_zero for term in problem.terms}
-    return Choice(pattern, zeros, costs, SparseMatrix(result.weight))
+    return Choice(pattern, zeros, costs, SparseMatrix.of(result.weight))
 
 
 class _PrunedModel:
     """A model with its layers' answers put in, to see its loss without solving anything again."""
 
     def __init__(
-        self, offer: Offer, model: nn.Module, batches: list[Batch], loss: Loss, advance: Callable[[str], None]
+        self,
+        offer: Offer,
+        model: nn.Module,
+        batches: list[Batch],
+        loss: Loss,
+        advance: Callable[[str], None],
+        ranks: Ranks,
     ):
-        self._offer, self._model, self._batches, self._loss = offer, model, batches, loss
-        self._advance = advance
+        self._offer, self._model, self._loss = offer, model, loss
+        self._batches, self._samples = own_batches(ranks, batches), count_samples(batches)
+        self._advance, self._ranks = advance, ranks
         self._now: list[int | None] = [None] * len(offer.views)
 
     def loss(self, answer: list[int]) -> float:
@@ -233,8 +269,9 @@ class _PrunedModel:
                 weight = self._offer.choices[name][answer[layer]].weight.dense()
                 view.assign_rows(weight)
         self._now = list(answer)
-        estimate_in_one_pass(self._model, self._batches, self._loss)
-        value = mean_loss(self._model, self._batches, self._loss)
+        estimate_in_one_pass(self._model, self._batches, self._loss, self._ranks)
+        own = mean_loss(self._model, self._batches, self._loss) * count_samples(self._batches)
+        value = sum(self._ranks.gather(own)) / self._samples
         self._advance(f"loss {value:.4f}")
         return value if math.isfinite(value) else math.inf
 

@@ -30,7 +30,7 @@ def best_objective(run: PruningRun, batches: list[Batch]) -> tuple[Objective, li
     """
     fitted, held_out = set_aside(batches, run.recipe.seed)
     answers: dict[str, list[Offloaded]] = {}
-    offload = Offload(run.recipe.scratch)
+    offload = Offload(run.recipe.scratch, to_host=run.recipe.device is not None)
 
     def store(name: str, weights: list[Tensor]) -> None:
         answers[name] = [offload.store(weight) for weight in weights]

@@ -17,7 +17,7 @@ from moonshot.models.calibration import Batch, batch_samples, count_samples
 from moonshot.models.layer_view import LayerView
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
-from moonshot.models.precision import in_float32, tensors_of
+from moonshot.models.precision import placed, tensors_of
 from moonshot.models.ranks import ALONE, Ranks
 from moonshot.models.statistics import LayerStatistics
 from moonshot.pruning.recipe import OnProgress, Recipe
@@ -79,7 +79,7 @@ class CalibrationPass:
         self._union, self._decoder = reduce(add, objectives), partition.decoder
         self._signs = _random_signs(count_samples(batches), recipe.seed)
         gradients = bool(self._union.needed & {"gradients", "output_gradients"})
-        offload = Offload(recipe.scratch)
+        offload = Offload(recipe.scratch, to_host=recipe.device is not None)
         own_batches = batches[own.start : own.stop]
         with _announced(partition.parts, "gradients" if gradients else "hidden states", recipe.on_progress):
             self.replay = partition.replay(model, own_batches, recipe.loss, gradients, offload, dense)
@@ -94,9 +94,9 @@ class CalibrationPass:
 
     @contextmanager
     def observed(self, part: Part, done: Container[str] = ()) -> Iterator[LayerStatistics]:
-        """A part in float32 inside, and what its layers have seen; layers that are `done` have no statistics."""
+        """A part ready to run inside, and what its layers have seen; layers that are `done` have no statistics."""
         layers = {name: view for name, view in part.layers.items() if name not in done}
-        with in_float32(tensors_of(part.module)):
+        with placed(tensors_of(part.module)):
             statistics = LayerStatistics(
                 layers,
                 self._union,

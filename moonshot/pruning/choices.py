@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,24 +46,27 @@ def menu(
     return sorted(fitting.items(), key=lambda choice: choice[0])
 
 
-class SparseMatrix:
+class SparseMatrix(NamedTuple):
     """A matrix as its nonzeros and a bit for each entry, in main memory."""
 
-    def __init__(self, matrix: Tensor):
+    values: Tensor
+    bits: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> "SparseMatrix":
         nonzero = matrix != 0
-        self._bits = np.packbits(nonzero.cpu().numpy())
-        self._values = matrix[nonzero].cpu()
-        self._shape = matrix.shape
+        bits = torch.from_numpy(np.packbits(nonzero.cpu().numpy()))
+        return cls(matrix[nonzero].cpu(), bits, tuple(matrix.shape))
 
     def dense(self) -> Tensor:
-        nonzero = np.unpackbits(self._bits, count=self._shape.numel()).astype(bool).reshape(self._shape)
-        matrix = torch.zeros(self._shape, dtype=self._values.dtype, device="cpu")
-        matrix[torch.from_numpy(nonzero)] = self._values
+        nonzero = np.unpackbits(self.bits.numpy(), count=math.prod(self.shape)).astype(bool).reshape(self.shape)
+        matrix = torch.zeros(self.shape, dtype=self.values.dtype, device="cpu")
+        matrix[torch.from_numpy(nonzero)] = self.values
         return matrix
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A layer solved at one pattern. costs: by unit of the curve."""
 
     pattern: Pattern

@@ -7,9 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from moonshot.errors import ArgumentError, ArgumentTypeError
@@ -19,7 +21,7 @@ from moonshot.models.adapter import Adapter
 from moonshot.models.calibration import Batch, batch_tokens, count_samples, split
 from moonshot.models.losses import Loss, model_loss
 from moonshot.models.partition import partition_model
-from moonshot.models.precision import zeros
+from moonshot.models.precision import passing, zeros
 from moonshot.models.ranks import Ranks, current
 from moonshot.models.settings import with_model_ready
 from moonshot.pruning.allocation import Allocation
@@ -57,6 +59,8 @@ def prune(
     unfit: Literal["error", "skip"] = "error",
     scratch: Path | None = None,
     adapter: Adapter | None = None,
+    device: torch.device | str | None = None,
+    precision: Literal["model", "float32"] | None = None,
     refit: bool | Refit = False,
     checkpoint: Path | str | None = None,
     on_layer: OnLayer | None = None,
@@ -83,6 +87,10 @@ def prune(
     are any, as each part is finished; the report's recipe says so.
     unreached: what becomes of layers that no calibration sample reached: "skip" leaves them as they are, and
     Report.skipped names them.
+    device: where the parts run and are solved, one at a time, while the rest of the model stays where it is: "cuda",
+    "cuda:1", "cpu", or "auto" for a GPU where there is one; where the model is unless given.
+    precision: of the passes, "float32", or "model" for the dtype of the model (float32 all the same for float16, in
+    which gradients vanish). Unless given "float32" on the CPU, "model" on a GPU. Statistics are float32 or better.
     refit: whether, and how, the surviving weights of each part, its norms and biases are fitted to the dense part once
     its layers are pruned; True for the defaults of Refit. Masks do not change.
     unfit: what becomes of layers that cannot have the pattern, such as 2:4 on a convolution with three channels: an
@@ -100,7 +108,8 @@ def prune(
     come from the model with its earlier parts pruned, gradients from the dense model. Left alone by default are
     embeddings, what a transformers model has on top of its base model, the routers of a mixture of experts, and all
     that lies outside a transformer's blocks.
-    Weights keep their dtype; everything is computed in float32 or better. If it fails, the weights are as they were.
+    Weights keep their dtype; all but the passes is computed in float32 or better. If it fails, the weights are as they
+    were.
     """
     solver = ADMM() if solver is None else solver
     recipe = Recipe(
@@ -116,6 +125,8 @@ def prune(
         unfit=unfit,
         scratch=scratch,
         adapter=adapter,
+        device=device,
+        precision=precision,
         on_progress=on_progress or unheard,
     )
     return prune_by(
@@ -144,6 +155,21 @@ def prune_by(
     on_layer: OnLayer | None = None,
 ) -> Report:
     """`prune`, with what else it takes as a recipe."""
+    with passing(recipe.passes(model)):
+        return _pruned(recipe, model, calibration, pattern, bound, batch_norm, refit, checkpoint, on_layer)
+
+
+def _pruned(
+    recipe: Recipe,
+    model: nn.Module,
+    calibration: Any,
+    pattern: PatternLike | Mapping[str, PatternLike],
+    bound: bool,
+    batch_norm: bool,
+    refit: bool | Refit,
+    checkpoint: Path | str | None,
+    on_layer: OnLayer | None,
+) -> Report:
     fit = _as_refit(refit)
     for name, switch in {"bound": bound, "batch_norm": batch_norm}.items():
         if not isinstance(switch, bool):
@@ -151,6 +177,8 @@ def prune_by(
     if not isinstance(checkpoint, str | Path | None):
         raise ArgumentTypeError(f"checkpoint must be a folder, got {checkpoint!r}")
     ranks = current()
+    if not ranks.is_first:
+        recipe, on_layer = replace(recipe, on_progress=unheard), None
     batches, unused = recipe.batches(model, calibration)
     partition = partition_model(model, batches, recipe.loss, recipe.adapter)
     patterns, skipped = layer_patterns(partition, pattern, recipe)
@@ -228,9 +256,9 @@ def _check_ranks(ranks: Ranks, run: PruningRun, batches: list[Batch], fit: Refit
             f"{alone[0]} does not say that its statistics add up, as those of several processes must: set additive = "
             "True in the class if they are arrays that do, or prune in one process"
         )
-    fields = {
-        name: comparable(getattr(recipe, name)) for name in Recipe.__dataclass_fields__ if name != "scratch"
-    }
+    own = ("scratch", "on_progress", "device")
+    names = [name for name in Recipe.__dataclass_fields__ if name not in own]
+    fields = {name: comparable(getattr(recipe, name)) for name in names}
     ranks.agree(
         fields
         | {
@@ -285,6 +313,7 @@ def _work(
             "model": state_digest(model, without=patterns),
             "bound": bound,
             "batch_norm": batch_norm,
+            **({} if recipe.passes(model).widened else {"precision": "model"}),
             "moonshot": report.versions["moonshot"],
         }
     )

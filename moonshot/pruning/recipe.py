@@ -13,7 +13,9 @@ from moonshot.layer.assembly import check_fraction
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.models.adapter import Adapter
 from moonshot.models.calibration import Batch, as_batches, check_length, check_vocabulary, moved, tokens_at_once
+from moonshot.models.chain import ChainAdapter
 from moonshot.models.losses import Loss, model_loss
+from moonshot.models.precision import Passes, as_device, runs_as_it_is
 from moonshot.models.sample_targets import with_equal_targets
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver
@@ -46,6 +48,8 @@ class Recipe:
     unfit: Literal["error", "skip"] = "error"
     scratch: Path | None = None
     adapter: Adapter | None = None
+    device: torch.device | str | None = None
+    precision: Literal["model", "float32"] | None = None
     on_progress: OnProgress = unheard
 
     def __post_init__(self) -> None:
@@ -61,6 +65,9 @@ class Recipe:
         for name in ("unreached", "unfit"):
             if getattr(self, name) not in ("error", "skip"):
                 raise ArgumentError(f'{name} must be "error" or "skip", got {getattr(self, name)!r}')
+        as_device(self.device)
+        if self.precision not in ("model", "float32", None):
+            raise ArgumentError(f'precision must be "model" or "float32", got {self.precision!r}')
         check_count("factors", self.factors)
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ArgumentError(f"seed must be an integer from 0 to 2**64 - 1, got {self.seed!r}")
@@ -74,14 +81,27 @@ class Recipe:
             )
         check_fraction(self.dampening_frac)
 
+    def passes(self, model: nn.Module) -> Passes:
+        """How the parts of a model run."""
+        device = as_device(self.device)
+        precision = self.precision or ("float32" if (device or _home(model)).type == "cpu" else "model")
+        return Passes(device, widened=precision == "float32" or not runs_as_it_is(model))
+
     def batches(self, model: nn.Module, calibration: Any) -> tuple[list[Batch], dict[str, str]]:
-        """The calibration data as batches on the model's device, and why samples are left out, by batch and sample.
+        """The calibration data as batches where passes run, and why samples are left out, by batch and sample.
 
         Raises CalibrationError for texts longer than the model can read, and for tokens that it does not know.
         """
-        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        device = torch.device("cpu") if parameter is None else parameter.device
-        batches = [moved(batch, device) for batch in as_batches(calibration, tokens_at_once(model))]
+        device = as_device(self.device) or _home(model)
+        in_pieces = self.loss is model_loss and isinstance(self.adapter, ChainAdapter | None)
+        tokens = tokens_at_once(model, in_pieces)
+        batches = [moved(batch, device) for batch in as_batches(calibration, tokens)]
         check_length(model, batches)
         check_vocabulary(model, batches)
         return with_equal_targets(model, batches, self.loss)
+
+
+def _home(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

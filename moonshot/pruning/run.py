@@ -13,13 +13,13 @@ from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem
 from moonshot.models.batchnorm import reestimate, running_statistics
-from moonshot.models.calibration import Batch, batch_samples
+from moonshot.models.calibration import Batch, own_batches
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import loss_of, sample_losses
 from moonshot.models.modules import evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
-from moonshot.models.precision import in_float32, running_in_float32, tensors_of
+from moonshot.models.precision import in_float32, placed, placed_in_turn, tensors_of
 from moonshot.models.ranks import Ranks
 from moonshot.models.replay import Replay
 from moonshot.models.restore import restored_on_failure
@@ -60,8 +60,9 @@ class PruningRun:
         """In evaluation mode inside, and if that fails as it was; yields a function that puts it back any time."""
         layers = self.partition.layers()
         chosen = [layers[name] for name in self.patterns]
+        offload = Offload(self.recipe.scratch, to_host=self.recipe.device is not None)
         with (
-            restored_on_failure(self.model, chosen, Offload(self.recipe.scratch)) as restore,
+            restored_on_failure(self.model, chosen, offload) as restore,
             evaluating(self.model),
         ):
             yield restore
@@ -113,7 +114,8 @@ class PruningRun:
                     reports[name] = answers[0].report
                 self._estimate_part(part, calibration.replay)
                 if refit and part.layers:
-                    refitted[part.name] = self._refitted(part, calibration.replay, refit, checkpoint)
+                    with in_float32(tensors_of(part.module)):
+                        refitted[part.name] = self._refitted(part, calibration.replay, refit, checkpoint)
         if len(running_statistics(self.model)) > sum(len(running_statistics(m)) for m in self._modules):
             self._estimate_batch_norm(batches)  # some lie outside of all parts
         return reports, refitted
@@ -127,8 +129,8 @@ class PruningRun:
 
     def losses(self, batches: list[Batch]) -> Tensor:
         """The model's loss on each sample (samples,)."""
-        with running_in_float32(self.model, self._modules):
-            own = sample_losses(self.model, self._own(batches), self._loss)
+        with placed_in_turn(self.model, self._modules):
+            own = sample_losses(self.model, own_batches(self.ranks, batches), self._loss)
         return torch.cat(self.ranks.gather(own))
 
     @property
@@ -145,19 +147,15 @@ class PruningRun:
 
     def _estimate_batch_norm(self, batches: list[Batch]) -> None:
         if self.estimates_batch_norm:
-            with in_float32(tensors_of(self.model)):
-                reestimate(self.model, self._own(batches), self._loss, self._modules, self.ranks)
+            with placed(tensors_of(self.model)):
+                own = own_batches(self.ranks, batches)
+                reestimate(self.model, own, self._loss, self._modules, self.ranks)
 
     def _estimate_part(self, part: Part, replay: Replay) -> None:
         """Estimate the running statistics of a part on what it reads in the pruned model."""
         if self.batch_norm:
             batches = list(range(len(replay.batches)))
             reestimate(part.module, batches, lambda _, b: replay.output(part.index, b), ranks=self.ranks)
-
-    def _own(self, batches: list[Batch]) -> list[Batch]:
-        """This rank's share of the batches."""
-        own = self.ranks.share([batch_samples(batch) for batch in batches])
-        return batches[own.start : own.stop]
 
     def _refitted(self, part: Part, replay: Replay, refit: Refit, checkpoint: Checkpoint | None) -> PartReport:
         """Fit a part whose layers are pruned, or put in what a checkpoint has of it."""

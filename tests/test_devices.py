@@ -1,0 +1,252 @@
+"""Where and in which precision passes run: one part at a time moves, and the model's own memory stays its own."""
+
+import weakref
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import moonshot as ms
+from moonshot.app import cli
+from moonshot.errors import ArgumentError
+from moonshot.models.blocks import find_blocks
+from moonshot.models.modules import ModelError
+from moonshot.models.precision import as_device, tensors_of, tensors_outside
+from tests.models import DEMO, JOINT, decoder, model_folder, network, tokens, weights
+
+GPU = torch.device("cuda:0")
+WORK = dict(objective=JOINT, solver=ms.SparseGPT())
+
+
+def images(samples=6):
+    return torch.randn(samples, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def spread(model, batch):
+    return model(batch).logsumexp(1).mean()
+
+
+MODELS = {
+    "chain": lambda dtype: (decoder(dtype=dtype), tokens(), {}),
+    "graph": lambda dtype: (network().to(dtype), images(), dict(loss=spread)),
+}
+
+
+class StandIn(TorchFunctionMode):
+    """What goes to the GPU is copied on the CPU, and counted for as long as it lives."""
+
+    def __init__(self, of_interest):
+        super().__init__()
+        self._sizes = {tensor.shape for tensor in of_interest}
+        self.now = self.most = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.to and GPU in args:
+            rest = [argument for argument in args if argument != GPU]
+            copy = function(args[0], *rest[1:], **{**(kwargs or {}), "copy": True})
+            if copy.shape in self._sizes:
+                self.now += copy.numel()
+                self.most = max(self.most, self.now)
+                weakref.finalize(copy.untyped_storage(), self._gone, copy.numel())
+            return copy
+        return function(*args, **(kwargs or {}))
+
+    def _gone(self, count):
+        self.now -= count
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU is there, as far as prune looks."""
+    monkeypatch.setattr("moonshot.pruning.recipe.as_device", lambda device: GPU if device == "cuda" else None)
+
+
+@pytest.mark.parametrize("refit", [False, ms.Refit(epochs=1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_parts_that_move_give_the_same_model_in_its_own_memory(gpu, name, dtype, refit):
+    model, data, others = MODELS[name](dtype)
+    expected = ms.prune(model, data, 0.5, precision="float32", refit=refit, **WORK, **others)
+    moved, data, others = MODELS[name](dtype)
+    places = [tensor.data_ptr() for tensor in tensors_of(moved)]
+    with StandIn(tensors_of(moved)):
+        report = ms.prune(moved, data, 0.5, device="cuda", precision="float32", refit=refit, **WORK, **others)
+    assert places == [tensor.data_ptr() for tensor in tensors_of(moved)]
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), moved.state_dict().values(), strict=True)
+    )
+    assert [layer.terms for layer in report.layers.values()] == [
+        layer.terms for layer in expected.layers.values()
+    ]
+
+
+def test_one_block_at_a_time_is_there(gpu):
+    model = decoder(num_hidden_layers=6)
+    blocks = [block for _, block in find_blocks(model)]
+    with StandIn([tensor for tensor in tensors_of(model) if tensor.ndim == 2]) as there:
+        ms.prune(model, tokens(), 0.5, device="cuda", **WORK)
+    block = sum(tensor.numel() for tensor in blocks[0].parameters() if tensor.ndim == 2)
+    outside = sum(tensor.numel() for tensor in tensors_outside(model, blocks) if tensor.ndim == 2)
+    assert there.most <= block + outside < sum(tensor.numel() for tensor in model.parameters()) / 2
+    assert block <= there.most
+
+
+def test_a_failure_leaves_the_model_where_and_as_it_was(gpu):
+    model = decoder()
+    before, places = weights(model), [tensor.data_ptr() for tensor in tensors_of(model)]
+
+    def fail(layer, total):
+        raise RuntimeError("enough")
+
+    with StandIn([]), pytest.raises(RuntimeError, match="enough"):
+        ms.prune(model, tokens(), 0.5, device="cuda", on_layer=fail, **WORK)
+    assert places == [tensor.data_ptr() for tensor in tensors_of(model)]
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize("moves", [3, 40])
+def test_a_gpu_that_is_full_leaves_the_model_where_it_was(gpu, moves):
+    class Full(StandIn):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.most += function is torch.Tensor.to and GPU in args
+            if self.most == moves:
+                self.most += 1
+                raise torch.OutOfMemoryError("no more memory")
+            return super().__torch_function__(function, types, args, kwargs)
+
+    model = decoder()
+    before, places = weights(model), [tensor.data_ptr() for tensor in tensors_of(model)]
+    with Full([]), pytest.raises(torch.OutOfMemoryError):
+        ms.prune(model, tokens(), 0.5, device="cuda", **WORK)
+    assert places == [tensor.data_ptr() for tensor in tensors_of(model)]
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_a_device_of_the_model_itself_changes_nothing():
+    model, other = decoder(), decoder()
+    ms.prune(model, tokens(), 0.5, **WORK)
+    ms.prune(other, tokens(), 0.5, device="cpu", **WORK)
+    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("gpu", 'device must be "cpu", "cuda" or such as "cuda:1"'),
+        ("mps", "got 'mps'"),
+        (3.5, "got 3.5"),
+        ("meta", "got 'meta'"),
+        pytest.param(
+            "cuda:7",
+            "is not there, this torch",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_devices_that_are_none(device, words):
+    with pytest.raises(ArgumentError, match=words):
+        ms.prune(decoder(), tokens(), 0.5, device=device)
+
+
+def test_any_device_there_is():
+    assert as_device(None) is None and as_device("cpu") == torch.device("cpu")
+    assert as_device("auto") == (torch.device("cuda", 0) if torch.cuda.is_available() else None)
+
+
+def test_a_model_that_is_spread_over_devices_is_refused():
+    model = decoder()
+    model.hf_device_map = {"model": 0, "lm_head": "cpu"}  # as from_pretrained(device_map=...) leaves it
+    with pytest.raises(ModelError, match=r"load it without, .* give device=\"cuda\""):
+        ms.prune(model, tokens(), 0.5)
+    model.hf_device_map = {"": "cpu"}
+    ms.prune(model, tokens(), 0.5, **WORK)
+
+
+# Precision
+
+
+def dtypes_of_passes(model, **arguments):
+    """The dtypes that the blocks' layers read while a model is pruned."""
+    found = set()
+    for _, block in find_blocks(model):
+        block.mlp.up_proj.register_forward_pre_hook(lambda _, args: found.add(args[0].dtype))
+    report = ms.prune(model, tokens(), 0.5, **arguments)
+    return found, report
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_precision_of_passes(dtype):
+    """Everything but bfloat16 is the same in its own dtype and in float32, or is computed in float32 anyway."""
+    plain, expected = dtypes_of_passes(decoder(dtype=dtype), **WORK)
+    found, report = dtypes_of_passes(decoder(dtype=dtype), precision="model", **WORK)
+    assert plain == {torch.float64 if dtype is torch.float64 else torch.float32}
+    assert found == ({dtype} if dtype is torch.bfloat16 else plain)
+    for name, layer in report.layers.items():
+        assert layer.relative == pytest.approx(expected.layers[name].relative, rel=0.1)
+
+
+class SeesFloat32(ms.Reconstruction):
+    def accumulate(self, statistic, observation):
+        assert str(observation.inputs.dtype).removeprefix("torch.") == "float32"
+        return super().accumulate(statistic, observation)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_statistics_are_float32_whatever_passes_are(name):
+    model, data, others = MODELS[name](torch.bfloat16)
+    ms.prune(model, data, 0.5, objective=SeesFloat32(), solver=ms.SparseGPT(), precision="model", **others)
+
+
+def test_a_refit_after_passes_in_bfloat16_is_computed_in_float32():
+    """Steps that are too small for bfloat16 would be lost."""
+    model = decoder(dtype=torch.bfloat16)
+    report = ms.prune(model, tokens(12), 0.5, precision="model", refit=ms.Refit(epochs=4), **WORK)
+    assert any(part.aside_after < part.aside_before for part in report.parts.values())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_precisions_that_are_none():
+    with pytest.raises(ArgumentError, match='precision must be "model" or "float32"'):
+        ms.prune(decoder(), tokens(), 0.5, precision="bfloat16")
+
+
+# The command line
+
+
+def arguments(tmp_path, **options):
+    named = {
+        "data": DEMO / "calibration.txt",
+        "pattern": "2:4",
+        "solver": "sparsegpt",
+        "save": tmp_path / "pruned",
+    }
+    named |= {"nsamples": 4, "seqlen": 32} | options
+    return [str(part) for name, value in named.items() for part in (f"--{name}", value)]
+
+
+def test_the_command_line_passes_them_on(monkeypatch, tmp_path):
+    source, found = model_folder(tmp_path / "dense", pad_token_id=None), {}
+    real = ms.pruning.prune
+
+    def prune(*args, **named):
+        found.update(named)
+        return real(*args, **(named | {"device": None}))
+
+    monkeypatch.setattr("moonshot.app.prune.pruning.prune", prune)
+    monkeypatch.setattr("moonshot.app.prune.as_device", lambda name: GPU if name == "cuda" else None)
+    monkeypatch.setattr("moonshot.pruning.recipe.as_device", lambda name: None)
+    monkeypatch.setattr("moonshot.app.prune.PruneCommand._plan", lambda *_: None)
+    monkeypatch.setattr("moonshot.app.prune.planning.check_supported", lambda *_: None)
+    argv = ["moonshot", "prune", str(source), *arguments(tmp_path, device="cuda", precision="float32")]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert found["device"] == GPU and found["precision"] == "float32"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["moonshot", "prune", "nowhere", *arguments(tmp_path, device="cuda:1")])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err.startswith("moonshot: device 'cuda:1' is not there")
