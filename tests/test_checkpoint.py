@@ -165,7 +165,7 @@ def test_answers_for_another_model_are_refused(tmp_path):
     with torch.no_grad():
         other.model.layers[0].self_attn.k_proj.weight[0, 0] += 1
     before = weights(other)
-    with pytest.raises(ValueError, match=r"answers of another model, whose .*k_proj has other weights"):
+    with pytest.raises(ValueError, match=r"answers of another model, with other weights in .*k_proj"):
         ms.prune(other, tokens(), "2:4", checkpoint=tmp_path)
     assert all(torch.equal(before[name], weight) for name, weight in weights(other).items())
 

@@ -78,30 +78,29 @@ class Checkpoint:
     def _damaged(self, file: Path, what: str) -> None:
         warnings.warn(f"{file} is damaged: {what} again", stacklevel=2)
 
-    def store(self, name: str, dense: Tensor, weight: Tensor, report: LayerReport) -> None:
-        """Write a layer's answer: the pruned weight and its report, and that it is for `dense`."""
-        self._store(f"{quote(name, safe='')}{_LAYER}", [weight], report, [dense])
+    def store(self, name: str, dense: str, weight: Tensor, report: LayerReport) -> None:
+        """Write a layer's answer: the pruned weight and its report, and that it is for a weight with this digest."""
+        self._store(f"{quote(name, safe='')}{_LAYER}", [weight], report, dense)
 
-    def answer(self, name: str, dense: Tensor) -> tuple[Tensor, LayerReport]:
+    def answer(self, name: str, dense: str) -> tuple[Tensor, LayerReport]:
         """The pruned weight and the report of a layer that is done.
 
-        Raises CheckpointError where `dense` is not what the answer was found for, or the file can no longer be read.
+        dense: the digest of its weight. Raises CheckpointError where the answer was found for another weight, or the
+        file can no longer be read.
         """
         file = self.folder / f"{quote(name, safe='')}{_LAYER}"
         found = _read(file, LayerReport)
         if found is None:
             raise CheckpointError(f"{file} was damaged while this runs: start again to do the layer again")
         (weight,), report, before = found
-        self._same(before, [dense], name)
+        self._same(before, dense, name)
         return weight, report
 
-    def store_part(
-        self, name: str, pruned: Iterable[Tensor], fitted: Iterable[Tensor], report: PartReport
-    ) -> None:
-        """Write a part's refit: its tensors and report, and that they are for the part with these `pruned` tensors."""
-        self._store(f"{quote(name, safe='')}{_PART}", fitted, report, pruned)
+    def store_part(self, name: str, dense: str, fitted: Iterable[Tensor], report: PartReport) -> None:
+        """Write a part's refit: its tensors and report, and that they are for a part with this digest."""
+        self._store(f"{quote(name, safe='')}{_PART}", fitted, report, dense)
 
-    def part(self, name: str, pruned: Iterable[Tensor]) -> tuple[list[Tensor], PartReport] | None:
+    def part(self, name: str, dense: str) -> tuple[list[Tensor], PartReport] | None:
         """What `store_part` was given, None if it was not or is damaged.
 
         Raises CheckpointError where the part was another before.
@@ -114,14 +113,14 @@ class Checkpoint:
             self._damaged(file, "the part is refitted")
             return None
         tensors, report, before = found
-        self._same(before, pruned, name)
+        self._same(before, dense, name)
         return tensors, report
 
-    def _same(self, before: str, now: Iterable[Tensor], name: str) -> None:
-        if before != digest(now):
+    def _same(self, before: str, now: str, name: str) -> None:
+        if before != now:
             raise CheckpointError(
-                f"{self.folder} has the answers of another model, whose {name} has other weights: choose another "
-                "folder, or remove it to begin again"
+                f"{self.folder} has the answers of another model, with other weights in {name} or in what is pruned "
+                "with it: choose another folder, or remove it to begin again"
             )
 
     def store_trials(self, best: str, trials: list[Trial]) -> None:
@@ -142,10 +141,10 @@ class Checkpoint:
             return None
 
     def _store(
-        self, name: str, tensors: Iterable[Tensor], report: LayerReport | PartReport, before: Iterable[Tensor]
+        self, name: str, tensors: Iterable[Tensor], report: LayerReport | PartReport, before: str
     ) -> None:
         stored = [tensor.detach().cpu().contiguous() for tensor in tensors]
-        about = {"report": json.dumps(asdict(report)), "before": digest(before)}
+        about = {"report": json.dumps(asdict(report)), "before": before}
         about["digest"] = digest([*about.values(), *stored])
         names = ["weight"] if len(stored) == 1 else map(str, range(len(stored)))
         self._write(name, save(dict(zip(names, stored, strict=True)), about))

@@ -45,15 +45,18 @@ class Refit:
     lr: what a step changes in a tensor at most, about, as a fraction of the root mean square of its nonzero values; it
     decays along a cosine.
     share: of the samples that is set aside, to stop early and to see whether the part got better.
+    stages: how often a part is pruned and fitted, at most. Its nonzeros fall by the same factor each time, up to what
+    the pattern asks for (patterns.stages), so that the later masks are chosen among weights that were fitted.
     """
 
     epochs: int = 12
     steps: int = 12
     lr: float = 0.02
     share: float = 0.25
+    stages: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps"):
+        for name in ("epochs", "steps", "stages"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ArgumentError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
         if not 0 < self.lr < math.inf:
