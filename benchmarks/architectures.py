@@ -355,6 +355,9 @@ def timm_architectures() -> dict[str, Architecture]:
     """Some of timm's models; none where timm, or the torchvision that it needs, is not there."""
     try:
         import timm
+        from timm.layers import StdConv2d
+        from timm.models.mlp_mixer import MlpMixer
+        from timm.models.swin_transformer import SwinTransformer
     except (ImportError, RuntimeError):
         return {}
 
@@ -371,7 +374,20 @@ def timm_architectures() -> dict[str, Architecture]:
             named("resnet18", layers=[1, 1, 1, 1], channels=[8, 16, 16, 32]), large_images
         ),
         "ResNetV2, standardised (timm)": Architecture(
-            named("resnetv2_50x1_bit", layers=[1, 1], channels=[32, 64], stem_chs=32), large_images
+            named("resnetv2_50d_gn", layers=[1, 1], channels=[128, 256], conv_layer=StdConv2d),
+            large_images,
+            skipped={"conv", "conv1", "conv2", "conv3"},
+        ),
+        "Mixer (timm)": Architecture(
+            lambda: Classified(MlpMixer(CLASSES, PIXELS, patch_size=4, num_blocks=2, embed_dim=32)), images
+        ),
+        "Swin (timm)": Architecture(
+            lambda: Classified(
+                SwinTransformer(
+                    2 * PIXELS, 4, 3, CLASSES, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2
+                )
+            ),
+            large_images,
         ),
     }
 
@@ -533,6 +549,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MaskFormer": Architecture(lambda: transformers.MaskFormerForInstanceSegmentation(config("MaskFormer",
         fpn_feature_size=32, mask_feature_size=16, backbone_config=swin(), decoder_config=config("Detr",
         **DETR), num_labels=CLASSES)), masks, slow=True),
+    "Mask2Former": Architecture(lambda: transformers.Mask2FormerForUniversalSegmentation(config("Mask2Former",
+        feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=64, dim_feedforward=64,
+        encoder_layers=1, decoder_layers=3, num_attention_heads=4, num_queries=6, num_labels=CLASSES,
+        train_num_points=64, backbone_config=swin())), masks, skipped={"cross_attn", "decoder", "out_proj"},
+        slow=True),
     "UperNet": Architecture(lambda: transformers.UperNetForSemanticSegmentation(config("UperNet",
         backbone_config=config("ConvNext", hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
         out_features=["stage1", "stage2", "stage3", "stage4"]), hidden_size=16, pool_scales=[1, 2],

@@ -220,6 +220,23 @@ def test_too_few_samples():
         ms.allocate(model, labelled(model, 6), 0.5, loss=loss_of)
 
 
+def test_samples_and_layers_that_are_left_out_are_named():
+    model, ids = decoder(), tokens(10)
+    model.model.layers[0].mlp.tied = nn.Embedding(*model.model.layers[0].mlp.up_proj.weight.shape)
+    model.model.layers[0].mlp.tied.weight = model.model.layers[0].mlp.up_proj.weight
+    labels = ids.clone()
+    labels[1] = -100
+    batch, options = {"input_ids": ids, "labels": labels}, {"solver": ms.Magnitude(), "objective": JOINT}
+    allocation = ms.allocate(model, [batch], 0.5, targets="*.0.mlp.*", rounds=0, **options)
+    assert allocation.unused == {"batch 0, sample 1": "it has no target"}
+    assert allocation.skipped == {
+        "model.layers.0.mlp.up_proj": "its weight is also model.layers.0.mlp.tied.weight"
+    }
+    assert "1 samples left out: batch 0, sample 1: it has no target" in str(allocation)
+    report = ms.prune(model, [batch], allocation, **options)
+    assert report.skipped == allocation.skipped and report.unused == allocation.unused
+
+
 def test_it_prints_and_draws(tmp_path):
     allocation = allocated(Uneven())
     text = str(allocation)

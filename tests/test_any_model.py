@@ -332,9 +332,26 @@ def pair_loss(model, batch):
     return cross_entropy(model(batch[0]), batch[1])
 
 
-def test_both_uses_of_a_layer_count():
+class Elsewhere(nn.Module):
+    """A layer inside a module of five that is used outside of that module too."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), *(nn.Linear(8, 8) for _ in range(4)))
+        self.last = nn.Linear(8, 3)
+
+    @property
+    def shared(self):
+        return self.body[0]
+
+    def forward(self, x):
+        return self.last(self.body(x) + self.shared(x**2))
+
+
+@pytest.mark.parametrize("make, name", [(Twice, "shared"), (Elsewhere, "body.0")])
+def test_both_uses_of_a_layer_count(make, name):
     torch.manual_seed(0)
-    model = Twice().eval()
+    model = make().eval()
     ((x, y),) = pairs()
     reads, gradients = [], []
     handle = model.shared.register_forward_hook(lambda _m, args, _out: reads.append(args[0].detach()))
@@ -350,10 +367,30 @@ def test_both_uses_of_a_layer_count():
     )
     expected = ms.solve(problem, 0.5, ms.SparseGPT())
     report = ms.prune(
-        model, pairs(), {"shared": 0.5}, objective=objective, solver=ms.SparseGPT(), factors=20, loss=pair_loss
+        model, pairs(), {name: 0.5}, objective=objective, solver=ms.SparseGPT(), factors=20, loss=pair_loss
     )
-    assert report.layers["shared"].relative == pytest.approx(expected.relative, rel=1e-4)
+    assert report.layers[name].relative == pytest.approx(expected.relative, rel=1e-4)
     torch.testing.assert_close(model.shared.weight.detach(), expected.weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_term_that_an_empty_layer_does_not_raise_is_named():
+    """A norm of each channel undoes the scale of a row, so that the gradient has no part along the row."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm, nn.ReLU(), nn.Flatten(), nn.Linear(72, 3))
+    batch = (torch.randn(20, 3, 5, 5), torch.arange(20) % 3)
+    report = ms.prune(model, [batch], 0.5, loss=pair_loss, solver=ms.SparseGPT())
+    assert report.layers["0"].note.startswith("Fisher is almost zero for an empty layer, as before a norm")
+    assert not report.layers["4"].note
+
+
+def test_a_part_that_does_not_hold_all_calls_of_its_layers_is_refused():
+    class Body(GraphAdapter):
+        def parts(self, model, run):
+            return [("body", model.body), ("last", model.last)]
+
+    with pytest.raises(ModelError, match="body.0 also runs outside of 'body'"):
+        ms.prune(Elsewhere(), pairs(), 0.5, loss=pair_loss, adapter=Body())
 
 
 def test_a_layer_that_never_runs_is_named():

@@ -399,6 +399,9 @@ def test_a_mixture_is_known_by_every_sample():
     x = torch.ones(3, 4, 6)
     x[..., 0] = torch.tensor([[1, 1, -1, -1], [1, 1, 1, 1], [-1, -1, -1, -1]])
     assert partition_model(Routed(), [(x, torch.arange(3))], net_loss).routed
+    for sizes in ([1, 1, 1], [1, 2]):
+        batches = list(zip(x.split(sizes), torch.arange(3).split(sizes), strict=True))
+        assert partition_model(Routed(), batches, net_loss).routed
     x[1:, :, 0] = x[0, :, 0]
     assert not partition_model(Routed(), [(x, torch.arange(3))], net_loss).routed
 

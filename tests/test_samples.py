@@ -1,6 +1,7 @@
 """What counts as a sample, as its tokens and as its targets; what reaches the model of a batch."""
 
 import collections
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import moonshot as ms
+from moonshot.app.data import text_windows
 from moonshot.models.batch_tree import Shared, leaves, map_tensors, samples_of, take_samples, unshared
-from moonshot.models.calibration import CalibrationError, as_batches, longest_text
+from moonshot.models.calibration import CalibrationError, as_batches, longest_text, one_by_one
 from moonshot.models.layers import layer_view
 from moonshot.models.losses import model_loss
 from moonshot.models.modules import ModelError
@@ -219,6 +221,31 @@ def test_a_mask_is_of_tokens_and_not_of_channels():
     assert found == [3, 6, 9, 12, 6]
 
 
+def test_padding_of_sounds_counts():
+    """attention_mask is about samples of a sound there, of which the front end makes fewer frames."""
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=20
+    )
+    convolutions = dict(conv_dim=[8], conv_kernel=[10], conv_stride=[5], num_feat_extract_layers=1)
+    embeddings = dict(num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    config = transformers.Wav2Vec2Config(**sizes, **convolutions, **embeddings, feat_extract_norm="layer")
+    batch = {"input_values": torch.randn(3, 100), "labels": torch.randint(1, 20, (3, 2))}
+    batch["attention_mask"] = torch.ones(3, 100, dtype=torch.long)
+    batch["attention_mask"][:, 60:] = 0
+    model = transformers.Wav2Vec2ForCTC(config).eval()
+    counted, original = [], LayerStatistics.pop
+
+    def pop(self, name):
+        counted.append(self.tokens[name])
+        return original(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerStatistics, "pop", pop)
+        ms.prune(model, [batch], 0.5, targets="*layers*", **OPTIONS)
+    assert set(counted) == {3 * 19}
+
+
 # batches
 
 Pair = collections.namedtuple("Pair", "x y")
@@ -275,6 +302,8 @@ def test_everything_in_a_batch_reaches_the_model_as_it_came():
         ((torch.zeros(4, 2), (torch.zeros(4), torch.zeros(4))), 4),
         (Pair(np.zeros((2, 5)), torch.zeros(2)), 2),
         ({"shared": Shared(torch.zeros(9)), "x": torch.zeros(2)}, 2),
+        ({"pixels": [torch.zeros(3, 5, 5), torch.zeros(3, 4, 4)], "labels": torch.zeros(2)}, 2),
+        (([torch.zeros(3, 5, 5), torch.zeros(3, 4, 4)], torch.zeros(2)), 2),
         ({"flag": True}, None),
     ],
 )
@@ -300,9 +329,28 @@ def test_a_sample_of_a_batch():
     assert all(torch.equal(part, x[1:]) for part in one["pair"]) and len(unshared(one)["weights"]) == 2
     images, targets = take_samples((y, [{"k": 0}, {"k": 1}]), [1])
     assert torch.equal(images[0], y[1]) and len(images) == 1 and targets == [{"k": 1}]
+    masks, columns = [torch.zeros(2, 4), torch.ones(2, 4)], (torch.zeros(2), torch.zeros(2))
+    one = take_samples({"pixels": x, "masks": masks, "columns": columns, "classes": (y[0], y[1])}, [1])
+    assert len(one["masks"]) == 1 and torch.equal(one["masks"][0], masks[1])
+    assert [len(column) for column in one["columns"]] == [1, 1] and torch.equal(one["classes"][0], y[1])
+    assert [len(part) for part in take_samples((x, [x, x]), [1])[1]] == [1, 1]  # as a DataLoader has it
     doubled = map_tensors(lambda tensor: 2 * tensor, batch)
     assert torch.equal(doubled["weights"].value, torch.full((2,), 2.0)) and doubled["lengths"] == [3, 2]
     assert len(list(leaves(batch))) == 9
+
+
+def test_positions_in_several_axes_have_the_samples_second():
+    for count in (2, 3):
+        ids, positions = tokens(count), torch.arange(36 * count).reshape(3, count, 12)
+        mask = torch.ones_like(ids)
+        mask[0, 7:] = 0
+        batch = Encoding({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+        one = take_samples(batch, [1])
+        assert type(one) is Encoding and torch.equal(one["position_ids"], positions[:, 1:2])
+        first, *_ = one_by_one([batch], aligned=True)
+        assert torch.equal(first["position_ids"], positions[:, :1, :7]) and first["input_ids"].shape == (1, 7)
+        choices = {"input_ids": positions.movedim(1, 0), "position_ids": positions.movedim(1, 0)}
+        assert torch.equal(take_samples(choices, [1])["position_ids"], positions.movedim(1, 0)[1:2])
 
 
 def test_the_digest_of_data_sees_into_every_container():
@@ -374,6 +422,105 @@ def test_what_a_layer_read_is_not_what_became_of_it(blocks):
         assert_same(*found)
 
 
+class TokensFirst(nn.Module):
+    """Has the samples in the second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = torch.relu(self.first(x.transpose(0, 1)))
+        return self.last(torch.relu(self.second(hidden))).mean(0)
+
+
+class TwoViews(nn.Module):
+    """Reads the second views of all samples after the first ones, in a part of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        one, other = self.inner(torch.cat([x[:, 0], x[:, 1] ** 2])).chunk(2)
+        return self.last(one - 2 * other)
+
+
+class OneAfterTheOther(TwoViews):
+    """Calls its layers for each sample."""
+
+    def forward(self, x):
+        return torch.cat([self.last(self.inner(sample[None, 0])) for sample in x])
+
+
+@pytest.mark.parametrize("make", [TokensFirst, TwoViews, OneAfterTheOther])
+@pytest.mark.parametrize("sizes", [[7], [1] * 7, [1, 6], [1, 3, 3]])
+def test_samples_are_told_apart_however_they_are_batched(make, sizes):
+    """Six samples in a batch of 12 tokens: the first dimension could be divided by the number of samples."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(7, 12, 6, generator=generator), torch.arange(7) % 3
+    reports = [
+        ms.prune(
+            make(),
+            list(zip(x.split(split), y.split(split), strict=True)),
+            0.5,
+            loss=lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
+            **OPTIONS,
+        )
+        for split in (sizes, [6, 1])
+    ]
+    assert_same(*reports)
+
+
+def test_what_is_padding_may_be_nan():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embedding, self.first, self.last = nn.Embedding(61, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, input_ids, attention_mask):
+            real = attention_mask[..., None] > 0
+            hidden = self.last(torch.relu(self.first(self.embedding(input_ids).masked_fill(~real, torch.nan))))
+            return torch.where(real, hidden, 0).sum(1)
+
+    def loss(model, batch):
+        return cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+
+    ids, mask = padded()
+    whole = {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(6) % 3}
+    short = whole | {"input_ids": ids[:, :6], "attention_mask": mask[:, :6]}
+    assert_same(*(ms.prune(Masked(), [batch], 0.5, loss=loss, **OPTIONS) for batch in (whole, short)))
+
+
+class PadsItsTargets(nn.Module):
+    """Writes targets of different lengths into views of one tensor, which gradients could not pass through."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x, targets):
+        padded = torch.zeros(len(targets), 4)
+        for target, row in zip(targets, padded, strict=True):
+            row[: len(target)].copy_(target)
+        return nn.functional.mse_loss(self.last(torch.relu(self.first(x))), padded)
+
+
+def test_no_gradients_pass_through_targets():
+    x, targets = torch.randn(6, 6), [torch.ones(1 + k % 4) for k in range(6)]
+    filled = torch.stack([nn.functional.pad(target, (0, 4 - len(target))) for target in targets])
+    reports = [
+        ms.prune(PadsItsTargets(), [(x, given)], 0.5, loss=lambda model, batch: model(*batch), **OPTIONS)
+        for given in (targets, filled)
+    ]
+    assert_same(*reports)
+
+
 def test_texts_in_three_dimensions():
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -415,3 +562,10 @@ def test_texts_longer_than_the_model_can_read():
         ms.prune(model, tokens(), 0.5)
     with pytest.raises(CalibrationError, match='input_ids are a list: give a tensor .return_tensors="pt"'):
         ms.prune(model, [{"input_ids": [[1, 2, 3]], "x": torch.zeros(1)}], 0.5)
+
+
+def test_windows_are_as_long_as_the_model_can_read():
+    for positions, length in {64: 64, 4096: 2048}.items():
+        config = transformers.LlamaConfig(max_position_embeddings=positions, vocab_size=5)
+        source = SimpleNamespace(config=config, processor=lambda text, verbose: {"input_ids": [1] * 5000})
+        assert text_windows(source, "", 2, None, None).shape == (2, length)

@@ -168,13 +168,52 @@ def test_the_first_parameters_dtype_is_not_that_of_the_hidden_states(make, dtype
     assert_same(pruned(model), expected)
 
 
+def test_every_layer_keeps_its_own_dtype():
+    model = network(dtype=torch.float16)
+    model[4].float()
+    before = model[4].weight.detach().clone()
+    expected = pruned(network())
+    assert_same(pruned(model), expected, rel=0.1)
+    assert model[2].weight.dtype == torch.float16 and model[4].weight.dtype == torch.float32
+    survivors = model[4].weight[model[4].weight != 0]
+    assert (survivors.half().float() != survivors).float().mean() > 0.5  # not those in the first columns
+    assert not torch.equal(before, model[4].weight)
+
+
 def test_hidden_states_that_float16_cannot_hold():
     large, lowest = torch.tensor([1e5, -2.0]), torch.tensor([torch.finfo(torch.float32).min])
-    assert narrowed(large, torch.float16).dtype == torch.bfloat16
+    with pytest.warns(UserWarning, match="float16 cannot hold what passes .* stored in bfloat16"):
+        assert narrowed(large, torch.float16).dtype == torch.bfloat16
+    for sign in (1, -1):
+        with pytest.warns(UserWarning, match="float16"):
+            narrowed(torch.tensor([sign * 1e5]), torch.float16)
     assert narrowed(large[1:], torch.float16).dtype == torch.float16
     for dtype in (torch.float16, torch.bfloat16):  # what a mask adds to the scores of what is not to be seen
         assert bool(narrowed(lowest, dtype).isfinite())
     assert narrowed(torch.tensor([torch.inf]), torch.float16).item() == torch.inf
+
+
+def overflowing(make, dtype):
+    """Weights that float16 can hold, hidden states between the parts that it cannot."""
+    model = make(dtype=dtype)
+    if make is network:
+        scales = {model[0]: 1e3, model[2]: 1e3, model[4]: 1e-2, model[6]: 1e-2, model[8]: 1e-2}
+    else:
+        scales = dict.fromkeys((model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.down_proj), 2e4)
+    for layer, scale in scales.items():
+        layer.weight.data *= scale
+    return model
+
+
+def test_a_float16_model_whose_hidden_states_overflow_is_pruned_with_a_warning(make):
+    with pytest.warns(UserWarning, match="float16 cannot hold"):
+        found = pruned(overflowing(make, torch.float16))
+    assert_same(found, pruned(overflowing(make, torch.float32)), rel=0.2)
+
+
+def test_a_loss_that_overflows_says_float16():
+    with pytest.raises(ModelError, match="got inf in float16, which holds 65504 at most"):
+        pruned(network(), loss=lambda model, batch: (1e6 * pair_loss(model, batch)).half())
 
 
 class Noisy(nn.Module):
@@ -201,6 +240,30 @@ def test_random_numbers_in_a_model_are_the_same_in_every_pass():
         name: layer.terms for name, layer in expected.items()
     }
     assert found["unread"].note == "the loss does not depend on it" and not found["layers.0"].note
+
+
+class Counting(nn.Module):
+    """Counts its calls in one buffer and replaces another."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+        self.body[3] = nn.BatchNorm1d(8)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(6))
+
+    def forward(self, x):
+        self.count += 1
+        self.last = x[-1].clone()
+        return self.body(x)
+
+
+def test_what_a_model_does_to_its_buffers_is_undone():
+    model = Counting()
+    count, running = model.count, model.body[3].running_mean
+    pruned(model)
+    assert model.count is count and not count and not model.last.any() and len(model.last) == 6
+    assert model.body[3].running_mean is running and running.any()  # estimated again
 
 
 # modules with a forward or a wrapper of their own
@@ -249,6 +312,11 @@ def test_wrapped_models_are_pruned_inside():
     call = model._compiled_call_impl
     assert_same(pruned(model), expected)
     assert model._compiled_call_impl is call
+
+
+def test_a_scripted_model_has_no_layers():
+    with pytest.raises(ModelError, match="0: RecursiveScriptModule holds weight and is no Linear"):
+        pruned(torch.jit.script(network()))
 
 
 def test_peft_models_are_refused():

@@ -3,6 +3,9 @@
 Other tests run with one thread in each process, so these have a process of their own.
 """
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -77,3 +80,24 @@ def test_the_number_of_threads_changes_nothing(elsewhere, name):
     one, *others = elsewhere(on_one_thread_on_two_and_by_two_at_once, name)
     assert len(one) == 6 and len(others) == 3
     assert all(other == one for other in others)
+
+
+SETTINGS = "import os; print(os.environ['OPENBLAS_THREAD_TIMEOUT'], numba.config.THREADING_LAYER)"
+
+
+@pytest.mark.parametrize(
+    "environment, before, found",
+    [
+        ({}, "", "6 workqueue"),
+        ({"OPENBLAS_THREAD_TIMEOUT": "20", "NUMBA_THREADING_LAYER": "omp"}, "", "20 omp"),
+        ({}, "numba.config.THREADING_LAYER = 'omp'", "6 omp"),
+    ],
+)
+def test_what_is_set_before_the_import_stays(environment, before, found):
+    names = ("OPENBLAS_THREAD_TIMEOUT", "NUMBA_THREADING_LAYER")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    script = f"import numba; {before}\nimport moonshot.linalg.kernels; {SETTINGS}"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=clean | environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == found

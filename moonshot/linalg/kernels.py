@@ -14,7 +14,7 @@ from numba import njit, prange
 
 # numba's own threads sleep between kernels. OpenMP's spin, and keep the BLAS's and torch's off the cores: ADMM on
 # joint Hessians took more than twice as long. They serve one caller at a time, hence the lock.
-if "NUMBA_THREADING_LAYER" not in os.environ:
+if "NUMBA_THREADING_LAYER" not in os.environ and numba.config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
     numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 _ONE_CALLER = Lock()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moonshot.errors import ArgumentTypeError, MoonshotError
 from moonshot.extras import from_extra
-from moonshot.models.batch_tree import leaves, map_tensors, samples_of, take_samples
+from moonshot.models.batch_tree import has_position_axes, leaves, map_tensors, samples_of, take_samples
 
 Batch = Any  # a mapping or a sequence of tensors, or one tensor: what `loss(model, batch)` takes
 _OF_IMAGES = ("pixel_values", "image_", "video_")  # what entries are called that may have several for a text
@@ -206,7 +206,8 @@ def _unpadded(batch: Batch) -> Batch:
     def unpadded(leaf: Any) -> Any:
         return leaf[:, mask[0]] if isinstance(leaf, Tensor) and leaf.shape[:2] == mask.shape else leaf
 
-    return {name: unpadded(leaf) for name, leaf in batch.items()}
+    short = {name: unpadded(leaf) for name, leaf in batch.items()}
+    return short | ({"position_ids": batch["position_ids"][:, :, mask[0]]} if has_position_axes(batch) else {})
 
 
 def set_aside(batches: list[Batch], seed: int, share: float = 0.25) -> tuple[list[Batch], list[Batch]]:

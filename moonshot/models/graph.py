@@ -56,7 +56,7 @@ class GraphAdapter(Adapter):
     def parts(self, model: nn.Module, run: TrialRun) -> Parts:
         views = dict(self.layers("", model))
         running = {module for name in run.reached(views) for module in views[name].modules}
-        parts = self._divided("", model, running, run.once)
+        parts = self._divided("", model, running, run)
         if shared := shared_between(self.layers(*part) for part in parts):
             raise ModelError(
                 f"{', '.join(shared)} have one weight and run apart from each other: the loss must call the model once"
@@ -86,8 +86,12 @@ class GraphAdapter(Adapter):
     ) -> Replay:
         return GraphReplay(model, parts, batches, loss, gradients, offload, dense)
 
-    def _divided(self, name: str, module: nn.Module, running: set[nn.Module], once: set[nn.Module]) -> Parts:
-        """A module divided until a part has few layers that run, or what is in it does not run exactly once."""
+    def _divided(self, name: str, module: nn.Module, running: set[nn.Module], run: TrialRun) -> Parts:
+        """A module divided until a part has few layers that run, or what is in it does not run exactly once.
+
+        A part holds all calls of its layers: a module of which one layer runs elsewhere too is divided no further.
+        """
+        once = run.once
 
         def count(part: nn.Module) -> int:
             return sum(view.module in running for _, view in self.layers("", part))
@@ -97,9 +101,11 @@ class GraphAdapter(Adapter):
         ]
         if not children or (module in once and count(module) <= _LAYERS):
             return [(name, module)] if count(module) else []
-        parts = [part for child in children for part in self._divided(*child, running, once)]
-        divided = all(part in once for _, part in parts) and not shared_between(
-            self.layers(*part) for part in parts
+        parts = [part for child in children for part in self._divided(*child, running, run)]
+        layers = [[*self.layers(*part)] for part in parts]
+        divided = not shared_between(layers) and all(
+            part in once and run.encloses(part, dict(of_part).values())
+            for (_, part), of_part in zip(parts, layers, strict=True)
         )
         return parts if divided or module not in once else [(name, module)]
 
@@ -151,9 +157,8 @@ class GraphReplay:
         arguments: list[_Arguments] = []
         results: list[list[Tensor]] = []
 
-        def before(_part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> _Arguments:
+        def before(_part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             arguments.append(self._stored(without_cache(args, kwargs)))
-            return tree_map(_tracked, (args, kwargs))
 
         def after(_part: nn.Module, _args: tuple, output: Any) -> Any:
             output = tree_map(
@@ -212,7 +217,7 @@ class GraphReplay:
         _, part = self.parts[index]
         inputs: Seen = {}
         outputs: Seen = {}
-        args, kwargs = tree_map(_tracked, _in_float32(self._dense[b][index]))
+        args, kwargs = _in_float32(self._dense[b][index])
         with torch.set_grad_enabled(differentiated), recording(layers, inputs, outputs):
             result = part(*args, **kwargs)
         self._dense[b][index] = ((), {})

@@ -76,8 +76,8 @@ def gradients_of(loss: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
         if any(gradient is not None for gradient in gradients):
             return list(gradients)
     raise ModelError(
-        "the loss has no gradient: it must be computed from what the model returns, without detach(), item() or "
-        "torch.no_grad()"
+        "the loss has no gradient: it must be computed from what the model returns, without detach(), item(), "
+        "torch.no_grad() or reentrant checkpoints"
     )
 
 
@@ -111,7 +111,8 @@ def check_loss(loss: Any) -> None:
         raise ModelError(f"the loss must be a scalar tensor, got {type(loss).__name__}")
     if loss.ndim or not bool(torch.isfinite(loss)):
         kind = ModelError if loss.ndim else LossNotFiniteError
-        raise kind(f"the loss must be a finite scalar, got {loss.detach()}")
+        largest = " in float16, which holds 65504 at most" if loss.dtype == torch.float16 else ""
+        raise kind(f"the loss must be a finite scalar, got {loss.detach()}{largest}")
 
 
 @torch.no_grad()

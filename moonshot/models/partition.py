@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.adapter import Adapter, Parts
+from moonshot.models.batch_tree import leaves
 from moonshot.models.blocks import Chain, find_blocks
 from moonshot.models.calibration import Batch, batch_samples, decoder_mask, one_by_one, take, token_mask
 from moonshot.models.chain import ChainAdapter
@@ -37,8 +38,9 @@ class Partition:
     left_out: {name: why it stays as it is} of layers and other weights that cannot be pruned (models.left_out).
     outside: names of the layers, and of modules with other weights, that are in no part.
     decoder: names of the layers that read the decoder's tokens in an encoder-decoder.
-    routed: some layers do not read the same number of rows for every sample, such as experts; samples are then
-    replayed one by one, so that all that a layer reads in a batch belongs to one sample, and none of it is padding.
+    routed: some layers do not read the same number of rows for every sample, such as experts.
+    one_by_one: samples are replayed alone, so that all that a layer reads in a batch belongs to one sample, and none of
+    it is padding: where layers are routed, or where a batch is not one sample after the other in what a layer reads.
     """
 
     adapter: Adapter
@@ -47,6 +49,7 @@ class Partition:
     routers: frozenset[str] = frozenset()
     unreached: dict[str, LayerView] = field(default_factory=dict)
     routed: bool = False
+    one_by_one: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
     decoder: frozenset[str] = frozenset()
     outside: frozenset[str] = frozenset()
@@ -103,8 +106,8 @@ class Partition:
             )
 
     def batches(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
-        """The batches that are replayed: of one sample each where layers are routed."""
-        return _samples(model, batches) if self.routed else batches
+        """The batches that are replayed, of one sample each where that must be."""
+        return _samples(model, batches) if self.one_by_one else batches
 
     def replay(
         self,
@@ -141,14 +144,16 @@ def partition_model(
             run = trials.run(take(batches[0], [0]))
         if not run.rows:
             raise ModelError("the loss ran no layer of the model: it must call model")
-        routed = any(view.routed for view in views.values()) or trials.differ(batches[0], run)
+        routed = alone = any(view.routed for view in views.values())
+        if not routed:
+            routed, alone = trials.compare(batches)
         if adapter is None:
             adapter = trials.adapter
-            if _holds_most(adapter, trials.blocks, weights) and _is_chain(
+            if _holds_most(adapter, trials.blocks, weights, run) and _is_chain(
                 model, trials.blocks, take(batches[0], [0]), loss, run.loss
             ):
                 adapter = ChainAdapter()
-        for batch in _samples(model, batches) if routed else batches:
+        for batch in _samples(model, batches) if alone else batches:
             if len(run.reached(views) | run.uncalled) == len(views) and not (routed and adapter.whole_model):
                 break
             run = run.and_then(trials.run(batch))
@@ -161,6 +166,7 @@ def partition_model(
     }
     parts = adapter.parts(model, run)
     _check_parts(model, parts, run.order)
+    _check_uses(adapter, parts, run)
     inside = {name for part in parts for name, _ in adapter.layers(*part)}
     unreached = {
         name: view
@@ -179,7 +185,7 @@ def partition_model(
         )
         reasons = {name: reason for name, reason in reasons.items() if name not in outside}
     found = routers(model) if routed else frozenset()
-    return Partition(adapter, parts, head, found, unreached, routed, reasons, decoder, outside)
+    return Partition(adapter, parts, head, found, unreached, routed, alone, reasons, decoder, outside)
 
 
 def _reasons(left_out: Mapping[str, str]) -> str:
@@ -211,6 +217,17 @@ def _check_parts(model: nn.Module, parts: Parts, order: list[nn.Module]) -> None
             )
 
 
+def _check_uses(adapter: Adapter, parts: Parts, run: TrialRun) -> None:
+    """Raises ModelError for a layer that also runs outside of its part, where nothing would be seen of it."""
+    for name, part in parts:
+        for layer, view in adapter.layers(name, part):
+            if not run.encloses(part, [view]):
+                raise ModelError(
+                    f"{layer} also runs outside of {name!r}, the part of the model that it is in: leave the part "
+                    "out, or let a larger one hold all calls of the layer"
+                )
+
+
 class _Trials:
     """Trial runs of one model."""
 
@@ -240,15 +257,54 @@ class _Trials:
         after = self.run({**sample, **{name: sample[name][..., rest] for name in names}})
         return frozenset(name for name, tokens in before.tokens.items() if after.tokens.get(name) == tokens)
 
-    def differ(self, batch: Batch, first: TrialRun) -> bool:
-        """Whether layers read other numbers of rows for other samples of the batch than `first`, its first sample."""
-        count = batch_samples(batch)
-        if count == 1:
-            return False
-        together = {name: [count * rows for rows in calls] for name, calls in first.rows.items()}
-        return self.run(batch).rows != together or any(
-            self.run(take(batch, [k])).rows != first.rows for k in range(1, count)
-        )
+    def compare(self, batches: list[Batch]) -> tuple[bool, bool]:
+        """(whether layers read other numbers of rows for other samples, whether samples must run one by one).
+
+        They must as well where what a layer reads of a batch is not one sample after the other.
+
+        Of the first batch with several samples; where each has one, of the first 16 in the sizes of the first.
+        """
+        several = next((batch for batch in batches if batch_samples(batch) > 1), None)
+        if several is None:
+            samples = [batch for batch in batches if _sizes(batch) == _sizes(batches[0])][:16]
+        else:
+            samples = [take(several, [k]) for k in range(batch_samples(several))]
+        first = self.run(samples[0])
+        alone = {name: [sums.clone() for sums in calls] for name, calls in first.sums.items()}
+        for sample in samples[1:]:
+            run = self.run(sample)
+            if run.rows != first.rows:
+                return True, True
+            alone = {name: list(map(_joined, calls, run.sums[name])) for name, calls in alone.items()}
+        return False, several is not None and _rearranged(alone, self.run(several).sums)
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first, second])
+
+
+def _rearranged(alone: dict[str, list[Tensor]], together: dict[str, list[Tensor]]) -> bool:
+    """Whether layers read other rows in a batch than for one sample after the other, or the same in another order.
+
+    Not where they read as many other ones: rows of which each depends on the whole batch are in some order too.
+    """
+    if {name: len(calls) for name, calls in alone.items()} != {
+        name: len(calls) for name, calls in together.items()
+    }:
+        return True
+    pairs = [pair for name in alone for pair in zip(alone[name], together[name], strict=True)]
+    return any(
+        len(one) != len(other) or (not _close(one, other) and _close(one.sort().values, other.sort().values))
+        for one, other in pairs
+    )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, equal_nan=True)
+
+
+def _sizes(batch: Batch) -> list[torch.Size]:
+    return [leaf.shape for leaf in leaves(batch) if isinstance(leaf, Tensor)]
 
 
 def _has_decoder(model: nn.Module) -> bool:
@@ -260,11 +316,14 @@ def _samples(model: nn.Module, batches: list[Batch]) -> list[Batch]:
     return one_by_one(batches, aligned=not _has_decoder(model))
 
 
-def _holds_most(adapter: Adapter, blocks: Parts, weights: Mapping[str, int]) -> bool:
-    """Whether the blocks hold most of the weights, each its own. weights: how many each layer has."""
+def _holds_most(adapter: Adapter, blocks: Parts, weights: Mapping[str, int], run: TrialRun) -> bool:
+    """Whether the blocks hold most of the weights, each its own, and all of their uses. weights: of each layer."""
     layers = [list(adapter.layers(*block)) for block in blocks]
     share = sum(weights[name] for block in layers for name, _ in block if name in weights)
-    return share >= _CHAIN * sum(weights.values()) and not shared_between(layers)
+    alone = all(
+        run.encloses(block, dict(views).values()) for (_, block), views in zip(blocks, layers, strict=True)
+    )
+    return share >= _CHAIN * sum(weights.values()) and alone and not shared_between(layers)
 
 
 @torch.no_grad()

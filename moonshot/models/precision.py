@@ -1,5 +1,6 @@
 """Half-precision modules that compute in float32 for a while."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import reduce
@@ -34,11 +35,21 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in half precision, if that is `dtype` and the tensor wider: bfloat16 for what float16 cannot hold."""
+    """A copy in half precision, if that is `dtype` and the tensor wider: bfloat16 for what float16 cannot hold.
+
+    That is said in a warning, but for what a mask adds to the scores of what is not to be seen.
+    """
     if not tensor.is_floating_point() or tensor.itemsize <= dtype.itemsize:
         return tensor.clone()
     narrow = tensor.to(dtype)
-    if bool((narrow.isinf() & tensor.isfinite()).any()):
+    overflow = narrow.isinf() & tensor.isfinite()
+    if bool(overflow.any()):
+        if dtype == torch.float16 and bool((overflow & (tensor > torch.finfo(tensor.dtype).min / 2)).any()):
+            warnings.warn(
+                "float16 cannot hold what passes between the model's parts (65504 at most): it is stored in bfloat16, "
+                "with fewer digits; the model itself may overflow in float16, convert it to bfloat16 or float32",
+                stacklevel=2,
+            )
         limit = torch.finfo(torch.bfloat16).max
         return tensor.clamp(-limit, limit).to(torch.bfloat16)
     return narrow

@@ -8,7 +8,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from moonshot.models.batchnorm import running_statistics
 from moonshot.models.modules import ModelError, check_model, unwrapped
 from moonshot.models.ranks import joined
 
@@ -54,6 +56,7 @@ def ready(model: nn.Module) -> Iterator[None]:
         for device in sorted({"cpu", *(parameter.device.type for parameter in model.parameters())}):
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(_in_this_thread_only(model))
+        stack.enter_context(_with_its_buffers(model))
         stack.enter_context(_without_caches(model))
         stack.enter_context(_uncompiled(model))
         yield
@@ -102,6 +105,25 @@ def without_cache(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str,
 def _no_cache(value: Any) -> Any:
     is_cache = any(kind.__module__ == "transformers.cache_utils" for kind in type(value).__mro__)
     return None if is_cache else value
+
+
+@contextmanager
+def _with_its_buffers(model: nn.Module) -> Iterator[None]:
+    """What a model changes in its buffers as it runs, such as counters, is undone; running statistics apart."""
+    estimated = {id(buffer) for buffer in running_statistics(model)}
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if id(buffer) not in estimated and not buffer.is_meta and not is_lazy(buffer)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 @contextmanager

@@ -141,14 +141,15 @@ class LayerStatistics:
         rows_mask = _mask_of_rows(view, x, mask)
         for group in range(view.groups):
             for chunk in view.chunks(x, delta, group):
-                at = chunk.output_gradients
+                read, at = chunk.inputs, chunk.output_gradients
                 assert at is not None  # delta was given
-                if rows_mask is not None:
-                    at = at.masked_fill(~rows_mask[chunk.samples, chunk.positions][..., None], 0)
-                for s in range(len(chunk.inputs)):
+                if rows_mask is not None:  # what is padding may be NaN
+                    padding = ~rows_mask[chunk.samples, chunk.positions][..., None]
+                    read, at = read.masked_fill(padding, 0), at.masked_fill(padding, 0)
+                for s in range(len(read)):
                     sample = self._seen + (chunk.samples.start + s) // folded
                     into = self._gradients[name][sample % self._factors, group]
-                    into.addmm_(at[s].T, chunk.inputs[s], alpha=float(self._signs[sample]))
+                    into.addmm_(at[s].T, read[s], alpha=float(self._signs[sample]))
 
     def add_up(self, ranks: Ranks, owners: Mapping[str, int]) -> None:
         """Add what the other ranks have observed. owners: {layer: the rank that alone will ask for it}.

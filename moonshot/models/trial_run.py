@@ -1,6 +1,7 @@
 """One pass of a model to learn how it runs: which modules, in which order, and how many rows each layer reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,16 +23,20 @@ class TrialRun:
 
     order: the modules in the order of their first calls; once: those that ran once in every pass.
     rows: {layer name: rows it read in each of its calls}; tokens: the same, all dimensions together.
+    sums: {layer name: for each of its calls the sum of the absolute values of each row, which tells rows apart}.
     loss: of the first batch.
     uncalled: names of the layers whose weight the model read in a pass without calling them.
+    around: {module: those that were running in all of its calls, itself included}.
     """
 
     order: list[nn.Module]
     once: set[nn.Module]
     rows: dict[str, list[int]]
     tokens: dict[str, list[int]]
+    sums: dict[str, list[Tensor]]
     loss: float
     uncalled: set[str] = field(default_factory=set)
+    around: dict[nn.Module, set[nn.Module]] = field(default_factory=dict)
 
     def and_then(self, other: "TrialRun") -> "TrialRun":
         """What this run and another showed together: a module runs once if it did so in both."""
@@ -39,7 +44,13 @@ class TrialRun:
             name: self.rows.get(name, []) + other.rows.get(name, []) for name in {**self.rows, **other.rows}
         }
         once, uncalled = self.once & other.once, self.uncalled | other.uncalled
-        return TrialRun(self.order, once, rows, self.tokens, self.loss, uncalled)
+        around = {**self.around, **other.around}
+        around |= {module: self.around[module] & around[module] for module in self.around}
+        return TrialRun(self.order, once, rows, self.tokens, self.sums, self.loss, uncalled, around)
+
+    def encloses(self, part: nn.Module, views: Iterable[LayerView]) -> bool:
+        """Whether these layers of a part ran in no other place than inside of it."""
+        return all(part in self.around.get(module, (part,)) for view in views for module in view.modules)
 
     def reached(self, views: dict[str, LayerView]) -> set[str]:
         """The layers that ran. An expert counts as one where any of its parameter did."""
@@ -68,6 +79,29 @@ class _Reads(TorchFunctionMode):
         return result
 
 
+@contextmanager
+def _nesting(model: nn.Module) -> Iterator[dict[nn.Module, set[nn.Module]]]:
+    """TrialRun.around of the calls inside."""
+    running: list[nn.Module] = []
+    around: dict[nn.Module, set[nn.Module]] = {}
+
+    def enter(module: nn.Module, _arguments: tuple) -> None:
+        running.append(module)
+        around[module] = around.get(module, set(running)) & set(running)
+
+    def leave(module: nn.Module, _arguments: tuple, _output: Any) -> None:
+        while running.pop() is not module:  # what ended by an error that the model caught
+            pass
+
+    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    handles += [module.register_forward_hook(leave) for module in model.modules()]
+    try:
+        yield around
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def trial_run(
     model: nn.Module,
@@ -82,15 +116,18 @@ def trial_run(
     """
     rows: dict[str, list[int]] = {}
     tokens: dict[str, list[int]] = {}
+    sums: dict[str, list[Tensor]] = {}
 
     def record(name: str, x: Tensor, output: Tensor) -> Tensor:
         rows.setdefault(name, []).append(len(x))
         tokens.setdefault(name, []).append(x.shape[:-1].numel())
+        sums.setdefault(name, []).append(x.abs().reshape(len(x), -1).sum(1, dtype=torch.float64))
         return output
 
     parts = [block for _, block in blocks]
     with (
         counting(model.modules()) as calls,
+        _nesting(model) as around,
         watching(views, record),
         running_in_float32(model, parts),
         _Reads(views) as reads,
@@ -102,6 +139,8 @@ def trial_run(
         {module for module, count in calls.items() if count == 1},
         rows,
         tokens,
+        sums,
         float(value),
         {name for name in reads.names if calls.keys().isdisjoint(views[name].modules)},
+        around,
     )

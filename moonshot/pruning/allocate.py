@@ -28,7 +28,7 @@ from moonshot.pruning import budgets
 from moonshot.pruning.allocation import Allocation
 from moonshot.pruning.calibration_pass import CalibrationPass, in_layer
 from moonshot.pruning.choices import RELATIVE, Choice, Offer, SparseMatrix, menu
-from moonshot.pruning.layer_patterns import PatternLike, refuse_unfit
+from moonshot.pruning.layer_patterns import PatternLike, refuse_unfit, unreached_layers
 from moonshot.pruning.prune import prune_by
 from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, OnProgress, Recipe, unheard
 from moonshot.pruning.refit import Refit
@@ -115,7 +115,7 @@ def allocate(
     if not isinstance(rounds, int) or rounds < 0:
         raise ArgumentError(f"rounds must be 0 or a positive integer, got {rounds!r}")
     even = _even_pattern(sparsity)
-    batches, _ = recipe.batches(model, calibration)
+    batches, unused = recipe.batches(model, calibration)
     fitted, held_out = set_aside(batches, seed)
     partition = partition_model(model, batches, loss, adapter)
     layers = partition.layers()
@@ -123,7 +123,8 @@ def allocate(
     if unreached == "error":
         partition.check_reached(names)
     views = {name: layers[name] for name in names if name not in partition.unreached}
-    menus, skipped = _menus(views, even, patterns, recipe)
+    menus, unfitting = _menus(views, even, patterns, recipe)
+    skipped = partition.skipped(targets, ignore) | unreached_layers(partition, names) | unfitting
     views = {name: view for name, view in views.items() if name in menus}
     total = sum(even.zeros(view.problem_shape) for view in views.values())
     zeros = [[zeros for zeros, _ in offered] for offered in menus.values()]
@@ -162,7 +163,7 @@ def allocate(
             return losses
 
         best, trials = best_on_held_out(candidates, held_out_losses)
-    return Allocation(offer.budgets(candidates[best]), best, trials, skipped)
+    return Allocation(offer.budgets(candidates[best]), best, trials, skipped, unused)
 
 
 def _even_pattern(sparsity: PatternLike) -> Unstructured:

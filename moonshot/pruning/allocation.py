@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moonshot.layer.patterns import Pattern
 from moonshot.pruning.picture import blank, draw_bars
-from moonshot.pruning.report import Trial
+from moonshot.pruning.report import Trial, unused_samples
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,16 @@ class Allocation(Mapping[str, Pattern]):
     layers: {name: what the layer gets}.
     budget: the name of the trial that it comes from.
     trials: all that were compared, the even budget first.
-    skipped: {name: why it has none and stays dense}, of layers that none of the patterns fits.
+    skipped: {name: why it has none and stays dense}, of layers that none of the patterns fits, that no sample reached
+    or that cannot be pruned.
+    unused: the calibration samples that were left out, with the reason.
     """
 
     layers: dict[str, LayerBudget]
     budget: str
     trials: list[Trial] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Pattern:
         return self.layers[name].pattern
@@ -67,6 +70,7 @@ class Allocation(Mapping[str, Pattern]):
             for name, layer in self.layers.items()
         ]
         lines += [f"{name:{width}}  skipped: {reason}" for name, reason in self.skipped.items()]
+        lines += unused_samples(self.unused)
         lines += [str(trial) for trial in self.trials]
         lines.append(f"{len(self)} layers, {100 * self.sparsity:.2f} % zeros, budget: {self.budget}")
         return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Which pattern each layer of a model is pruned to."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from moonshot.layer.patterns import Pattern, PatternError, as_pattern, stages
@@ -36,11 +36,16 @@ def layer_patterns(
         patterns = dict.fromkeys(partition.select(recipe.targets, recipe.ignore), as_pattern(pattern))
     if recipe.unreached == "error":
         partition.check_reached(patterns)
-    skipped = {name: "no calibration sample reached it" for name in patterns if name in partition.unreached}
+    skipped = unreached_layers(partition, patterns)
     skipped |= check_fits(
         {name: layers[name] for name in patterns if name not in skipped}, patterns, recipe.unfit
     )
     return {name: chosen for name, chosen in patterns.items() if name not in skipped}, skipped
+
+
+def unreached_layers(partition: Partition, names: Iterable[str]) -> dict[str, str]:
+    """{name: that it was not reached} of those among some layers that no sample reached."""
+    return {name: "no calibration sample reached it" for name in names if name in partition.unreached}
 
 
 def check_fits(

@@ -145,9 +145,7 @@ class Report:
             names = [name for name, why in self.left_alone.items() if why == reason]
             lines.append(f"left alone, {reason}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
         lines += self._refitted()
-        if self.unused:
-            reasons = (f"{name}: {reason}" for name, reason in self.unused.items())
-            lines.append(f"{len(self.unused)} samples left out: {listed(reasons, '; ')}")
+        lines += unused_samples(self.unused)
         lines += [str(trial) for trial in self.trials]
         if "batch_norm" in self.recipe:
             lines.append(f"batch norm: {self.recipe['batch_norm']}")
@@ -175,3 +173,9 @@ class Report:
             for name, part in self.parts.items()
         ]
         return lines
+
+
+def unused_samples(unused: dict[str, str]) -> list[str]:
+    """A line that names the samples that were left out, with the reason; none where none were."""
+    reasons = (f"{name}: {reason}" for name, reason in unused.items())
+    return [f"{len(unused)} samples left out: {listed(reasons, '; ')}"] if unused else []

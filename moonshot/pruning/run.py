@@ -230,7 +230,7 @@ class PruningRun:
                     status=str(result.status),
                     seconds=result.seconds,
                     gap=result.gap,
-                    note=_note(name, layer, statistics),
+                    note=_note(name, layer, statistics) or _outweighed(result.terms),
                     zero_survivors=result.zero_survivors,
                 ),
             )
@@ -255,3 +255,11 @@ def _note(name: str, layer: LayerView, statistics: LayerStatistics) -> str:
     if statistics.routed and tokens < inputs:
         return f"{tokens} tokens for {inputs} inputs" if tokens else "no token reached it: pruned by magnitude"
     return "the loss does not depend on it" if name in statistics.without_gradient else ""
+
+
+def _outweighed(terms: dict[str, float]) -> str:
+    """What is to be said of a layer whose scale does not matter, so that a term is no loss for an empty one."""
+    name = max(terms, key=terms.__getitem__)
+    if terms[name] < 10:
+        return ""
+    return f"{name} is almost zero for an empty layer, as before a norm: it counts for more than its share"
