@@ -183,12 +183,12 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("stored", [0, 1])
+@pytest.mark.parametrize(("stages", "stored"), [(1, 0), (1, 1), (2, 1), (2, 2), (2, 3)])
 def test_a_run_cut_short_between_layers_and_refit_ends_as_if_it_had_not_been(
-    tmp_path, monkeypatch, name, stored
+    tmp_path, monkeypatch, name, stages, stored
 ):
     make, data = MODELS[name]
-    work = dict(refit=ms.Refit(epochs=2), checkpoint=tmp_path, **FAST)
+    work = dict(refit=ms.Refit(epochs=2, stages=stages), checkpoint=tmp_path, **FAST)
     whole, model = make(), make()
     expected = ms.prune(whole, data(), 0.5, **(work | {"checkpoint": None}))
     fit, fits = run.PartFit.run, []
@@ -206,10 +206,12 @@ def test_a_run_cut_short_between_layers_and_refit_ends_as_if_it_had_not_been(
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     monkeypatch.setattr(run.PartFit, "run", lambda self, estimate: fits.append(self) or fit(self, estimate))
     report = ms.prune(model, data(), 0.5, **work)
-    assert same(model, whole) and report.resumed > 0
-    assert len(fits) == len(report.parts)  # none twice
+    assert same(model, whole) and (report.resumed > 0) == (stored >= stages or stages == 1)
+    assert len(fits) == stages * len(report.parts) + (
+        stored % stages
+    )  # only those of a part that was not done twice
     for key, part in report.parts.items():
-        assert (part.after, part.aside_after) == (expected.parts[key].after, expected.parts[key].aside_after)
+        assert (part.after, part.steps) == (expected.parts[key].after, expected.parts[key].steps)
 
 
 def test_a_refit_of_other_work_is_refused(tmp_path):
@@ -223,10 +225,11 @@ def test_a_refit_of_other_work_is_refused(tmp_path):
         ms.prune(other, tokens(), 0.5, refit=REFIT, checkpoint=tmp_path, **FAST)
 
 
-def test_half_precision_is_rounded_once():
+def test_half_precision_is_rounded_once_a_stage():
     model, exact = decoder(dtype=torch.bfloat16), decoder(dtype=torch.bfloat16).float()
-    report = ms.prune(model, tokens(16), 0.5, refit=REFIT, **FAST)
-    ms.prune(exact, tokens(16), 0.5, refit=REFIT, **FAST)
+    once = replace(REFIT, stages=1)
+    report = ms.prune(model, tokens(16), 0.5, refit=once, **FAST)
+    ms.prune(exact, tokens(16), 0.5, refit=once, **FAST)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert all(part.aside_after < part.aside_before for part in report.parts.values())
     first = "model.layers.0.self_attn.q_proj"

@@ -35,7 +35,7 @@ class Checkpoint:
 
     work: what the answers depend on apart from the layers' weights, in JSON's types. A folder not there yet is made.
     done: the layers whose answers it has. Each is stored with the digest of the weight it was found for, and one of
-    its own: what was damaged since is not among them, and a warning names it.
+    its own: what was damaged since is not among them, and a warning names it. used: how many were asked for.
 
     It is locked until `close`, or the end of the process. Raises CheckpointError for a folder that holds something
     else or answers to other work, LockedError where another process has it, OSError with what to do where it cannot be
@@ -55,7 +55,7 @@ class Checkpoint:
             stack.enter_context(locked(self.folder / _LOCK, self.folder))
             if empty:
                 self._write(_WORK, text.encode())
-            self.done = frozenset(self._sound_answers())
+            self.done, self.used = frozenset(self._sound_answers()), 0
             self._held = stack.pop_all()
 
     def close(self) -> None:
@@ -94,6 +94,7 @@ class Checkpoint:
             raise CheckpointError(f"{file} was damaged while this runs: start again to do the layer again")
         (weight,), report, before = found
         self._same(before, dense, name)
+        self.used += 1
         return weight, report
 
     def store_part(self, name: str, dense: str, fitted: Iterable[Tensor], report: PartReport) -> None:
