@@ -1,5 +1,7 @@
 """The errors a user can make: each module has its own, and all are a MoonshotError."""
 
+from numbers import Real
+
 
 class MoonshotError(ValueError):
     """Something about the call, the model or the data is wrong; the message says what, and what to do."""
@@ -11,3 +13,19 @@ class ArgumentError(MoonshotError):
 
 class ArgumentTypeError(ArgumentError, TypeError):
     """An argument of a kind that cannot be used."""
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises ArgumentError, which names the argument, for what is no positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArgumentError(f"{name} must be a positive integer, got {value!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises ArgumentTypeError for what is no real number, ArgumentError for an integer beyond the largest float64."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be a number, got {value!r}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ArgumentError(f"{name} must be a number that float64 holds, got an integer beyond it") from None

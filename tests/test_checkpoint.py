@@ -18,7 +18,7 @@ from moonshot.pruning import run
 from moonshot.pruning.checkpoint import Checkpoint, CheckpointError, remove
 from moonshot.pruning.fingerprint import data_digest, digest, exact
 from moonshot.pruning.lock import LockedError
-from moonshot.pruning.report import LayerReport, Trial
+from moonshot.pruning.report import LayerReport, PartReport, Trial
 from tests.models import JOINT, decoder, network, tokens, weights
 
 REPORT = LayerReport("a.b", (2, 4), "2:4", 0.5, 0.1, {"reconstruction": 0.1}, 0.0, "converged", 1.5, 0.2)
@@ -180,6 +180,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_a_path_without_a_name_is_no_folder_for_answers(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="give the name of a folder of their own"):
+        Checkpoint(name, {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot store answers in .*file.answers.*choose another folder"):
@@ -194,7 +202,7 @@ def test_what_is_kept_is_found_again(tmp_path):
         first.store_trials("best", [Trial("best", 1.0, 0.5, 0.1)])
     with Checkpoint(tmp_path / "new" / "folder", {"seed": 1}) as again:
         assert again.done == {"a/b.c"} and again.trials() == ("best", [Trial("best", 1.0, 0.5, 0.1)])
-        found, report = again.answer("a/b.c", dense)
+        found, report = again.answer("a/b.c", dense, (2, 4))
     assert torch.equal(found, weight) and found.dtype == weight.dtype and report == REPORT
     names = sorted(file.name for file in again.folder.iterdir())
     assert names == ["a%2Fb.c.safetensors", "trials.json", "work.json"]
@@ -247,6 +255,49 @@ def test_a_damaged_answer_is_said_and_not_used(tmp_path, damage):
         assert again.done == {"other"}
 
 
+def test_nothing_is_written_through_a_link(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    with Checkpoint(tmp_path / "answers", {}) as checkpoint:
+        for name in ("layer.safetensors", "layer.partial", "trials.partial"):
+            (tmp_path / "answers" / name).symlink_to(precious)
+        checkpoint.store("layer", DENSE, torch.ones(2, 4), REPORT)
+        checkpoint.store_trials("best", [])
+    with Checkpoint(tmp_path / "answers", {}) as again:
+        assert again.done == {"layer"}
+    assert precious.read_text() == "mine"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    with Checkpoint(tmp_path, {}) as checkpoint:
+        checkpoint.store("layer", DENSE, torch.ones(2, 4), REPORT)
+    (tmp_path / "layer.safetensors").unlink()
+    for name in ("layer.safetensors", "trials.json", "part.refit"):
+        os.mkfifo(tmp_path / name)
+    with pytest.warns(UserWarning, match="layer.safetensors is damaged"), Checkpoint(tmp_path, {}) as again:
+        assert again.done == frozenset()
+        with pytest.warns(UserWarning, match="trials.json is damaged"):
+            assert again.trials() is None
+        with pytest.warns(UserWarning, match="part.refit is damaged"):
+            assert again.part("part", DENSE, [torch.Size((2,))]) is None
+    (tmp_path / "work.json").unlink()
+    os.mkfifo(tmp_path / "work.json")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        Checkpoint(tmp_path, {})
+
+
+def test_a_refit_of_other_shapes_is_not_used(tmp_path):
+    """Rows would be copied to the places of several."""
+    shapes, report = [torch.Size((2, 4))], PartReport("part", 1.0, 0.5, 1.0, 0.5, 3, 0.1)
+    with Checkpoint(tmp_path, {}) as checkpoint:
+        checkpoint.store_part("part", DENSE, [torch.ones(1, 4)], report)
+        with pytest.warns(UserWarning, match="part.refit is damaged: the part is refitted again"):
+            assert checkpoint.part("part", DENSE, shapes) is None
+        checkpoint.store_part("part", DENSE, [torch.zeros(2, 4)], report)
+        (found,), _ = checkpoint.part("part", DENSE, shapes)
+        assert torch.equal(found, torch.zeros(2, 4))
+
+
 def test_a_run_solves_a_damaged_layer_again(tmp_path):
     whole, model = decoder(), decoder()
     work = dict(solver=ms.SparseGPT(), targets="*.0.mlp.*")
@@ -261,7 +312,8 @@ def test_a_run_solves_a_damaged_layer_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", "", '{"best": "a", "trials": [{"name": "a"}]}', '{"best": 1, "trials": 2}']
+    "text",
+    ["[]", "{}", "", '{"found": 1}', '{"found": ["a", []], "digest": ""}', "[" * 10**5],
 )
 def test_damaged_trials_are_made_again(tmp_path, text):
     with Checkpoint(tmp_path, {}) as checkpoint:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,10 +98,38 @@ def test_the_same_command_is_done_already(monkeypatch, tmp_path, capsys, argumen
     assert (tmp_path / "out" / "report.json").read_bytes() == before
     assert run(monkeypatch, *command, "--seed", 1) == 1
     assert "out exists" in capsys.readouterr().err
+
+
+def test_what_is_done_is_done_for_the_same_files(monkeypatch, tmp_path, capsys, arguments):
+    data, elsewhere = tmp_path / "here" / "texts", tmp_path / "elsewhere" / "texts"
+    for folder in (data, elsewhere):
+        folder.mkdir(parents=True)
+        for name in ("a.txt", "b.txt"):
+            (folder / name).write_text((DEMO / "heldout.txt").read_text()[:20000])
+    command = [*arguments, "--data", "texts", "--checkpoint", tmp_path / "answers"]
+
+    def assert_done(whether):
+        assert run(monkeypatch, *command) == 1 - whether
+        said = capsys.readouterr()
+        assert ("done already" in said.out) == whether and ("out exists" in said.err) != whether
+
+    monkeypatch.chdir(data.parent)
+    assert run(monkeypatch, *command) == 0
+    assert_done(True)
+    monkeypatch.chdir(elsewhere.parent)
+    assert_done(False)
+    monkeypatch.chdir(data.parent)
+    assert_done(True)
+    (data / "b.txt").rename(data / "b.md")
+    assert_done(False)
+    (data / "b.md").rename(data / "b.txt")
+    assert_done(False)  # it may be another
+    shutil.rmtree(tmp_path / "out")
+    assert run(monkeypatch, *command) == 0
+    assert_done(True)
     config = Path(arguments[1]) / "config.json"
-    config.write_text(config.read_text())  # the model may be another now
-    assert run(monkeypatch, *command) == 1
-    assert "out exists" in capsys.readouterr().err
+    config.write_text(config.read_text())
+    assert_done(False)
 
 
 def test_a_checkpoint_of_other_work_is_refused_at_once(monkeypatch, tmp_path, capsys, arguments):
@@ -167,10 +196,10 @@ def test_what_moonshot_wrote_is_replaced_on_demand(monkeypatch, tmp_path, capsys
         (["--solver", "admm", "--solver-option", "growth=nan"], "growth must be above 1"),
         (["--solver", "admm", "--solver-option", "tolerance=None"], "tolerance must be a number, got None"),
         (["--factors", 0], "factors must be a positive integer"),
-        (["--dampening-frac", -0.1], "dampening_frac must be a number from 0 on"),
-        (["--dampening-frac", "nan"], "dampening_frac must be a number from 0 on"),
+        (["--dampening-frac", -0.1], "dampening_frac must be a number of 0 or more"),
+        (["--dampening-frac", "nan"], "dampening_frac must be a number of 0 or more"),
         (["--seed", -1], "--seed is a number from 0"),
-        (["--nsamples", 0], "at least one sample"),
+        (["--nsamples", 0], "--nsamples is at least one image or window of text"),
         (["--seqlen", 65], "the model has 64 positions"),
         (["--nsamples", 10**8], "give more text"),
         (
@@ -180,13 +209,18 @@ def test_what_moonshot_wrote_is_replaced_on_demand(monkeypatch, tmp_path, capsys
         (["--targets", "nothing"], "matches no layer"),
         (["--data", ""], "the data has no name: give a text file"),
         (["--save", ""], "cannot save to '.': give the name of a folder to write"),
-        (["--allocate"], "--allocate shares out a fraction of zeros, such as --sparsity 0.5, not 2:4"),
+        (["--checkpoint", ""], "cannot store answers in '.': give the name of a folder of their own"),
+        (["--checkpoint", ".."], "cannot store answers in '..': give the name"),
+        (
+            ["--allocate", "--nsamples", 8],
+            "--allocate shares out a fraction of zeros, such as --sparsity 0.5, not 2:4",
+        ),
         (["--pattern", "1:3"], "(--unfit skip)"),
         (
             ["--solver", "sparsegpt", "--pattern", "tests.examples.blocks:Blocks(sparsity=0.5)"],
             "SparseGPT cannot prune model.layers.0.self_attn.q_proj to 50% of",
         ),
-        (["--allocate", "--choice", "2;4"], "cannot read the pattern"),
+        (["--allocate", "--nsamples", 8, "--choice", "2;4"], "cannot read the pattern"),
         (["--data", "{}/gone.txt"], "is no file, folder or loadable dataset"),
         (["--checkpoint", "{}"], "--save {}/out and --checkpoint {} must be folders apart"),
         (["--checkpoint", "{}/out/deep/er"], "must be folders apart"),
@@ -277,9 +311,6 @@ def test_a_tokenizer_of_another_model(monkeypatch, tmp_path, capsys, arguments):
 
 
 def test_running_out_of_memory_is_one_line(monkeypatch, capsys):
-    def exhausted():
-        raise MemoryError
-
-    monkeypatch.setattr(cli, "app", exhausted)
+    monkeypatch.setattr(cli, "app", partial(bytes, 2**62))
     assert run(monkeypatch) == 1
     assert capsys.readouterr().err == "moonshot: out of memory\n"

@@ -3,10 +3,15 @@
 import ast
 import importlib
 import inspect
+from functools import partial
+from math import inf, isfinite, nan
 
+import numpy as np
 import pytest
+import torch
 
 import moonshot as ms
+from strategies import random_layer
 from test_imports import FILES, dotted
 
 
@@ -33,6 +38,36 @@ def test_the_errors_of_every_module_have_one_base():
     assert len(errors) >= 13
     assert all(issubclass(kind, ms.MoonshotError) for kind in errors)
     assert issubclass(ms.MoonshotError, ValueError)
+
+
+OPTIONS = {
+    ms.ADMM: {"rho", "growth", "tolerance", "iterations", "refits"},
+    ms.IHT: {"iterations", "steps", "refits"},
+    ms.SparseGPT: {"block"},
+    ms.Exact: {"nodes", "seconds"},
+    partial(ms.Swaps, ms.Wanda()): {"moves"},
+    ms.Refit: {"epochs", "steps", "lr", "share"},
+}
+NUMBERS = (0, -1, 1, 2**40, 10**400, 0.5, nan, inf, -inf, 1e300, 1e-300, np.float32(2), np.int64(3))
+OTHERS = (True, np.True_, "1", [1], 1j, np.ones(2), torch.tensor(1.0))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("kind", "option"), [(kind, option) for kind, options in OPTIONS.items() for option in sorted(options)]
+)
+def test_an_option_of_any_value_is_refused_by_name_or_gives_an_answer(kind, option):
+    for value in OTHERS:
+        with pytest.raises(ms.MoonshotError, match=f"^{option} must be a"):
+            kind(**{option: value})
+    for value in NUMBERS:
+        try:
+            made = kind(**{option: value})
+        except ms.MoonshotError as error:
+            assert str(error).startswith(f"{option} must be ")
+        else:
+            if kind is not ms.Refit:
+                assert isfinite(ms.solve(random_layer(0, 2, 8, 2).problem, "2:4", made).value)
 
 
 def test_a_wrong_kind_is_a_type_error_too():

@@ -223,6 +223,10 @@ class Nameless:
 
 class Returning(Nameless):
     name = "returning"
+
+class Raising(Returning):
+    def __init__(self, kind="OSError"): self.kind = kind
+    def compute(self, problem, pattern): raise __builtins__[self.kind]("mine")
 """
 
 
@@ -240,9 +244,23 @@ class Returning(Nameless):
     ],
 )
 def test_what_is_wrong_with_one_of_ones_own_is_said(monkeypatch, tmp_path, capsys, solver, words):
+    with pytest.raises(SystemExit, match="1"):
+        run_plugged(monkeypatch, tmp_path, solver)
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [OSError, ImportError, MemoryError, TypeError, ValueError, ZeroDivisionError])
+def test_what_a_plug_in_raises_is_a_traceback(monkeypatch, tmp_path, kind):
+    with pytest.raises(kind, match="mine"):
+        run_plugged(monkeypatch, tmp_path, "plugged:Raising", "--solver-option", f"kind={kind.__name__}")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".py") in ([], ["__pycache__"])
+
+
+def run_plugged(monkeypatch, tmp_path, solver, *more):
     (tmp_path / "plugged.py").write_text(PLUG_INS)
     (tmp_path / "lacking.py").write_text("import not_installed")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "plugged", raising=False)
     arguments = ["--solver", solver.replace("{}", str(tmp_path)), "--pattern", "2:4", "--targets", "*.0.mlp.*"]
     arguments += [
         "--data",
@@ -254,9 +272,7 @@ def test_what_is_wrong_with_one_of_ones_own_is_said(monkeypatch, tmp_path, capsy
         "--save",
         tmp_path / "out",
     ]
-    arguments += ["--objective", "reconstruction"]
+    arguments += ["--objective", "reconstruction", *more]
     monkeypatch.setattr(planning, "_solver_seconds", lambda *_: 1.0)
     monkeypatch.setattr(sys, "argv", ["moonshot", "prune", *map(str, [DEMO / "model", *arguments])])
-    with pytest.raises(SystemExit, match="1"):
-        cli.main()
-    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+    cli.main()

@@ -368,6 +368,34 @@ def test_only_what_moonshot_wrote_is_replaced(tmp_path):
     assert names(tmp_path) == ["link", "mine", "out"]
 
 
+def test_what_a_link_leads_to_is_not_replaced(tmp_path):
+    real = saved(tmp_path / "real")
+    before = {path.name: path.read_bytes() for path in real.iterdir()}
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(
+        FolderError, match="link is a link: give the name of the folder that it leads to, .*real"
+    ):
+        saved(tmp_path / "link", overwrite=True)
+    assert names(tmp_path) == ["link", "real"]
+    assert {path.name: path.read_bytes() for path in real.iterdir()} == before
+
+
+def test_a_folder_is_saved_where_it_was_begun(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("one")
+    monkeypatch.chdir(tmp_path)
+    for folder, move in (
+        (Path("link/out"), lambda: ((tmp_path / "link").unlink(), (tmp_path / "link").symlink_to("two"))),
+        (Path("one/again"), lambda: monkeypatch.chdir(tmp_path / "two")),
+    ):
+        with drafts.drafted(folder) as draft:
+            (draft.path / "report.json").write_text("{}")
+            move()
+            draft.publish()
+    assert names(tmp_path / "one") == ["again", "out"] and names(tmp_path / "two") == []
+
+
 def test_a_replacement_that_was_killed_is_ended(tmp_path):
     out = saved(tmp_path / "out")
     before = (out / "model.safetensors").read_bytes()

@@ -18,6 +18,8 @@ from moonshot.layer.problem import Problem, Status
 from moonshot.linalg import RowHessian
 from moonshot.solvers import (
     ADMM,
+    IHT,
+    OBS,
     Answer,
     Exact,
     Magnitude,
@@ -25,6 +27,7 @@ from moonshot.solvers import (
     Solver,
     SolverError,
     SparseGPT,
+    Wanda,
     solve,
 )
 from strategies import Layer, random_layer
@@ -244,11 +247,101 @@ def test_a_matrix_of_numpy_is_an_array_and_a_masked_one_is_refused():
         Problem(np.ma.masked_array(layer.problem.weight), layer.problem.hessian)
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+def mapped(array, folder):
+    on_disk = np.memmap(folder / str(array.shape), dtype=array.dtype, mode="w+", shape=array.shape)
+    on_disk[:] = array
+    return on_disk
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        mapped,
+        lambda array, folder: array.astype(">f4"),
+        lambda array, folder: array.astype(">f8"),
+        lambda array, folder: array.astype(np.longdouble),
+    ],
+    ids=["on disk", "big-endian floats", "big-endian", "long double"],
+)
+def test_arrays_of_every_kind_are_computed_on(kind, tmp_path):
+    layer = random_layer(0, 4, 8, 3)
+    weight, *observed = (kind(np.asarray(x, np.float32), tmp_path) for x in (layer.weight, layer.A, layer.U))
+    plain = layer.weight.astype(np.float32).astype("float32" if weight.dtype.itemsize == 4 else "float64")
+    expected = solve(Problem(plain, RowHessian(*(np.float64(x) for x in observed))), "2:4", ADMM())
+    found = solve(Problem(weight, RowHessian(*observed)), "2:4", ADMM())
+    assert found.weight.dtype == weight.dtype
+    np.testing.assert_allclose(np.float64(found.weight), expected.weight, rtol=1e-3)
+    assert found.value == pytest.approx(expected.value, rel=1e-4)
+
+
+def test_a_sparse_tensor_is_refused():
+    layer = random_layer(0, 4, 8, 3)
+    with pytest.raises(TypeError, match=r"weight is a sparse tensor: call weight.to_dense\(\) first"):
+        Problem(torch.tensor(layer.weight).to_sparse(), layer.problem.hessian)
+
+
 def test_a_weight_too_large_to_square_is_an_error():
     x = np.random.default_rng(0).normal(size=(20, 8))
-    with pytest.raises(ms.MoonshotError, match="beyond the largest float64: scale the weight"):
+    with pytest.raises(ms.MoonshotError, match="limits of float64: scale the weight"):
         solve(Reconstruction().problem(np.full((4, 8), 1e200), inputs=x), "2:4", Magnitude())
+
+
+def test_a_value_is_that_of_the_hessian_where_a_sum_in_float32_is_not_semidefinite():
+    x = np.random.default_rng(1).normal(size=(2, 12)).astype(np.float32)
+    weight = np.random.default_rng(0).normal(size=(6, 12))
+    problem = Reconstruction().problem(weight, inputs=x, dampening_frac=1e-12)
+    assert np.linalg.eigvalsh(problem.terms[0].shared.astype(float))[0] < 0
+    result = solve(problem, "1:2", SparseGPT(block=1))
+    difference = result.weight - weight
+    np.testing.assert_allclose(result.value, np.sum((difference @ problem.hessian.A) * difference), rtol=1e-6)
+
+
+def test_the_difference_of_float32_weights_is_not_rounded():
+    weight = np.float32([[1 + 2**-20, 2**-20]])
+    problem = Reconstruction().problem(weight, inputs=np.float32([[1, -1]]), dampening_frac=0.0)
+    moved = np.float32([[3.1e-8, 1 + 2**-20]])
+    exact = float(np.sum((np.float64(moved) - np.float64(weight)) @ [[1], [-1]]) ** 2)
+    assert problem.graded(moved)[1][0] * problem.terms[0].at_zero == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+@pytest.mark.parametrize(
+    "solver", [ADMM(), IHT(), Magnitude(), OBS(), SparseGPT(), Wanda()], ids=lambda s: s.name
+)
+def test_weights_whose_squares_are_beyond_float32(solver, scale):
+    rng = np.random.default_rng(0)
+    weight, x = rng.normal(size=(4, 8)).astype(np.float32), rng.normal(size=(20, 8)).astype(np.float32)
+    here, there = (
+        solve(Reconstruction().problem(w, inputs=x), "2:4", solver)
+        for w in (weight, weight * np.float32(scale))
+    )
+    np.testing.assert_array_equal(there.mask, here.mask)
+    assert there.value == pytest.approx(here.value, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("of_weight", [1.0, 1e-137, 1e126])
+@pytest.mark.parametrize("of_inputs", [1.0, 1e-160, 1e160])
+def test_what_is_beyond_the_range_of_numbers_is_said(of_weight, of_inputs):
+    rng = np.random.default_rng(0)
+    weight, x = of_weight * rng.normal(size=(4, 8)), of_inputs * rng.normal(size=(20, 8))
+    if of_weight == of_inputs == 1:
+        assert lower_bound(Reconstruction().problem(weight, inputs=x), "2:4") > 0
+    else:
+        with pytest.raises(ms.MoonshotError, match="limits of float64"):
+            lower_bound(Reconstruction().problem(weight, inputs=x), "2:4")
+
+
+@pytest.mark.filterwarnings("error")
+def test_admm_is_no_worse_than_magnitude_where_float32_is_too_short():
+    rng = np.random.default_rng(0)
+    weight, gradients = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 7), (3, 4, 7)))
+    repeated = np.concatenate([gradients, gradients, gradients])
+    problem = Fisher().problem(weight, gradients=repeated, dampening_frac=1e-8)
+    for sparsity in (0.0, 0.5):
+        pattern = Unstructured(sparsity, "row")
+        assert solve(problem, pattern, ADMM()).value <= solve(problem, pattern, Magnitude()).value + 1e-12
 
 
 def test_terms_are_reported_without_damping():
@@ -334,7 +427,6 @@ WRONG = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
 @pytest.mark.parametrize("pattern", [0.5, Unstructured(0.5, "row"), "2:4"], ids=str)
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_solver_is_caught(name, pattern):

@@ -14,7 +14,15 @@ import moonshot
 from moonshot.app import options
 from moonshot.app.config import given
 from moonshot.app.options import OrSkip
-from moonshot.app.terminal import ENDS, ending_cleanly, one_line, quiet_libraries, say, unbroken_output
+from moonshot.app.terminal import (
+    ENDS,
+    ending_cleanly,
+    from_own_code,
+    one_line,
+    quiet_libraries,
+    say,
+    unbroken_output,
+)
 from moonshot.errors import MoonshotError
 
 app = typer.Typer(
@@ -200,7 +208,10 @@ def unpack(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on standard error and exit code 1, a bug a traceback."""
+    """Run the command line; a user's mistake is one line on standard error and exit code 1, a bug a traceback.
+
+    What a plug-in raises is a bug in it, whatever it raises, but for a MoonshotError.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads sleep too: see moonshot.threads
     sys.path.insert(0, "")  # one's own module:Class is found beside the working directory's files
     debug = "--debug" in sys.argv
@@ -210,7 +221,7 @@ def main() -> None:
             with ending_cleanly(), quiet_libraries():
                 app()
         except (MoonshotError, OSError, ImportError, MemoryError) as error:
-            if debug:
+            if debug or (from_own_code(error) and not isinstance(error, MoonshotError)):
                 raise
             _complain(str(error) or "out of memory", error)
             sys.exit(1)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ from moonshot.models.units import column_patterns
 from moonshot.pruning import checkpoint
 from moonshot.pruning.auto import CANDIDATES
 from moonshot.pruning.checkpoint import CheckpointError
-from moonshot.pruning.fingerprint import exact
+from moonshot.pruning.fingerprint import digest, exact
 from moonshot.pruning.html import save_html
 from moonshot.pruning.layer_patterns import check_fits
 from moonshot.pruning.lock import LockedError
@@ -103,6 +104,7 @@ class PruneCommand:
         What can be known from the arguments, the data and the model's shapes is looked at before weights are copied.
         """
         self._check()
+        self._read_from  # noqa: B018 - before anything is read
         if self._is_done():
             if not self.dry_run:
                 self._remove_checkpoint()
@@ -135,7 +137,9 @@ class PruneCommand:
             scratch = self._scratch(plan, work, console)
             before = self._measured(work.model, calibration)
             report = self._pruned(work, calibration, scratch, console)
-            report.recipe.update(model=self.model, data=self.data, command=self.command)
+            report.recipe.update(
+                model=self.model, data=self.data, command=self.command, read_from=self._read_from
+            )
             if broken is not None:
                 report.recipe["broken_images"] = len(broken)
             report.before, report.after = before, self._measured(work.model, calibration)
@@ -196,6 +200,7 @@ class PruneCommand:
             raise ArgumentError(f"--seed is a number from 0 to 2^63 - 1, got {self.seed}")
         Recipe(self.objective, self.solver, factors=self.factors, dampening_frac=self.dampening_frac)
         if self.checkpoint is not None:
+            checkpoint.check_name(self.checkpoint)
             check_apart("--save", self.save, "--checkpoint", self.checkpoint)
         if self.overwrite:
             check_apart("--save", self.save, "the model", Path(self.model))
@@ -288,20 +293,29 @@ class PruneCommand:
         """
         if self.checkpoint is None or (self.overwrite and not self.checkpoint.exists()):
             return False
-        return self._is_saved() and not self._is_outdated()
+        return self._is_saved()
 
-    def _is_outdated(self) -> bool:
-        """Whether a file of the model or the data has changed since --save was written."""
-        saved = (self.save / "report.json").stat().st_mtime
-        paths = [Path(self.model), Path(self.data), *([self.config] if self.config else [])]
-        files = [path for folder in paths for path in (folder, *folder.rglob("*")) if path.is_file()]
-        return any(path.stat().st_ctime > saved for path in files)
+    @cached_property
+    def _read_from(self) -> str:
+        """A digest of which local files the model, the data and --config were at the start, each with its last change.
+
+        What has a hub's or a dataset's name is not looked at.
+        """
+        ours = [path.resolve() for path in (self.save, self.checkpoint) if path is not None]
+        found = []
+        for place in (Path(self.model), Path(self.data), *([self.config] if self.config else [])):
+            for path in sorted(filter(Path.is_file, [place, *place.rglob("*")])):
+                there, about = path.resolve(), path.stat()
+                if not any(there.is_relative_to(folder) for folder in ours):
+                    found.append((str(there), about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+        return digest(found)
 
     def _is_saved(self) -> bool:
-        """Whether --save has what this command gives."""
+        """Whether --save has what this command gives, from the files that are there now."""
         try:
             recipe = json.loads((self.save / "recipe.json").read_text(encoding="utf-8"))
-            return bool(self.command) and recipe["command"] == self.command
+            same = recipe["command"] == self.command and recipe["read_from"] == self._read_from
+            return bool(self.command) and same
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

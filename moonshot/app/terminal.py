@@ -3,9 +3,12 @@
 import os
 import signal
 import sys
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,6 +28,14 @@ def visible(text: str) -> str:
 
 def one_line(text: str) -> str:
     return visible(" ".join(text.split()))
+
+
+def from_own_code(error: BaseException) -> bool:
+    """Whether an error went through code that is neither moonshot's nor installed: a plug-in's, whose bug it is."""
+    installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
+    installed.add(Path(__file__).resolve().parents[1])
+    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(file.is_file() and installed.isdisjoint(file.resolve().parents) for file in files)
 
 
 def say(console: Console, text: str) -> None:

@@ -2,11 +2,11 @@
 
 from moonshot.bounds.branching import COLUMNS, Rows, branch
 from moonshot.bounds.relaxation import relaxation_bound
-from moonshot.errors import ArgumentError, ArgumentTypeError
+from moonshot.errors import ArgumentTypeError, check_count
 from moonshot.layer.patterns import Pattern, as_pattern
 from moonshot.layer.problem import Problem, Status
 from moonshot.linalg import NotPositiveDefiniteError
-from moonshot.linalg.backend import is_numpy
+from moonshot.linalg.backend import computing_on, is_numpy
 
 _WORK = 2**28  # nodes times d^2 that the searches of a layer may take
 _WORTHWHILE = 100  # nodes of one search
@@ -28,8 +28,7 @@ def lower_bound(problem: Problem, pattern: Pattern | str | float, *, iterations:
     """
     if not isinstance(problem, Problem):
         raise ArgumentTypeError(f"problem must be a moonshot.Problem, got {type(problem).__name__}")
-    if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
-        raise ArgumentError(f"iterations must be a positive integer, got {iterations!r}")
+    check_count("iterations", iterations)
     pattern = as_pattern(pattern)
     pattern.validate(problem.shape)
     if not hasattr(pattern, "groups"):
@@ -40,8 +39,9 @@ def lower_bound(problem: Problem, pattern: Pattern | str | float, *, iterations:
     size, zeros = pattern.groups(problem.shape)
     if zeros == 0:
         return problem.constant
-    searched, optimal = _searched(problem, size, zeros)
-    return searched if optimal else max(searched, relaxation_bound(problem, size, zeros, iterations))
+    with computing_on(problem.weight):
+        searched, optimal = _searched(problem, size, zeros)
+        return searched if optimal else max(searched, relaxation_bound(problem, size, zeros, iterations))
 
 
 def _searched(problem: Problem, size: int, zeros: int) -> tuple[float, bool]:

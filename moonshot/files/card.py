@@ -39,7 +39,9 @@ def model_card(report: Report, source: Source | None) -> str:
     if "command" in recipe:
         lines += ["", "    " + str(recipe["command"])]
     lines += ["", "| recipe | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in recipe.items() if name != "command"]
+    lines += [
+        f"| {name} | {_cell(value)} |" for name, value in recipe.items() if name not in ("command", "read_from")
+    ]
     lines += [
         "",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in report.versions.items()) + ".",

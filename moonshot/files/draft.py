@@ -34,6 +34,8 @@ def check_free(final: Path, overwrite: bool = False) -> None:
         raise FolderError(f"cannot save to {str(final)!r}: give the name of a folder to write")
     if not os.path.lexists(final):
         return
+    if overwrite and final.is_symlink():
+        raise FolderError(f"{final} is a link: give the name of the folder that it leads to, {final.resolve()}")
     if not overwrite:
         raise FileExistsError(
             f"{final} exists: choose another folder, add --overwrite (overwrite=True in Python), or remove it first"
@@ -83,6 +85,7 @@ def drafted(final: Path, overwrite: bool = False) -> Iterator[Draft]:
     with ExitStack() as stack:
         with saving(final):
             final.parent.mkdir(parents=True, exist_ok=True)
+            final = final.parent.resolve() / final.name  # wherever a link, or the process, goes meanwhile
             alone = stack.enter_context(locked(final.parent / f".{final.name}.lock", final))
         if alone:
             _clean_up(final)

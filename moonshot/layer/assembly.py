@@ -1,17 +1,17 @@
 """From the quadratics of an objective's terms to the damped problem of a layer."""
 
 from dataclasses import dataclass
-from math import isfinite, sqrt
-from numbers import Real
+from math import inf, isfinite, sqrt
 from typing import Any
 
-from moonshot.errors import ArgumentError
+from moonshot.errors import ArgumentError, check_number
 from moonshot.layer.problem import Deviation, Problem, Term
 from moonshot.linalg.backend import Array, as_dtype, eye_like, namespace, native
 from moonshot.linalg.factor import NotPositiveDefiniteError, eigenbasis
 from moonshot.linalg.hessian import RowHessian, asymmetry
 
 _DAMPING_STEPS = 6
+_LEAST = 1e-300  # of a term's loss at zero, and one over the largest
 _ROUNDING = 1e-5  # relative to the largest entry of a shared matrix
 
 
@@ -32,7 +32,8 @@ class Quadratic:
 
 
 def check_fraction(dampening_frac: float) -> float:
-    if not (isinstance(dampening_frac, Real) and isfinite(dampening_frac) and dampening_frac >= 0):
+    check_number("dampening_frac", dampening_frac)
+    if not 0 <= dampening_frac < inf:
         raise ArgumentError(f"dampening_frac must be a number of 0 or more, got {dampening_frac!r}")
     return float(dampening_frac)
 
@@ -72,14 +73,19 @@ def _fault_of_shared(shared: Array) -> str | None:
 def normalised(name: str, share: float, quadratic: Quadratic, weight: Array, zero: Deviation) -> Term:
     """The term in units of its own loss at zero; its factors carry sqrt(share / q(0)) from here on.
 
-    zero: how far zero is from the weight.
+    zero: how far zero is from the weight. Raises ArgumentError where that loss is beyond the range of numbers.
     """
     shared, factors = quadratic.shared, quadratic.factors
     centre = weight
     if quadratic.centre is not None:
         centre = native(quadratic.centre, "centre")
         zero = Deviation(-centre)
-    at_zero = zero.loss(shared, factors)
+    at_zero = max(zero.loss(shared, factors), 0.0)
+    if at_zero and not _LEAST < at_zero < 1 / _LEAST:
+        raise ArgumentError(
+            f"{name} of the zero weight is {at_zero:.3g}, too near the limits of float64: scale the weight, or what "
+            "was seen of the layer, nearer to one"
+        )
     scale = 1 / at_zero if at_zero > 0 else 0.0  # a term that is zero everywhere says nothing
     at_zero *= quadratic.coefficient
     if factors is not None:

@@ -8,10 +8,9 @@ so is each term alone. A new term is one subclass of `Objective` (docs/extending
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite
-from numbers import Real
 from typing import Any, ClassVar
 
-from moonshot.errors import ArgumentError, ArgumentTypeError
+from moonshot.errors import ArgumentError, ArgumentTypeError, check_number
 from moonshot.layer.assembly import (
     Quadratic,
     check_fraction,
@@ -307,8 +306,7 @@ def _check_columns(inputs: Array | None, weight: Array) -> None:
 
 
 def _check_weighting(weight: float) -> float:
-    if not isinstance(weight, Real) or isinstance(weight, bool):
-        raise ArgumentTypeError(f"an objective's weight must be a number, got {weight!r}")
+    check_number("an objective's weight", weight)
     if not (isfinite(weight) and weight >= 0):
         raise ArgumentError(f"an objective's weight must be finite and not negative, got {weight!r}")
     return float(weight)

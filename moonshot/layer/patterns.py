@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Protocol, runtime_checkable
 
-from moonshot.errors import ArgumentTypeError, MoonshotError
+from moonshot.errors import ArgumentTypeError, MoonshotError, check_number
 from moonshot.linalg.backend import Array, namespace, smallest
 
 
@@ -69,7 +69,7 @@ class Unstructured:
                 f"sparsity is the fraction of zeros, from 0 to 1, got {self.sparsity!r}; "
                 'write "50%" for a percentage'
             )
-        if self.scope not in ("layer", "row"):
+        if not isinstance(self.scope, str) or self.scope not in ("layer", "row"):
             raise PatternError(f'scope must be "layer" or "row", got {self.scope!r}')
 
     def __str__(self) -> str:
@@ -225,6 +225,7 @@ def as_pattern(pattern: "Pattern | str | float") -> Pattern:
             meant = f"did you mean {match[1]}{sign}{match[3]}? "
         raise PatternError(f'cannot read the pattern {pattern!r}: {meant}write 0.5, "50%" or "2:4"')
     if isinstance(pattern, Real) and not isinstance(pattern, bool):
+        check_number("a sparsity", pattern)
         return Unstructured(float(pattern))
     if isinstance(pattern, Pattern) and not isinstance(pattern, type):
         return pattern

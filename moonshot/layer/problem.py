@@ -9,6 +9,8 @@ from moonshot.linalg.backend import Array, all_finite, as_dtype, contiguous, dty
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import project
 
+_LARGEST = 1e100  # of a weight and of a Hessian, and one over the smallest
+
 
 class Status(str, Enum):
     """How a solver ended."""
@@ -42,10 +44,10 @@ class Term:
 
     def loss(self, V: Array) -> float:
         """`q_t(V) / q_t(0)` in float64; V: (m, d), computed on as it is (see backend.native)."""
-        return self.loss_of(Deviation(V - self.centre))
+        return max(self.loss_of(Deviation(as_dtype(V, "float64") - self.centre)), 0.0)
 
     def loss_of(self, deviation: "Deviation") -> float:
-        """The loss of a V that is this far from the centre."""
+        """The loss of a V that is this far from the centre, below zero where rounding leaves nothing of it."""
         return self.coefficient * deviation.loss(self.shared, self.factors)
 
 
@@ -68,6 +70,7 @@ class Deviation:
         """`sum_i x_i' (S + F_i F_i') x_i`, S: (d, d), F: (m, d, n), either None for none.
 
         The first part is the inner product of S and `X'X`, which is symmetric, for half the work, and serves every S.
+        S in float32 is semidefinite up to rounding only, and so the sum is not negative up to rounding only.
         """
         xp = namespace(self._x)
         loss = 0.0
@@ -76,7 +79,7 @@ class Deviation:
         if factors is not None:
             by_factor = contiguous(xp.permute_dims(factors, (2, 0, 1)))
             loss += float(xp.sum(project(by_factor, self._x) ** 2))
-        return max(loss, 0.0)
+        return loss
 
 
 class Problem:
@@ -90,7 +93,8 @@ class Problem:
     ridge: that of an objective, for which `F(V) = sum_t weight_t loss_t(V) + ridge ||V - W||^2`; None for what was not
     built from terms.
 
-    Raises TypeError or ValueError for a weight that is not a finite (m, d) array matching the Hessian.
+    Raises TypeError or ValueError for a weight that is not a finite (m, d) array matching the Hessian, or where one of
+    them is so large or so small that products of them are beyond float64.
     """
 
     def __init__(
@@ -116,6 +120,9 @@ class Problem:
         self.terms = terms
         self.damping = damping
         self.ridge = ridge
+        diagonal = namespace(hessian.A).linalg.diagonal(hessian.A)
+        _check_size(self.centre, "the weight")
+        _check_size(diagonal, "the Hessian's diagonal")
 
     def _matrix(self, array: Array, name: str) -> Array:
         matrix = check_weight(array, name)
@@ -148,14 +155,17 @@ class Problem:
 
     def graded(self, V: Array) -> tuple[float, list[float]]:
         """F(V) and the loss of each term, in float64, with no product more than the losses take."""
-        v = native(V, "V")
+        v = as_dtype(native(V, "V"), "float64")
         centres = {id(term.centre): term.centre for term in self.terms}
         deviations = {key: Deviation(v - centre) for key, centre in centres.items()}
         losses = [term.loss_of(deviations[id(term.centre)]) for term in self.terms]
-        if self.ridge is None:
-            return self.value(v), losses
         moved = deviations.get(id(self.centre))  # that of terms which are all about the weight
-        return self._sum_of_terms(losses, moved or Deviation(v - native(self.weight, "weight"))), losses
+        value = (
+            self.value(v)
+            if self.ridge is None
+            else self._sum_of_terms(losses, moved or Deviation(v - native(self.weight, "weight")))
+        )
+        return value, [max(loss, 0.0) for loss in losses]
 
     def _sum_of_terms(self, losses: list[float], moved: Deviation) -> float:
         """F of a V with these losses, moved from the weight by so much."""
@@ -183,6 +193,15 @@ def check_weight(array: Array, name: str = "weight") -> Array:
     if not all_finite(matrix):
         raise ArgumentError(f"{name} holds NaN or infinity: the model is broken before pruning")
     return matrix
+
+
+def _check_size(array: Array, what: str) -> None:
+    largest = float(namespace(array).max(abs(array)))
+    if largest and not 1 / _LARGEST < largest < _LARGEST:
+        raise ArgumentError(
+            f"{what} is {largest:.3g} at most, products of it are beyond the limits of float64: scale the weight, or "
+            "what the Hessian is made of, nearer to one"
+        )
 
 
 @dataclass(frozen=True)

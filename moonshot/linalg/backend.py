@@ -28,13 +28,15 @@ _FEW = 16  # columns that are ranked by comparing all pairs
 def native(array: Array, name: str = "array") -> Array:
     """`array` as it is computed on: NumPy on the CPU, CuPy (or torch) on a CUDA device.
 
-    float32 and float64 share memory with the argument; float16 and bfloat16 become float32, integers
-    float64. TypeError for what is no array or not real.
+    float32 and float64 share memory with the argument; float16 and bfloat16 become float32, integers and longer floats
+    float64, and bytes have the machine's order. TypeError for what is no array, sparse or not real.
     """
     if array_api_compat.is_torch_array(array):
         tensor = array.detach()
         if tensor.is_meta:
             raise ArgumentError(f"{name} is on the meta device and holds no data: load it first")
+        if tensor.layout != sys.modules["torch"].strided:
+            raise ArgumentTypeError(f"{name} is a sparse tensor: call {name}.to_dense() first")
         if not tensor.is_floating_point():
             _require_real(name, complex_=tensor.is_complex())
             tensor = tensor.double()
@@ -52,9 +54,13 @@ def native(array: Array, name: str = "array") -> Array:
         raise ArgumentTypeError(f"{name} is a masked array: fill it first, such as with {name}.filled(0)")
     if isinstance(array, np.ndarray):
         array = np.asarray(array)  # a matrix, whose * is another
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.kind != "f":
         _require_real(name, complex_=array.dtype.kind not in "iub")
         return array.astype(np.float64)
+    if array.dtype.itemsize > 8:
+        with np.errstate(over="ignore"):  # what is infinite then is found
+            return array.astype(np.float64)
     return array.astype(np.float32) if array.dtype.itemsize < 4 else array
 
 
@@ -81,9 +87,10 @@ def computing_on(array: Array) -> Iterator[None]:
     """Inside, new arrays are on the device of `array`, and products have all the digits of their dtype.
 
     CuPy makes arrays on its current device, wherever those are that it computes with; torch rounds float32 where
-    autocast or TF32 is on.
+    autocast or TF32 is on. What overflows is looked for in the results, so NumPy does not warn of it.
     """
     with ExitStack() as stack:
+        stack.enter_context(np.errstate(over="ignore", divide="ignore", invalid="ignore"))
         if is_cupy(array):
             stack.enter_context(array.device)
         elif array_api_compat.is_torch_array(array) and array.device.type in ("cpu", "cuda"):
@@ -173,8 +180,12 @@ def contiguous(array: Array) -> Array:
 
 def squares(x: Array) -> Array:
     """x^2 in a unit in which the largest is between a quarter and one: no square of a float32 is too large or small."""
-    largest = float(namespace(x).max(abs(x)))
-    return (x / 2.0 ** math.frexp(largest)[1]) ** 2
+    return (x / unit(x)) ** 2
+
+
+def unit(x: Array) -> float:
+    """The power of two in which the largest `|x|` is between a half and one; dividing by it rounds nothing."""
+    return 2.0 ** math.frexp(float(namespace(x).max(abs(x))))[1]
 
 
 def transposed(array: Array) -> Array:

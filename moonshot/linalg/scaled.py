@@ -1,9 +1,8 @@
 """A layer's quadratic in scaled coordinates."""
 
-import math
 from dataclasses import dataclass
 
-from moonshot.linalg.backend import Array, as_dtype, contiguous, dtype_name, namespace
+from moonshot.linalg.backend import Array, as_dtype, contiguous, dtype_name, namespace, unit
 from moonshot.linalg.factor import rescaled
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import apply
@@ -31,8 +30,7 @@ class ScaledQuadratic:
         """The quadratic of a Hessian about a centre (m, d), computed on in the dtype of the centre; roots r: (d,)."""
         shared = as_dtype(rescaled(hessian.A, roots), dtype_name(centre))
         roots = as_dtype(roots, dtype_name(centre))
-        largest = float(namespace(centre).max(abs(centre) * roots))
-        scale = roots / 2.0 ** math.frexp(largest)[1]
+        scale = roots / unit(centre * roots)
         target = contiguous(centre * scale)
         pull, units = target @ shared, 1 / roots
         factors = None

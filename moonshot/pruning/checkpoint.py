@@ -43,6 +43,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path, work: Mapping[str, Any]):
+        check_name(Path(folder))
         self.folder = Path(folder).resolve()
         text = json.dumps(dict(work), indent=2)
         with self._writing():
@@ -82,11 +83,11 @@ class Checkpoint:
         """Write a layer's answer: the pruned weight and its report, and that it is for a weight with this digest."""
         self._store(f"{quote(name, safe='')}{_LAYER}", [weight], report, dense)
 
-    def answer(self, name: str, dense: str) -> tuple[Tensor, LayerReport]:
+    def answer(self, name: str, dense: str, shape: tuple[int, int]) -> tuple[Tensor, LayerReport]:
         """The pruned weight and the report of a layer that is done.
 
-        dense: the digest of its weight. Raises CheckpointError where the answer was found for another weight, or the
-        file can no longer be read.
+        dense: the digest of its part. shape: of the weight. Raises CheckpointError where the answer is for another one,
+        or the file can no longer be read.
         """
         file = self.folder / f"{quote(name, safe='')}{_LAYER}"
         found = _read(file, LayerReport)
@@ -94,6 +95,8 @@ class Checkpoint:
             raise CheckpointError(f"{file} was damaged while this runs: start again to do the layer again")
         (weight,), report, before = found
         self._same(before, dense, name)
+        if weight.shape != shape:
+            raise CheckpointError(f"{file} has another shape than the layer: remove it to do the layer again")
         self.used += 1
         return weight, report
 
@@ -101,8 +104,8 @@ class Checkpoint:
         """Write a part's refit: its tensors and report, and that they are for a part with this digest."""
         self._store(f"{quote(name, safe='')}{_PART}", fitted, report, dense)
 
-    def part(self, name: str, dense: str) -> tuple[list[Tensor], PartReport] | None:
-        """What `store_part` was given, None if it was not or is damaged.
+    def part(self, name: str, dense: str, shapes: list[torch.Size]) -> tuple[list[Tensor], PartReport] | None:
+        """What `store_part` was given, None if it was not or is damaged. shapes: of the tensors.
 
         Raises CheckpointError where the part was another before.
         """
@@ -110,7 +113,7 @@ class Checkpoint:
         if not file.exists():
             return None
         found = _read(file, PartReport)
-        if found is None:
+        if found is None or [tensor.shape for tensor in found[0]] != shapes:
             self._damaged(file, "the part is refitted")
             return None
         tensors, report, before = found
@@ -126,8 +129,8 @@ class Checkpoint:
 
     def store_trials(self, best: str, trials: list[Trial]) -> None:
         """Write the name of the best objective, and what all of them gave."""
-        found = {"best": best, "trials": [asdict(trial) for trial in trials]}
-        self._write(_TRIALS, json.dumps(found, indent=2).encode())
+        found = [best, [asdict(trial) for trial in trials]]
+        self._write(_TRIALS, json.dumps({"found": found, "digest": digest(found)}, indent=2).encode())
 
     def trials(self) -> tuple[str, list[Trial]] | None:
         """What `store_trials` was given, None if it was not or is damaged."""
@@ -135,11 +138,14 @@ class Checkpoint:
         if not file.exists():
             return None
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            return str(found["best"]), [Trial(**trial) for trial in found["trials"]]
-        except (OSError, ValueError, TypeError, KeyError):
-            self._damaged(file, "objectives are tried")
-            return None
+            stored: Any = _json(file)
+            best, trials = stored["found"]
+            if stored["digest"] == digest([best, trials]):
+                return best, [Trial(**trial) for trial in trials]
+        except (ValueError, TypeError, KeyError):
+            pass
+        self._damaged(file, "objectives are tried")
+        return None
 
     def _store(
         self, name: str, tensors: Iterable[Tensor], report: LayerReport | PartReport, before: str
@@ -155,7 +161,8 @@ class Checkpoint:
         file = self.folder / name
         partial = file.with_suffix(_PARTIAL)
         with self._writing():
-            with open(partial, "wb") as stream:
+            partial.unlink(missing_ok=True)
+            with open(partial, "xb") as stream:  # never what a link leads to
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -176,6 +183,14 @@ class Checkpoint:
             ) from error
 
 
+def check_name(folder: Path) -> None:
+    """Raises CheckpointError for a path without a name, such as "" or ".."."""
+    if folder.name in ("", ".."):
+        raise CheckpointError(
+            f"cannot store answers in {str(folder)!r}: give the name of a folder of their own"
+        )
+
+
 def work_of(folder: Path) -> dict[str, Any] | None:
     """What the answers in a folder depend on; None for one that is empty or not there.
 
@@ -183,10 +198,7 @@ def work_of(folder: Path) -> dict[str, Any] | None:
     """
     if not folder.is_dir() or {file.name for file in folder.iterdir()} <= {_LOCK, f"work{_PARTIAL}"}:
         return None
-    try:
-        work = json.loads((folder / _WORK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        work = None
+    work = _json(folder / _WORK)
     if not isinstance(work, dict):
         raise CheckpointError(
             f"{folder} is no checkpoint: choose an empty folder, or one that is not there yet"
@@ -206,9 +218,9 @@ def refuse_other(folder: Path, earlier: Mapping[str, Any], work: Mapping[str, An
 def remove(folder: Path) -> None:
     """Remove the files that a checkpoint wrote into a folder, and the folder if nothing else is in it."""
     folder = folder.resolve()
-    try:
-        layers = json.loads((folder / _WORK).read_text(encoding="utf-8"))["patterns"]
-    except (OSError, ValueError, KeyError, TypeError):
+    work = _json(folder / _WORK)
+    layers = work.get("patterns") if isinstance(work, dict) else None
+    if not isinstance(layers, dict):
         return  # it is none, or was removed before
     for file in folder.iterdir():
         if _is_ours(file.name, layers):
@@ -228,8 +240,18 @@ def _is_ours(name: str, layers: Iterable[str]) -> bool:
     return name in others or (kind in ("safetensors", "refit", "partial") and known)
 
 
+def _json(file: Path) -> Any:
+    """What a file of JSON holds; None where it is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def _read(file: Path, kind: type[AnyReport]) -> tuple[list[Tensor], AnyReport, str] | None:
     """The tensors of a file, their report, and the digest of what they are for; None where it is damaged."""
+    if not file.is_file():  # a pipe would be waited for
+        return None
     try:
         with safe_open(file, "pt") as opened:
             about, names = opened.metadata(), list(opened.keys())

@@ -28,7 +28,7 @@ def exact(value: Any, what: str) -> Any:
     if isinstance(value, Path | torch.dtype | torch.device):
         return str(value)
     if isinstance(value, Tensor | np.ndarray | np.generic):
-        return digest([torch.as_tensor(value)])
+        return digest([value if isinstance(value, Tensor) else np.asarray(value)])
     if isinstance(value, Objective) and len(value.weighted_terms) > 1:
         return [[weight, exact(term, what)] for weight, term in value.weighted_terms]
     if isinstance(value, Mapping):

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from moonshot.errors import ArgumentError, ArgumentTypeError
+from moonshot.errors import ArgumentError, ArgumentTypeError, check_count
+from moonshot.layer.assembly import check_fraction
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.models.adapter import Adapter
 from moonshot.models.calibration import Batch, as_batches, check_length, check_vocabulary, moved, tokens_at_once
@@ -61,8 +61,7 @@ class Recipe:
         for name in ("unreached", "unfit"):
             if getattr(self, name) not in ("error", "skip"):
                 raise ArgumentError(f'{name} must be "error" or "skip", got {getattr(self, name)!r}')
-        if not isinstance(self.factors, int) or self.factors < 1:
-            raise ArgumentError(f"factors must be a positive integer, got {self.factors!r}")
+        check_count("factors", self.factors)
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ArgumentError(f"seed must be an integer from 0 to 2**64 - 1, got {self.seed!r}")
         if not callable(self.loss):
@@ -73,8 +72,7 @@ class Recipe:
             raise ArgumentTypeError(
                 f"adapter must be an instance of a subclass of moonshot.Adapter, got {self.adapter!r}"
             )
-        if not isinstance(self.dampening_frac, Real) or not 0 <= self.dampening_frac < float("inf"):
-            raise ArgumentError(f"dampening_frac must be a number from 0 on, got {self.dampening_frac!r}")
+        check_fraction(self.dampening_frac)
 
     def batches(self, model: nn.Module, calibration: Any) -> tuple[list[Batch], dict[str, str]]:
         """The calibration data as batches on the model's device, and why samples are left out, by batch and sample.

@@ -29,7 +29,7 @@ from moonshot.pruning.checkpoint import Checkpoint
 from moonshot.pruning.fingerprint import digest
 from moonshot.pruning.layer_patterns import stages_of
 from moonshot.pruning.recipe import Recipe
-from moonshot.pruning.refit import PartFit, Refit, shared_parameters
+from moonshot.pruning.refit import PartFit, Refit, shared_parameters, tensors_to_fit
 from moonshot.pruning.report import LayerReport, PartReport
 from moonshot.solvers.base import solve
 
@@ -105,7 +105,7 @@ class PruningRun:
         )
         for part in calibration.parts:
             dense = digest(tensors_of(part.module)) if checkpoint else ""
-            fitted = self.ranks.broadcast(checkpoint.part(part.name, dense) if checkpoint and refit else None)
+            fitted = self.ranks.broadcast(self._stored_fit(part, dense, checkpoint) if refit else None)
             stages = stages_of(
                 {name: self.patterns[name] for name in part.layers}, refit.stages if refit else 1
             )
@@ -116,7 +116,7 @@ class PruningRun:
                 for patterns in stages:
                     last = patterns is stages[-1]
                     solve = partial(self._answers, calibration, part, statistics, patterns, last, bound)
-                    find = partial(_stored_or, solve, checkpoint, dense, done)
+                    find = partial(_stored_or, solve, checkpoint, dense, done, part)
                     dealt = {name: owners[name] for name in patterns}
                     for name, answers in self.ranks.deal(dealt, find, part.device):
                         if checkpoint and last and name not in done:
@@ -193,6 +193,13 @@ class PruningRun:
         report = fit.run(partial(self._estimate_part, part, replay))
         return fit.values(), report
 
+    def _stored_fit(self, part: Part, dense: str, checkpoint: Checkpoint | None) -> Fitted | None:
+        """What a checkpoint has of the refit of a part with this digest."""
+        if not checkpoint:
+            return None
+        shapes = [tensor.shape for tensor in tensors_to_fit(part, shared_parameters(self.model))]
+        return checkpoint.part(part.name, dense, shapes)
+
     def _answers(
         self,
         calibration: CalibrationPass,
@@ -243,10 +250,13 @@ def _stored_or(
     checkpoint: Checkpoint | None,
     dense: str,
     done: Container[str],
+    part: Part,
     name: str,
 ) -> list[LayerAnswer]:
     """What a checkpoint has of a layer that is done, of a part with this digest; what solving others gives."""
-    return [LayerAnswer(*checkpoint.answer(name, dense))] if checkpoint and name in done else solve(name)
+    if not checkpoint or name not in done:
+        return solve(name)
+    return [LayerAnswer(*checkpoint.answer(name, dense, part.layers[name].problem_shape))]
 
 
 def _note(name: str, layer: LayerView, statistics: LayerStatistics) -> str:

@@ -3,9 +3,8 @@
 import math
 from collections import deque
 from dataclasses import dataclass
-from numbers import Real
 
-from moonshot.errors import ArgumentError, ArgumentTypeError
+from moonshot.errors import ArgumentError, check_count, check_number
 from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem, Status
 from moonshot.linalg.backend import Array, namespace, squares
@@ -62,8 +61,7 @@ class ADMM:
 
     def __post_init__(self) -> None:
         for field in ("rho", "growth", "tolerance"):
-            if not isinstance(getattr(self, field), Real):
-                raise ArgumentTypeError(f"{field} must be a number, got {getattr(self, field)!r}")
+            check_number(field, getattr(self, field))
         if not 0 < self.rho < math.inf:
             raise ArgumentError(f"rho must be positive and finite, got {self.rho!r}")
         if not self.growth > 1:
@@ -71,8 +69,7 @@ class ADMM:
         if not self.tolerance >= 0:
             raise ArgumentError(f"tolerance must be a share of the weights, 0 or more, got {self.tolerance!r}")
         for field in ("iterations", "refits"):
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
-                raise ArgumentError(f"{field} must be a positive integer, got {getattr(self, field)!r}")
+            check_count(field, getattr(self, field))
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         return None
@@ -105,6 +102,6 @@ class ADMM:
         plain = pattern.keep(squares(state.centre))
         losses = [quadratic.loss(target * start) for start in (first, plain)]
         start = plain if losses[1] < losses[0] else first
-        if min(losses) < quadratic.loss(weight):
+        if not quadratic.loss(weight) <= min(losses):  # nor a number, where float32 is too short
             weight, mask = quadratic.refit(target * start, start, self.refits), start
         return Answer(weight / quadratic.scale, mask, status, done, start=target * start / quadratic.scale)

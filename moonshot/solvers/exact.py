@@ -1,14 +1,13 @@
 """Exact: the best mask there is, by branch and bound on small rows, with a proof."""
 
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
 import scipy  # whose linalg is imported where it is first used
 
 from moonshot.bounds.branching import COLUMNS, Rows, branch
-from moonshot.errors import ArgumentError
+from moonshot.errors import ArgumentError, check_count, check_number
 from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import Array, is_numpy, native
@@ -44,12 +43,13 @@ class Exact:
     name = "Exact"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.nodes, int) or isinstance(self.nodes, bool) or self.nodes < 1:
-            raise ArgumentError(f"nodes must be a positive integer, got {self.nodes!r}")
-        if self.seconds is not None and (not isinstance(self.seconds, Real) or not self.seconds > 0):
-            raise ArgumentError(
-                f"seconds must be a positive number, or None for no limit, got {self.seconds!r}"
-            )
+        check_count("nodes", self.nodes)
+        if self.seconds is not None:
+            check_number("seconds", self.seconds)
+            if not self.seconds > 0:
+                raise ArgumentError(
+                    f"seconds must be a positive number, or None for no limit, got {self.seconds!r}"
+                )
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         if reason := lacks_groups(pattern, problem.shape, "branch and bound"):

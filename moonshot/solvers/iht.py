@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moonshot.errors import ArgumentError
+from moonshot.errors import check_count
 from moonshot.layer.patterns import Pattern, equal_groups
 from moonshot.layer.problem import Problem, Status, check_weight
 from moonshot.linalg.backend import Array, as_dtype, namespace, native, squares
@@ -62,8 +62,7 @@ class IHT:
 
     def __post_init__(self) -> None:
         for limit in ("iterations", "steps", "refits"):
-            if not isinstance(getattr(self, limit), int) or getattr(self, limit) < 1:
-                raise ArgumentError(f"{limit} must be a positive integer, got {getattr(self, limit)!r}")
+            check_count(limit, getattr(self, limit))
         if self.start is not None:
             check_weight(self.start, "start")
 

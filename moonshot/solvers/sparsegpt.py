@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from moonshot.errors import ArgumentError
+from moonshot.errors import check_count
 from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import (
@@ -17,6 +17,7 @@ from moonshot.linalg.backend import (
     namespace,
     smallest,
     transposed,
+    unit,
     zeros_like_shape,
 )
 from moonshot.solvers.base import Answer
@@ -27,11 +28,12 @@ class _State:
     """Arrays of the layer with its columns first, as the sweep reads them."""
 
     kernels: ModuleType
-    weight: Array  # (d, m)
-    r: Array  # (d, d), A^-1 = R'R
+    weight: Array  # (d, m), in units of `unit`
+    r: Array  # (d, d), a multiple of R in A^-1 = R'R: the sweep is the same in every unit
     p: Array  # (d, tiles, n, lanes), R U_i up to a scale; see sparsegpt_batched for these three
     t: Array  # (d, tiles, n, lanes)
     phi: Array  # (d, tiles, lanes)
+    unit: float
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class SparseGPT:
     multiply-adds a weight more; without, it is SparseGPT.
 
     What it has pruned it never takes back: where inputs nearly repeat one another it can prune all of them, and be
-    worse than Magnitude, which ADMM, OBS and IHT never are.
+    worse than Magnitude, which ADMM and IHT never are.
 
     Source: Frantar and Alistarh, SparseGPT (arXiv 2301.00774), algorithm 1; the recursion for the low-rank part is
     ours, see docs/solvers/sparsegpt.md.
@@ -57,24 +59,26 @@ class SparseGPT:
     name = "SparseGPT"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.block, int) or self.block < 1:
-            raise ArgumentError(f"block must be a positive integer, got {self.block!r}")
+        check_count("block", self.block)
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         return lacks_groups(pattern, problem.shape, "a sweep")
 
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
-        weight = transposed(problem.centre)
+        size = unit(problem.centre)
+        weight = transposed(problem.centre) / size
         kernels = _kernels(weight, hessian.rank)
-        r = contiguous(as_dtype(hessian.inverse_factor, problem.dtype))
+        r = hessian.inverse_factor
+        r = contiguous(as_dtype(r / unit(r), problem.dtype))
         d, m = weight.shape
         lanes = kernels.lanes(m)
         if hessian.rank == 0:
-            none = zeros_like_shape(weight, (d, -(-m // lanes), 0, lanes))
-            return _State(kernels, weight, r, none, *kernels.gains(none, 1.0))
-        p, share = hessian.half_product(problem.dtype, lanes)
-        return _State(kernels, weight, r, p, *kernels.gains(p, share))
+            p, share = zeros_like_shape(weight, (d, -(-m // lanes), 0, lanes)), 1.0
+        else:
+            p, share = hessian.half_product(problem.dtype, lanes)
+        t, phi = kernels.gains(p, share)
+        return _State(kernels, weight, r, p, t, phi, size)
 
     def compute(self, state: _State, pattern: Any) -> Answer:
         xp = namespace(state.weight)
@@ -86,7 +90,7 @@ class SparseGPT:
         group = size if size < d else 1
         width = -(-self.block // group) * group
         _sweep(state, (size, zeros), a, residual, keep, z, 0, d, width)
-        return Answer(transposed(a), transposed(keep))
+        return Answer(transposed(a) * state.unit, transposed(keep))
 
 
 def _kernels(weight: Array, rank: int) -> ModuleType:

@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from moonshot.errors import ArgumentError, ArgumentTypeError
+from moonshot.errors import ArgumentError, ArgumentTypeError, check_number
 from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem, Status
 from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, triangular_solve
@@ -15,6 +14,7 @@ from moonshot.linalg.factor import cholesky
 from moonshot.solvers.base import Answer, Solver
 
 _TOLERANCE = 1e-11  # the fall of a row's loss that counts, relative to the loss of an empty row
+_UNLIMITED = 2**62
 _FRESH = 256  # exchanges in a row after which rounding calls for a new tableau
 _OFFERS = 8  # weights a row offers to the other rows, each way, between two looks at it
 
@@ -57,7 +57,8 @@ class Swaps:
             raise ArgumentTypeError(
                 f"inner must be a solver's instance such as moonshot.ADMM(), got {self.inner!r}"
             )
-        if not isinstance(self.moves, Real) or not self.moves > 0:
+        check_number("moves", self.moves)
+        if not self.moves > 0:
             raise ArgumentError(f"moves must be positive, got {self.moves!r}")
 
     @property
@@ -87,7 +88,9 @@ class Swaps:
     def compute(self, state: _State, pattern: Any) -> Answer:
         problem, answer = state.problem, self.inner.compute(state.inner, pattern)
         size, _ = pattern.groups(problem.shape)
-        layer = _Layer(problem, size, answer.mask, limit=math.ceil(self.moves * problem.shape[1]))
+        layer = _Layer(
+            problem, size, answer.mask, limit=math.ceil(min(self.moves * problem.shape[1], _UNLIMITED))
+        )
         rows = np.arange(problem.shape[0])
         while len(rows):
             layer.exchange(rows)

@@ -1,5 +1,6 @@
 """kill -9 at random times: the same command goes on, and ends as if nothing had happened."""
 
+import shutil
 import time
 
 import pytest
@@ -38,13 +39,24 @@ def test_killed_runs_end_as_if_they_had_not_been(tmp_path, dense, way):
     assert Run([*command, tmp_path / "whole"], said).end() == 0
     seconds = time.monotonic() - begin
     command += [work / "out", "--checkpoint", work / "answers"]
-    moment, killed = generator(way), 0
-    while killed < KILLS and Run(command, said).kill_after(moment.uniform(0, 1.1 * seconds)):
-        killed += 1
-        assert "out" not in names(work) or (work / "out" / "model.safetensors").exists()
+    moment, killed, ended = generator(way), 0, 0
+    while killed < KILLS:
+        running = Run(command, said)
+        if running.kill_after(moment.uniform(0, 1.1 * seconds)):
+            killed += 1
+            assert "out" not in names(work) or (work / "out" / "model.safetensors").exists()
+        else:
+            assert running.end() == 0, said.read_text()
+            ended += 1
+            assert_same(work, tmp_path / "whole")
     assert Run(command, said).end() == 0, said.read_text()
+    assert_same(work, tmp_path / "whole")
+    print(f"{way}: killed {killed} times, ended {ended + 1} times, as it should each time")
+
+
+def assert_same(work, whole):
+    """That there is nothing but a folder as that of a run that nothing happened to; remove it."""
     assert names(work) == ["out"]
-    files = ("model.safetensors", "config.json", "tokenizer.json")
-    for name in files:
-        assert (work / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    print(f"{way}: killed {killed} times, ended as it should")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (work / "out" / name).read_bytes() == (whole / name).read_bytes(), name
+    shutil.rmtree(work / "out")
