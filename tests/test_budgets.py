@@ -120,6 +120,19 @@ def test_measuring_finds_how_much_each_layer_matters():
     assert len(calls) == 1 + 2 * (2 * 3 + 3)
 
 
+def test_layers_measured_in_groups_get_the_product_of_their_weights():
+    shape = [0.0, 1.0, 3.0, 7.0, 15.0]
+    blocks, roles = (1.0, 4.0), (0.5, 2.0, 1.0)
+    zeros = [[0, 1, 2, 3, 4]] * 6
+    truth = [[block * role * c for c in shape] for block in blocks for role in roles]
+    groupings = [[[0, 1, 2], [3, 4, 5]], [[0, 3], [1, 4], [2, 5]]]
+    loss, calls = additive(truth)
+    start = [2] * 6
+    found = budgets.measured(loss(start), start, zeros, [[shape] * 6], 12, loss, 2, groupings)
+    assert cost_of(found, truth) == pytest.approx(cost_of(budgets.hand_out(zeros, truth, 12), truth))
+    assert len(calls) == 1 + 2 * (2 * 5 + 3)
+
+
 @given(curves(least=2), st.data())
 def test_measured_budgets_are_never_worse_than_where_they_begin(problem, data):
     zeros, costs = problem

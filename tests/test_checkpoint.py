@@ -22,6 +22,7 @@ from moonshot.pruning.report import LayerReport, PartReport, Trial
 from tests.models import JOINT, decoder, network, tokens, weights
 
 REPORT = LayerReport("a.b", (2, 4), "2:4", 0.5, 0.1, {"reconstruction": 0.1}, 0.0, "converged", 1.5, 0.2)
+DENSE = digest([torch.ones(1, 2, 4)])
 
 
 class Interrupted(Exception):
@@ -165,7 +166,9 @@ def test_answers_for_another_model_are_refused(tmp_path):
     with torch.no_grad():
         other.model.layers[0].self_attn.k_proj.weight[0, 0] += 1
     before = weights(other)
-    with pytest.raises(ValueError, match=r"answers of another model, whose .*k_proj has other weights"):
+    with pytest.raises(
+        ValueError, match=r"answers of another model, with other weights in .*q_proj or in what is pruned"
+    ):
         ms.prune(other, tokens(), "2:4", checkpoint=tmp_path)
     assert all(torch.equal(before[name], weight) for name, weight in weights(other).items())
 
@@ -192,14 +195,14 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_what_is_kept_is_found_again(tmp_path):
-    dense, weight = torch.randn(1, 2, 4), torch.randn(2, 4).bfloat16()
+    dense, weight = digest([torch.randn(1, 2, 4)]), torch.randn(2, 4).bfloat16()
     with Checkpoint(tmp_path / "new" / "folder", {"seed": 1}) as first:
         assert first.done == frozenset() and first.trials() is None
         first.store("a/b.c", dense, weight, REPORT)
         first.store_trials("best", [Trial("best", 1.0, 0.5, 0.1)])
     with Checkpoint(tmp_path / "new" / "folder", {"seed": 1}) as again:
         assert again.done == {"a/b.c"} and again.trials() == ("best", [Trial("best", 1.0, 0.5, 0.1)])
-        found, report = again.answer("a/b.c", dense)
+        found, report = again.answer("a/b.c", dense, (2, 4))
     assert torch.equal(found, weight) and found.dtype == weight.dtype and report == REPORT
     names = sorted(file.name for file in again.folder.iterdir())
     assert names == ["a%2Fb.c.safetensors", "trials.json", "work.json"]
@@ -240,7 +243,7 @@ def made_of(weight, report=REPORT):
 def test_a_damaged_answer_is_said_and_not_used(tmp_path, damage):
     with Checkpoint(tmp_path, {}) as checkpoint:
         for name in ("layer", "other"):
-            checkpoint.store(name, torch.ones(1, 2, 4), torch.ones(2, 4), REPORT)
+            checkpoint.store(name, DENSE, torch.ones(2, 4), REPORT)
     file = tmp_path / "layer.safetensors"
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
@@ -258,7 +261,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
     with Checkpoint(tmp_path / "answers", {}) as checkpoint:
         for name in ("layer.safetensors", "layer.partial", "trials.partial"):
             (tmp_path / "answers" / name).symlink_to(precious)
-        checkpoint.store("layer", torch.ones(1, 2, 4), torch.ones(2, 4), REPORT)
+        checkpoint.store("layer", DENSE, torch.ones(2, 4), REPORT)
         checkpoint.store_trials("best", [])
     with Checkpoint(tmp_path / "answers", {}) as again:
         assert again.done == {"layer"}
@@ -267,7 +270,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     with Checkpoint(tmp_path, {}) as checkpoint:
-        checkpoint.store("layer", torch.ones(1, 2, 4), torch.ones(2, 4), REPORT)
+        checkpoint.store("layer", DENSE, torch.ones(2, 4), REPORT)
     (tmp_path / "layer.safetensors").unlink()
     for name in ("layer.safetensors", "trials.json", "part.refit"):
         os.mkfifo(tmp_path / name)
@@ -276,7 +279,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         with pytest.warns(UserWarning, match="trials.json is damaged"):
             assert again.trials() is None
         with pytest.warns(UserWarning, match="part.refit is damaged"):
-            assert again.part("part", [torch.ones(2)]) is None
+            assert again.part("part", DENSE, [torch.Size((2,))]) is None
     (tmp_path / "work.json").unlink()
     os.mkfifo(tmp_path / "work.json")
     with pytest.raises(CheckpointError, match="is no checkpoint"):
@@ -285,13 +288,13 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 def test_a_refit_of_other_shapes_is_not_used(tmp_path):
     """Rows would be copied to the places of several."""
-    pruned, report = [torch.ones(2, 4)], PartReport("part", 1.0, 0.5, 1.0, 0.5, 3, 0.1)
+    shapes, report = [torch.Size((2, 4))], PartReport("part", 1.0, 0.5, 1.0, 0.5, 3, 0.1)
     with Checkpoint(tmp_path, {}) as checkpoint:
-        checkpoint.store_part("part", pruned, [torch.ones(1, 4)], report)
+        checkpoint.store_part("part", DENSE, [torch.ones(1, 4)], report)
         with pytest.warns(UserWarning, match="part.refit is damaged: the part is refitted again"):
-            assert checkpoint.part("part", pruned) is None
-        checkpoint.store_part("part", pruned, [torch.zeros(2, 4)], report)
-        (found,), _ = checkpoint.part("part", pruned)
+            assert checkpoint.part("part", DENSE, shapes) is None
+        checkpoint.store_part("part", DENSE, [torch.zeros(2, 4)], report)
+        (found,), _ = checkpoint.part("part", DENSE, shapes)
         assert torch.equal(found, torch.zeros(2, 4))
 
 
@@ -349,7 +352,7 @@ def test_a_folder_may_be_a_link(tmp_path):
     for done in (frozenset(), {"layer"}):
         with Checkpoint(tmp_path / "link", {}) as checkpoint:
             assert checkpoint.done == done
-            checkpoint.store("layer", torch.ones(1, 2, 4), torch.ones(2, 4), REPORT)
+            checkpoint.store("layer", DENSE, torch.ones(2, 4), REPORT)
     assert (tmp_path / "elsewhere" / "layer.safetensors").exists()
 
 
@@ -414,7 +417,7 @@ def test_only_a_checkpoints_own_files_are_removed(tmp_path):
     folder = tmp_path / "answers"
     checkpoint = Checkpoint(folder, work)
     for name in work["patterns"]:
-        checkpoint.store(name, torch.ones(1, 2, 4), torch.ones(2, 4), REPORT)
+        checkpoint.store(name, DENSE, torch.ones(2, 4), REPORT)
     checkpoint.store_trials("best", [])
     ours = ["model.layers.0.refit", "model.layers.0.partial", "work.partial"]
     theirs = ["model.safetensors.index.json", "other.safetensors", "notes.txt", "x.partial"]

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import Backend
-from moonshot.layer.patterns import NM, PatternError, PatternMismatchError, Unstructured, as_pattern
+from moonshot.layer.columns import Columns
+from moonshot.layer.patterns import NM, PatternError, PatternMismatchError, Unstructured, as_pattern, stages
 
 NUMPY = Backend("numpy")
 
@@ -198,3 +199,31 @@ def test_the_right_number_of_zeros_in_the_wrong_place_is_caught(array):
     mask = np.array([[1, 1, 1, 0, 1, 0, 0, 0]], bool)
     with pytest.raises(PatternMismatchError, match="does not keep 2"):
         NM(2, 4).check(array(mask))
+
+
+@given(
+    st.one_of(
+        st.builds(Unstructured, st.floats(0, 1), st.sampled_from(["layer", "row"])),
+        st.integers(1, 8).flatmap(lambda m: st.builds(NM, st.integers(0, m), st.just(m))),
+        st.builds(Columns, st.floats(0, 1), st.just(2)),
+    ),
+    st.integers(1, 5),
+)
+def test_stages_have_fewer_and_fewer_nonzeros(pattern, count):
+    found = stages(pattern, count)
+    assert found[-1] == pattern and len(found) <= count and {type(each) for each in found} == {type(pattern)}
+    zeros = [each.zeros((8, 840)) for each in found]
+    assert zeros == sorted(zeros)
+    if isinstance(pattern, NM):
+        assert len(set(zeros)) == len(zeros) and (zeros[0] > 0 or zeros == [0])
+
+
+def test_the_share_of_nonzeros_falls_by_the_same_factor():
+    assert [str(each) for each in stages(Unstructured(0.96), 2)] == ["80%", "96%"]
+    assert [str(each) for each in stages(Unstructured(0.999, "row"), 3)] == [
+        "90% per row",
+        "99% per row",
+        "99.9% per row",
+    ]
+    assert stages(NM(2, 4), 4) == [NM(3, 4), NM(2, 4)] and stages(NM(1, 4), 2) == [NM(2, 4), NM(1, 4)]
+    assert stages(0.5, 3) == [0.5]  # what has no `eased` is reached at once

@@ -1,6 +1,7 @@
 """What is left of each part, fitted to what the dense part returned."""
 
 import copy
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_masks_stay_and_parts_get_better(name):
     make, data = MODELS[name]
     plain, fitted = make(), make()
     ms.prune(plain, data(), 0.5, **FAST)
-    report = ms.prune(fitted, data(), 0.5, refit=REFIT, **FAST)
+    report = ms.prune(fitted, data(), 0.5, refit=replace(REFIT, stages=1), **FAST)
     for layer in report.layers.values():
         assert layer.sparsity == pytest.approx(0.5, abs=0.01)
     first = next(iter(report.parts))  # whose layers were solved on the same inputs
@@ -79,6 +80,54 @@ def test_masks_stay_and_parts_get_better(name):
     gained = [part for part in report.parts.values() if part.aside_after < part.aside_before]
     assert len(gained) > len(report.parts) / 2 and gained[0].after < gained[0].before
     assert f"{first} " in str(report) and '"aside_after"' in report.to_json()
+
+
+@dataclass(frozen=True)
+class AllAtOnce(ms.Unstructured):
+    """A pattern that cannot be reached in stages."""
+
+    eased = property()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_later_stages_prune_what_the_earlier_ones_left(name, monkeypatch):
+    make, data = MODELS[name]
+    one, model = make(), make()
+    ms.prune(one, data(), 0.6, refit=replace(REFIT, stages=1), **FAST)  # the first of two stages up to 84 %
+    asked: list[dict[str, str]] = []
+    solver = run.PruningRun._answers
+
+    def answers(self, calibration, part, statistics, patterns, *rest):
+        asked.append({layer: str(pattern) for layer, pattern in patterns.items()})
+        return solver(self, calibration, part, statistics, patterns, *rest)
+
+    monkeypatch.setattr(run.PruningRun, "_answers", answers)
+    plain = make()
+    report = ms.prune(plain, data(), 0.84, refit=REFIT, **FAST)
+    first = next(iter(report.parts))
+    earlier, last = zeros(one), zeros(plain)
+    for parameter, was in earlier.items():
+        if parameter.startswith(f"{first}."):
+            assert bool(last[parameter][was].all())
+    odd = list(report.layers)[-1]
+    assert {str(pattern) for each in asked for pattern in each.values()} == {"60%", "84%"}
+    for layer in report.layers.values():
+        assert layer.sparsity == pytest.approx(0.84, abs=0.01) and layer.pattern == "84%"
+    patterns = dict.fromkeys(report.layers, 0.84) | {odd: AllAtOnce(0.84)}
+    asked.clear()
+    report = ms.prune(model, data(), patterns, refit=REFIT, **FAST)
+    assert {each[odd] for each in asked if odd in each} == {"84%"}
+    assert report.layers[odd].sparsity == pytest.approx(0.84, abs=0.01)
+
+
+def test_stages_come_nearer_to_the_dense_part_at_high_sparsity():
+    errors = []
+    for stages in (1, 2):
+        report = ms.prune(
+            vit(), pictures(96), 0.9, refit=ms.Refit(stages=stages), objective=ms.Reconstruction()
+        )
+        errors.append(next(iter(report.parts.values())).aside_after)
+    assert errors[1] < errors[0]
 
 
 class OneLayer(nn.Module):
@@ -101,7 +150,7 @@ def test_a_linear_part_comes_near_least_squares():
     torch.manual_seed(0)
     model = OneLayer()
     dense = copy.deepcopy(model)(x).detach()
-    refit = ms.Refit(epochs=60, lr=0.02, share=0.1)
+    refit = ms.Refit(epochs=60, lr=0.02, share=0.1, stages=1)
     report = ms.prune(model, [x], 0.5, targets="layer", loss=squared, refit=refit, **FAST)
     (part,) = report.parts.values()
     ones = torch.ones(256, 1)
@@ -134,12 +183,12 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("stored", [0, 1])
+@pytest.mark.parametrize(("stages", "stored"), [(1, 0), (1, 1), (2, 1), (2, 2), (2, 3)])
 def test_a_run_cut_short_between_layers_and_refit_ends_as_if_it_had_not_been(
-    tmp_path, monkeypatch, name, stored
+    tmp_path, monkeypatch, name, stages, stored
 ):
     make, data = MODELS[name]
-    work = dict(refit=ms.Refit(epochs=2), checkpoint=tmp_path, **FAST)
+    work = dict(refit=ms.Refit(epochs=2, stages=stages), checkpoint=tmp_path, **FAST)
     whole, model = make(), make()
     expected = ms.prune(whole, data(), 0.5, **(work | {"checkpoint": None}))
     fit, fits = run.PartFit.run, []
@@ -157,10 +206,12 @@ def test_a_run_cut_short_between_layers_and_refit_ends_as_if_it_had_not_been(
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     monkeypatch.setattr(run.PartFit, "run", lambda self, estimate: fits.append(self) or fit(self, estimate))
     report = ms.prune(model, data(), 0.5, **work)
-    assert same(model, whole) and report.resumed > 0
-    assert len(fits) == len(report.parts)  # none twice
+    assert same(model, whole) and (report.resumed > 0) == (stored >= stages or stages == 1)
+    assert len(fits) == stages * len(report.parts) + (
+        stored % stages
+    )  # only those of a part that was not done twice
     for key, part in report.parts.items():
-        assert (part.after, part.aside_after) == (expected.parts[key].after, expected.parts[key].aside_after)
+        assert (part.after, part.steps) == (expected.parts[key].after, expected.parts[key].steps)
 
 
 def test_a_refit_of_other_work_is_refused(tmp_path):
@@ -174,10 +225,11 @@ def test_a_refit_of_other_work_is_refused(tmp_path):
         ms.prune(other, tokens(), 0.5, refit=REFIT, checkpoint=tmp_path, **FAST)
 
 
-def test_half_precision_is_rounded_once():
+def test_half_precision_is_rounded_once_a_stage():
     model, exact = decoder(dtype=torch.bfloat16), decoder(dtype=torch.bfloat16).float()
-    report = ms.prune(model, tokens(16), 0.5, refit=REFIT, **FAST)
-    ms.prune(exact, tokens(16), 0.5, refit=REFIT, **FAST)
+    once = replace(REFIT, stages=1)
+    report = ms.prune(model, tokens(16), 0.5, refit=once, **FAST)
+    ms.prune(exact, tokens(16), 0.5, refit=once, **FAST)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert all(part.aside_after < part.aside_before for part in report.parts.values())
     first = "model.layers.0.self_attn.q_proj"
@@ -246,6 +298,7 @@ def test_a_failure_halfway_puts_norms_back(monkeypatch):
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs must be a positive integer, got 0"),
+        ({"stages": 0}, "stages must be a positive integer, got 0"),
         ({"steps": 2.5}, "steps must be a positive integer"),
         ({"lr": 0}, "lr must be positive"),
         ({"share": 1}, "share must be between 0 and 1"),

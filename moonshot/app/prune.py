@@ -515,6 +515,7 @@ class PruneCommand:
                     self.pattern,  # type: ignore[arg-type]
                     objective=self._terms(),
                     patterns=self.choices,
+                    refit=self.refit,
                     on_step=steps.done,
                     on_progress=steps.doing,
                     **recipe,

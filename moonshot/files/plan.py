@@ -139,7 +139,8 @@ def plan(
     device = device or next(model.parameters()).device
     seconds = _solver_seconds(solver, pattern, counts.rank, counts.layers, device)
     if seconds is not None:
-        seconds = counts.multiplications / _multiplication_rate(device) + seconds * (1 + trials)
+        times = trials + (refit.stages if refit else 1)
+        seconds = counts.multiplications / _multiplication_rate(device) + seconds * times
     return Plan(seconds, counts.memory + _working_memory(solver, counts.layers), counts.offloaded)
 
 
@@ -181,14 +182,15 @@ def count(
         *(
             4 * own
             + _running(block, at_once, length, replayed or refit is not None)
-            + max(_solving(block, objective, rank, trials), _FITTED * 4 * own * (refit is not None))
+            + _pruning(block, objective, rank, trials, refit, 4 * own)
             for own, block in zip(weights, blocks, strict=True)
         ),
     )
     multiplications = float(total) * sum(weights) * (7 if replayed else 3)
     multiplications += 3.0 * total * hidden * vocabulary * replayed
     if refit is not None:  # a step is three passes of a sample, and those set aside are run after each epoch
-        multiplications += total * sum(weights) * (refit.epochs * (3 - 2 * refit.share) + 2 + (not replayed))
+        passes = refit.stages * (refit.epochs * (3 - 2 * refit.share) + 2) + (not replayed)
+        multiplications += total * sum(weights) * passes
     for block in blocks:
         multiplications += sum(float(total) * d * d * matrices for d, matrices in _grams(block, objective))
         multiplications += sum(float(total) * m * d for m, d, _ in block) * (rank > 0)
@@ -221,16 +223,32 @@ def _grams(block: list[Layer], objective: Objective) -> list[tuple[int, int]]:
     return [(d, per_input) for _, d in inputs] + [(layer.d, per_layer) for layer in block]
 
 
-def _solving(block: list[Layer], objective: Objective, rank: int, trials: int) -> int:
+def _pruning(
+    block: list[Layer], objective: Objective, rank: int, trials: int, refit: Refit | None, size: int
+) -> int:
+    """Bytes to solve a block's layers and then to refit it: either, or both where there are stages.
+
+    size: of the block's weights in float32.
+    """
+    stages = refit.stages if refit else 1
+    solving = _solving(block, objective, rank, trials, stages)
+    fitting = _FITTED * size * (refit is not None)
+    return max(solving, fitting) if stages == 1 else solving + fitting
+
+
+def _solving(block: list[Layer], objective: Objective, rank: int, trials: int, stages: int) -> int:
     """Bytes of a block's statistics, and of one layer's problem and solver while later layers' gradients wait.
 
-    Trials keep a layer's gradients and what their weighting sweep derives from them.
+    Trials and stages need a layer's gradients again, trials what their weighting sweep derives from them too.
     """
     arrays = _FACTORS - 1 + 2 * (trials > 0)
     statistics = sum(4 * d * d * matrices for d, matrices in _grams(block, objective))
     gradients = [4 * rank * m * d for m, d, _ in block]
     peaks = [
-        sum(gradients[k:]) + arrays * gradients[k] + 8 * d * d * _SHARED + 4 * m * d * _WEIGHTS
+        sum(gradients[k if stages == 1 else 0 :])
+        + arrays * gradients[k]
+        + 8 * d * d * _SHARED
+        + 4 * m * d * _WEIGHTS
         for k, (m, d, _) in enumerate(block)
     ]
     return statistics + max(peaks, default=0)

@@ -1,6 +1,6 @@
 """A pattern of whole input columns, which can be cut out of a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 from moonshot.errors import ArgumentTypeError
@@ -44,6 +44,9 @@ class Columns:
 
     def zeros(self, shape: tuple[int, int]) -> int:
         return shape[0] * self.group * self._pruned_groups(shape)
+
+    def eased(self, share: float) -> "Columns":
+        return replace(self, sparsity=1 - (1 - self.sparsity) ** share)
 
     def keep(self, scores: Array) -> Array:
         self.validate(scores.shape)

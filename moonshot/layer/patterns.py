@@ -6,10 +6,13 @@ A pattern turns scores into a mask (`keep`), says how many zeros it promises (`z
 A pattern of equal groups has `groups(shape) -> (size, zeros)` too: every `size` consecutive weights of the layer, row
 after row, have exactly `zeros` zeros. SparseGPT, OBS, Swaps, Exact and `lower_bound` work group by group and need it;
 `equal_groups` is how they ask. All other solvers take any pattern.
+
+A pattern that can be reached in stages has `eased(share) -> Pattern` too: the same with more nonzeros, a fraction
+density ** share of all weights. `stages` is how it is asked.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Protocol, runtime_checkable
 
@@ -90,6 +93,9 @@ class Unstructured:
         size = columns if self.scope == "row" else rows * columns
         return size, self.zeros_through(size, size)
 
+    def eased(self, share: float) -> "Unstructured":
+        return replace(self, sparsity=_eased(self.sparsity, share))
+
     def keep(self, scores: Array) -> Array:
         size, zeros = self.groups(scores.shape)
         return ~smallest(scores.reshape(-1, size), zeros).reshape(scores.shape)
@@ -144,6 +150,9 @@ class NM:
     def groups(self, shape: tuple[int, int]) -> tuple[int, int]:
         return self.m, self.m - self.n
 
+    def eased(self, share: float) -> "NM":
+        return NM(round(self.m * (1 - _eased(self.sparsity, share))), self.m)
+
     def keep(self, scores: Array) -> Array:
         self.validate(scores.shape)
         return ~smallest(scores.reshape(-1, self.m), self.m - self.n).reshape(scores.shape)
@@ -154,6 +163,23 @@ class NM:
         kept = xp.sum(mask.reshape(-1, self.m), axis=1)
         if int(xp.min(kept)) != self.n or int(xp.max(kept)) != self.n:
             raise PatternMismatchError(f"{self}: a group of the mask does not keep {self.n} weights")
+
+
+def stages(pattern: Pattern, count: int) -> list[Pattern]:
+    """Patterns one after the other, each with fewer nonzeros, up to the pattern itself; `count` of them at most.
+
+    The fraction of nonzeros falls by the same factor each time, as far as the pattern can have it. A pattern without
+    `eased` is reached at once.
+    """
+    found: list[Pattern] = []
+    if hasattr(pattern, "eased"):
+        eased = [pattern.eased(k / count) for k in range(1, count)]
+        found = [each for each in eased if each not in (pattern, pattern.eased(0.0))]
+    return [*dict.fromkeys(found), pattern]
+
+
+def _eased(sparsity: float, share: float) -> float:
+    return 1 - (1 - sparsity) ** share
 
 
 def equal_groups(pattern: Pattern, shape: tuple[int, int]) -> tuple[int, int] | None:

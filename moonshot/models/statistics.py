@@ -21,7 +21,7 @@ class LayerStatistics:
     A term that reads inputs alone has one statistic for all linear layers with the same input (q/k/v; gate/up).
 
     tokens: how many rows each layer has read in the partly pruned model, padding apart.
-    without_gradient: the layers, once they are popped, that the loss does not depend on.
+    without_gradient: the layers, once they were asked for (`of`), that the loss does not depend on.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class LayerStatistics:
                     into.addmm_(at[s].T, read[s], alpha=float(self._signs[sample]))
 
     def add_up(self, ranks: Ranks, owners: Mapping[str, int]) -> None:
-        """Add what the other ranks have observed. owners: {layer: the rank that alone will pop it}.
+        """Add what the other ranks have observed. owners: {layer: the rank that alone will ask for it}.
 
         The statistics of all terms must be arrays that add up (`Objective.additive`).
         """
@@ -183,9 +183,14 @@ class LayerStatistics:
             if ranks.index == owners[name]:
                 self._gradients[name] = gradients
 
-    def pop(self, name: str) -> list[list[Any]]:
-        """For each group of a layer its statistics in the order of the objective's terms; gradients are let go."""
-        view, gradients = self.layers[name], self._gradients.pop(name, None)
+    def of(self, name: str, again: bool = False) -> list[list[Any]]:
+        """For each group of a layer its statistics in the order of the objective's terms.
+
+        again: whether they will be asked for once more; if not, the layer's gradients are let go.
+        """
+        view, gradients = self.layers[name], self._gradients.get(name)
+        if not again:
+            self._gradients.pop(name, None)
         if name not in self._owner and not self.routed:
             raise ModelError(f"no calibration batch reached the layer {name}: leave it out with ignore")
         if gradients is not None and not bool(gradients.any()):

@@ -34,11 +34,14 @@ from moonshot.pruning.choices import RELATIVE, Choice, Offer, SparseMatrix, menu
 from moonshot.pruning.layer_patterns import PatternLike, refuse_unfit, unreached_layers
 from moonshot.pruning.prune import prune_by
 from moonshot.pruning.recipe import DEFAULT_OBJECTIVE, OnProgress, Recipe, unheard
+from moonshot.pruning.refit import Refit
 from moonshot.pruning.selection import best_on_held_out
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver, solve
 
 OnStep = Callable[[str, int], None]
+
+_ALONE = 64  # layers, up to which each is measured by itself
 
 
 @with_model_ready
@@ -57,6 +60,7 @@ def allocate(
     seed: int = 0,
     loss: Loss = model_loss,
     rounds: int = 2,
+    refit: bool | Refit = False,
     unreached: Literal["error", "skip"] = "error",
     unfit: Literal["error", "skip"] = "error",
     scratch: Path | None = None,
@@ -71,7 +75,9 @@ def allocate(
     sparsity: the fraction of zeros, 0 to 1, or text such as "80%".
     patterns: what each layer can have, such as ["1:4", "2:4", 0]; those that do not fit a layer are not offered to it.
     By default any fraction of zeros, from a grid that is geometric in the weights kept.
-    rounds: how often the layers' curves are weighed by the model's true loss (budgets.measured), 2 passes a layer each.
+    rounds: how often the layers' curves are weighed by the model's true loss (budgets.measured), 2 passes a layer each;
+    of more than 64 layers, 2 passes for each part of the model and each name of a layer within its part.
+    refit: as in `prune`, for the prunings at the end that the budgets are compared by.
     unreached, unfit: as in `prune`; the budget is that of the layers that are not skipped.
     on_step: called with what was just done and the number of steps in all, at most.
     on_progress: called in between, while gradients are gathered, as in `prune`.
@@ -117,7 +123,7 @@ def allocate(
         raise ArgumentError(f"rounds must be 0 or a positive integer, got {rounds!r}")
     even = _even_pattern(sparsity)
     with passing(recipe.passes(model)):
-        return _allocated(recipe, model, calibration, even, patterns, rounds, on_step, ranks)
+        return _allocated(recipe, model, calibration, even, patterns, rounds, refit, on_step, ranks)
 
 
 def _allocated(
@@ -127,6 +133,7 @@ def _allocated(
     even: Unstructured,
     patterns: Sequence[PatternLike] | None,
     rounds: int,
+    refit: bool | Refit,
     on_step: OnStep | None,
     ranks: Ranks,
 ) -> Allocation:
@@ -147,8 +154,9 @@ def _allocated(
     zeros = [[zeros for zeros, _ in offered] for offered in menus.values()]
     budgets.check_total(zeros, total)
     budgets.check_densest(zeros, total)
+    groupings = _groupings(list(views), [name for name, _ in partition.parts])
     units = 1 + len(objective.weighted_terms)
-    steps = len(views) * (4 + 2 * rounds) + 1 + units * (1 + 3 * rounds)
+    steps = 4 * len(views) + 1 + units + rounds * (2 * sum(map(len, groupings)) + 3 * units)
 
     def advance(what: str) -> None:
         if on_step is not None and ranks.is_first:
@@ -161,7 +169,10 @@ def _allocated(
         del calibrated  # the hidden states it has offloaded
         with placed(tensors_of(model)):
             candidates = _candidates(
-                offer, _PrunedModel(offer, model, fitted, partial(loss_of, loss), advance, ranks), rounds
+                offer,
+                _PrunedModel(offer, model, fitted, partial(loss_of, loss), advance, ranks),
+                rounds,
+                groupings,
             )
         restore()
 
@@ -171,6 +182,7 @@ def _allocated(
                 model,
                 fitted,
                 offer.patterns(choices),
+                refit=refit,
                 on_layer=lambda layer, _: advance(layer.name),
             )
             with placed(tensors_of(model)):
@@ -276,7 +288,22 @@ class _PrunedModel:
         return value if math.isfinite(value) else math.inf
 
 
-def _candidates(offer: Offer, pruned: _PrunedModel, rounds: int) -> dict[str, list[int]]:
+def _groupings(names: Sequence[str], parts: Sequence[str]) -> list[budgets.Groups]:
+    """How layers are measured: each alone, or where those are many by part of the model and by name within it."""
+    if len(names) <= _ALONE:
+        return [[[layer] for layer in range(len(names))]]
+    by_part: dict[str, list[int]] = {}
+    by_role: dict[str, list[int]] = {}
+    for layer, name in enumerate(names):
+        part = next((part for part in parts if name.startswith(f"{part}.")), name)
+        by_part.setdefault(part, []).append(layer)
+        by_role.setdefault(name.removeprefix(f"{part}."), []).append(layer)
+    return [list(by_part.values()), list(by_role.values())]
+
+
+def _candidates(
+    offer: Offer, pruned: _PrunedModel, rounds: int, groupings: Sequence[budgets.Groups]
+) -> dict[str, list[int]]:
     """The even budget, the best of those that come from a unit of the curves, and what measuring finds from there."""
     zeros, curves = offer.zeros, {unit: offer.costs(unit) for unit in offer.units}
     even = budgets.even(zeros, offer.sizes, offer.total)
@@ -284,7 +311,9 @@ def _candidates(offer: Offer, pruned: _PrunedModel, rounds: int) -> dict[str, li
     losses = {unit: pruned.loss(answer) for unit, answer in found.items()}
     best = min(losses, key=losses.__getitem__)
     start = min((pruned.loss(even), even), (losses[best], found[best]))
-    measured = budgets.measured(*start, zeros, list(curves.values()), offer.total, pruned.loss, rounds)
+    measured = budgets.measured(
+        *start, zeros, list(curves.values()), offer.total, pruned.loss, rounds, groupings
+    )
     candidates = {"even": even, best: found[best], "measured": measured}
     return {
         name: answer

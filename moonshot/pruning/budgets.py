@@ -13,6 +13,7 @@ from moonshot.errors import MoonshotError
 
 Curves = Sequence[Sequence[float]]  # by layer and choice
 Counts = Sequence[Sequence[int]]
+Groups = Sequence[Sequence[int]]  # of layers
 
 _FACTOR = 8.0  # between a layer's weight and the median at most: measured losses are noisy, and may gain
 
@@ -115,6 +116,7 @@ def measured(
     total: int,
     loss: Callable[[list[int]], float],
     rounds: int,
+    groupings: Sequence[Groups] | None = None,
 ) -> list[int]:
     """Better choices than `start` by the true loss, or `start` itself.
 
@@ -124,14 +126,21 @@ def measured(
     where the next round begins; it ends where nothing is better.
 
     lowest: the loss of `start`. curves: the layers' costs, in several units.
-    loss: of any choices; it is asked (2 layers + 3 units) times in a round.
+    loss: of any choices; it is asked (2 groups + 3 units) times in a round.
+    groupings: ways to divide the layers into groups that are measured together, such as by block and by role; a layer's
+    weight is the product of those of its groups. Each layer alone unless given.
     """
     best = list(start)
+    groupings = [[[layer] for layer in range(len(best))]] if groupings is None else groupings
     for _ in range(rounds):
-        responses = [_response(best, layer, zeros, loss) for layer in range(len(best))]
+        responses = [[_response(best, group, zeros, loss) for group in groups] for groups in groupings]
         found = []
         for costs in curves:
-            weights = _weights(best, costs, responses)
+            weights = [1.0] * len(best)
+            for groups, measured_there in zip(groupings, responses, strict=True):
+                for group, weight in zip(groups, _weights(best, costs, groups, measured_there), strict=True):
+                    for layer in group:
+                        weights[layer] *= weight
             for power in (1.0, 0.5, 0.25):
                 weighted = [[w**power * c for c in cost] for w, cost in zip(weights, costs, strict=True)]
                 choices = hand_out(zeros, weighted, total)
@@ -147,20 +156,25 @@ def _beside(choice: int, choices: int) -> tuple[int, int]:
     return max(choice - 1, 0), min(choice + 1, choices - 1)
 
 
-def _response(choices: list[int], layer: int, zeros: Counts, loss: Callable[[list[int]], float]) -> float:
-    """By how much the loss grows from the layer's next denser choice to its next sparser one."""
-    denser, sparser = (
-        loss([*choices[:layer], k, *choices[layer + 1 :]]) for k in _beside(choices[layer], len(zeros[layer]))
-    )
-    return sparser - denser
+def _response(
+    choices: list[int], group: Sequence[int], zeros: Counts, loss: Callable[[list[int]], float]
+) -> float:
+    """By how much the loss grows from the next denser choices of a group of layers to their next sparser ones."""
+    denser, sparser = list(choices), list(choices)
+    for layer in group:
+        denser[layer], sparser[layer] = _beside(choices[layer], len(zeros[layer]))
+    below = loss(denser)
+    return loss(sparser) - below
 
 
-def _weights(choices: list[int], costs: Curves, responses: list[float]) -> list[float]:
-    """By how much more the loss moves with each layer than its curve says, relative to their median."""
+def _weights(choices: list[int], costs: Curves, groups: Groups, responses: list[float]) -> list[float]:
+    """By how much more the loss moves with each group than its layers' curves say, relative to their median."""
     ratios: list[float | None] = []
-    for choice, cost, response in zip(choices, costs, responses, strict=True):
-        denser, sparser = _beside(choice, len(cost))
-        said = cost[sparser] - cost[denser]
+    for group, response in zip(groups, responses, strict=True):
+        said = 0.0
+        for layer in group:
+            denser, sparser = _beside(choices[layer], len(costs[layer]))
+            said += costs[layer][sparser] - costs[layer][denser]
         ratios.append(response / said if said > 0 and isfinite(response) else None)
     known = [ratio for ratio in ratios if ratio is not None and ratio > 0]
     middle = median(known) if known else 1.0

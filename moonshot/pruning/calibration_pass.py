@@ -117,13 +117,16 @@ class CalibrationPass:
         costs = {name: float(prod((*view.problem_shape, view.shape[1]))) for name, view in part.layers.items()}
         return self._ranks.owners(costs, [name for name in costs if name in done])
 
-    def problems(self, name: str, layer: LayerView, statistics: LayerStatistics) -> Iterator[Problem]:
-        """A layer's problem by each objective, made as it is asked for, with a weight in the layer's own dtype.
+    def problems(
+        self, name: str, layer: LayerView, statistics: LayerStatistics, again: bool = False
+    ) -> Iterator[Problem]:
+        """A layer's problem by each objective, made as it is asked for, with its weight as it is, in its own dtype.
 
-        It can be large: let go of it before asking for the next. The layer's gradients leave the statistics.
+        It can be large: let go of it before asking for the next. The layer's gradients leave the statistics unless
+        its problems are asked for `again`.
         """
         with in_layer(name):
-            by_group, weights = statistics.pop(name), layer.matrices()
+            by_group, weights = statistics.of(name, again), layer.matrices()
             if layer.groups == 1:
                 weight = weights[0].to(self._dtypes[name])
                 quadratics = quadratics_of(statistics.terms, weight, by_group[0])

@@ -35,7 +35,7 @@ class Checkpoint:
 
     work: what the answers depend on apart from the layers' weights, in JSON's types. A folder not there yet is made.
     done: the layers whose answers it has. Each is stored with the digest of the weight it was found for, and one of
-    its own: what was damaged since is not among them, and a warning names it.
+    its own: what was damaged since is not among them, and a warning names it. used: how many were asked for.
 
     It is locked until `close`, or the end of the process. Raises CheckpointError for a folder that holds something
     else or answers to other work, LockedError where another process has it, OSError with what to do where it cannot be
@@ -56,7 +56,7 @@ class Checkpoint:
             stack.enter_context(locked(self.folder / _LOCK, self.folder))
             if empty:
                 self._write(_WORK, text.encode())
-            self.done = frozenset(self._sound_answers())
+            self.done, self.used = frozenset(self._sound_answers()), 0
             self._held = stack.pop_all()
 
     def close(self) -> None:
@@ -79,52 +79,52 @@ class Checkpoint:
     def _damaged(self, file: Path, what: str) -> None:
         warnings.warn(f"{file} is damaged: {what} again", stacklevel=2)
 
-    def store(self, name: str, dense: Tensor, weight: Tensor, report: LayerReport) -> None:
-        """Write a layer's answer: the pruned weight and its report, and that it is for `dense`."""
-        self._store(f"{quote(name, safe='')}{_LAYER}", [weight], report, [dense])
+    def store(self, name: str, dense: str, weight: Tensor, report: LayerReport) -> None:
+        """Write a layer's answer: the pruned weight and its report, and that it is for a weight with this digest."""
+        self._store(f"{quote(name, safe='')}{_LAYER}", [weight], report, dense)
 
-    def answer(self, name: str, dense: Tensor) -> tuple[Tensor, LayerReport]:
+    def answer(self, name: str, dense: str, shape: tuple[int, int]) -> tuple[Tensor, LayerReport]:
         """The pruned weight and the report of a layer that is done.
 
-        Raises CheckpointError where `dense` is not what the answer was found for, or the file can no longer be read.
+        dense: the digest of its part. shape: of the weight. Raises CheckpointError where the answer is for another one,
+        or the file can no longer be read.
         """
         file = self.folder / f"{quote(name, safe='')}{_LAYER}"
         found = _read(file, LayerReport)
         if found is None:
             raise CheckpointError(f"{file} was damaged while this runs: start again to do the layer again")
         (weight,), report, before = found
-        self._same(before, [dense], name)
-        if not _shaped([weight], [dense.flatten(0, 1)]):
+        self._same(before, dense, name)
+        if weight.shape != shape:
             raise CheckpointError(f"{file} has another shape than the layer: remove it to do the layer again")
+        self.used += 1
         return weight, report
 
-    def store_part(
-        self, name: str, pruned: Iterable[Tensor], fitted: Iterable[Tensor], report: PartReport
-    ) -> None:
-        """Write a part's refit: its tensors and report, and that they are for the part with these `pruned` tensors."""
-        self._store(f"{quote(name, safe='')}{_PART}", fitted, report, pruned)
+    def store_part(self, name: str, dense: str, fitted: Iterable[Tensor], report: PartReport) -> None:
+        """Write a part's refit: its tensors and report, and that they are for a part with this digest."""
+        self._store(f"{quote(name, safe='')}{_PART}", fitted, report, dense)
 
-    def part(self, name: str, pruned: Iterable[Tensor]) -> tuple[list[Tensor], PartReport] | None:
-        """What `store_part` was given, None if it was not or is damaged.
+    def part(self, name: str, dense: str, shapes: list[torch.Size]) -> tuple[list[Tensor], PartReport] | None:
+        """What `store_part` was given, None if it was not or is damaged. shapes: of the tensors.
 
         Raises CheckpointError where the part was another before.
         """
         file = self.folder / f"{quote(name, safe='')}{_PART}"
         if not file.exists():
             return None
-        found, pruned = _read(file, PartReport), list(pruned)
-        if found is None or not _shaped(found[0], pruned):
+        found = _read(file, PartReport)
+        if found is None or [tensor.shape for tensor in found[0]] != shapes:
             self._damaged(file, "the part is refitted")
             return None
         tensors, report, before = found
-        self._same(before, pruned, name)
+        self._same(before, dense, name)
         return tensors, report
 
-    def _same(self, before: str, now: Iterable[Tensor], name: str) -> None:
-        if before != digest(now):
+    def _same(self, before: str, now: str, name: str) -> None:
+        if before != now:
             raise CheckpointError(
-                f"{self.folder} has the answers of another model, whose {name} has other weights: choose another "
-                "folder, or remove it to begin again"
+                f"{self.folder} has the answers of another model, with other weights in {name} or in what is pruned "
+                "with it: choose another folder, or remove it to begin again"
             )
 
     def store_trials(self, best: str, trials: list[Trial]) -> None:
@@ -148,10 +148,10 @@ class Checkpoint:
         return None
 
     def _store(
-        self, name: str, tensors: Iterable[Tensor], report: LayerReport | PartReport, before: Iterable[Tensor]
+        self, name: str, tensors: Iterable[Tensor], report: LayerReport | PartReport, before: str
     ) -> None:
         stored = [tensor.detach().cpu().contiguous() for tensor in tensors]
-        about = {"report": json.dumps(asdict(report)), "before": digest(before)}
+        about = {"report": json.dumps(asdict(report)), "before": before}
         about["digest"] = digest([*about.values(), *stored])
         names = ["weight"] if len(stored) == 1 else map(str, range(len(stored)))
         self._write(name, save(dict(zip(names, stored, strict=True)), about))
@@ -238,10 +238,6 @@ def _is_ours(name: str, layers: Iterable[str]) -> bool:
     known = any(layer == module or layer.startswith(prefix) for layer in layers)
     others = {_TRIALS, "lock", *(str(Path(file).with_suffix(".partial")) for file in (_WORK, _TRIALS))}
     return name in others or (kind in ("safetensors", "refit", "partial") and known)
-
-
-def _shaped(tensors: list[Tensor], others: list[Tensor]) -> bool:
-    return [tensor.shape for tensor in tensors] == [other.shape for other in others]
 
 
 def _json(file: Path) -> Any:

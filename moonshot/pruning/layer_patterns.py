@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from moonshot.layer.patterns import Pattern, PatternError, as_pattern
+from moonshot.layer.patterns import Pattern, PatternError, as_pattern, stages
 from moonshot.models.layer_view import LayerView
 from moonshot.models.partition import Partition
 from moonshot.models.targets import TargetError, listed, select
@@ -87,3 +87,15 @@ def check_fit(view: LayerView, pattern: Pattern) -> None:
             f"{pattern} needs input channels divisible by {size}, the layer has {view.channels}: "
             "leave it out with ignore, or give it a pattern of its own"
         )
+
+
+def stages_of(patterns: Mapping[str, Pattern], count: int) -> list[dict[str, Pattern]]:
+    """What layers are pruned to, stage after stage, at least one and at most `count`; the last is `patterns`.
+
+    All end together: a layer whose pattern has fewer stages than others' stays dense in the first ones.
+    """
+    by_layer = {name: stages(pattern, count) for name, pattern in patterns.items()}
+    longest = max(map(len, by_layer.values()), default=1)
+    return [
+        {name: found[k] for name, found in by_layer.items() if len(found) >= -k} for k in range(-longest, 0)
+    ]

@@ -205,7 +205,6 @@ def _pruned(
         if checkpoint is not None and ranks.is_first:
             work = _work(recipe, report, patterns, model, batches, fit, bound, batch_norm)
             stored = stack.enter_context(Checkpoint(checkpoint, work))
-        report.resumed = ranks.broadcast(len(stored.done) if stored else 0)
         if isinstance(calibration, Tensor) and fit is None:  # whose batches are made here, and may be smaller
             batches = split(batches, math.ceil(count_samples(batches) / ranks.count))
         restore = stack.enter_context(run.restored_on_failure())
@@ -215,6 +214,7 @@ def _pruned(
             restore()
         report.recipe["objective"] = objective.name
         report.layers, report.parts = run.prune([objective], batches, bound=bound, refit=fit, checkpoint=stored)
+        report.resumed = ranks.broadcast(stored.used if stored else 0)
         ranks.gather(None)  # all have come this far: none has to put its model back
     if run.estimates_batch_norm:
         report.recipe["batch_norm"] = "estimated again"

@@ -45,15 +45,18 @@ class Refit:
     lr: what a step changes in a tensor at most, about, as a fraction of the root mean square of its nonzero values; it
     decays along a cosine.
     share: of the samples that is set aside, to stop early and to see whether the part got better.
+    stages: how often a part is pruned and fitted, at most. Its nonzeros fall by the same factor each time, up to what
+    the pattern asks for (patterns.stages), so that the later masks are chosen among weights that were fitted.
     """
 
     epochs: int = 12
     steps: int = 12
     lr: float = 0.02
     share: float = 0.25
+    stages: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps"):
+        for name in ("epochs", "steps", "stages"):
             check_count(name, getattr(self, name))
         for name in ("lr", "share"):
             check_number(name, getattr(self, name))
@@ -96,8 +99,8 @@ class PartFit:
         on_step: Callable[[int, int], None],
     ):
         self._part, self._refit, self._ranks, self._on_step = part, refit, ranks, on_step
-        self._supports = {p: support for p, support in _supports(part).items() if p not in shared}
-        self._tensors = [*self._supports, *running_statistics(part.module)]
+        self._supports = _supports(part, shared)
+        self._tensors = tensors_to_fit(part, shared)
         self._data = _Data(part.index, replay, refit, seed, ranks)
 
     def values(self) -> list[Tensor]:
@@ -173,7 +176,12 @@ def shared_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter, count in holders.items() if count > 1}
 
 
-def _supports(part: Part) -> dict[nn.Parameter, Tensor]:
+def tensors_to_fit(part: Part, shared: set[nn.Parameter]) -> list[Tensor]:
+    """What a refit changes of a part: parameters that only the part has, and running statistics."""
+    return [*_supports(part, shared), *running_statistics(part.module)]
+
+
+def _supports(part: Part, shared: set[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
     """{parameter to fit: True where it may change}: pruned layers where they are not zero, their biases, and norms."""
     supports: dict[nn.Parameter, Tensor] = {}
     for view in part.layers.values():
@@ -186,7 +194,7 @@ def _supports(part: Part) -> dict[nn.Parameter, Tensor]:
         for parameter in module.parameters(recurse=False) if module not in others else ():
             if parameter.ndim < 2 and parameter.is_floating_point():
                 supports.setdefault(parameter, torch.ones_like(parameter, dtype=torch.bool))
-    return supports
+    return {parameter: support for parameter, support in supports.items() if parameter not in shared}
 
 
 class _Data:

@@ -1,7 +1,7 @@
 """What `prune` did, layer by layer: as a table, as JSON."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from moonshot.models.evaluation import Accuracy, Perplexity
@@ -36,13 +36,18 @@ class LayerReport:
     note: str = ""
     zero_survivors: int = 0
 
+    def following(self, stage: "LayerReport | None") -> "LayerReport":
+        """This, and the time of an earlier stage."""
+        return self if stage is None else replace(self, seconds=stage.seconds + self.seconds)
+
 
 @dataclass(frozen=True)
 class PartReport:
     """A part that was refitted: the error of its output against the dense one, before and after.
 
     Errors are squared, relative to the dense output, over the samples that were fitted and over those set aside. Where
-    those set aside got no better, the part is as it was before.
+    those set aside got no better, the part is as it was before. Of several stages the errors are the last one's, steps
+    and seconds those of all.
     """
 
     name: str
@@ -52,6 +57,12 @@ class PartReport:
     aside_after: float
     steps: int
     seconds: float
+
+    def following(self, stage: "PartReport | None") -> "PartReport":
+        """This, with what an earlier stage took."""
+        if stage is None:
+            return self
+        return replace(self, steps=stage.steps + self.steps, seconds=stage.seconds + self.seconds)
 
 
 @dataclass(frozen=True)

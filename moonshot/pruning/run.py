@@ -1,6 +1,6 @@
 """A model pruned layer by layer: each is solved, and its answer is what later layers see."""
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +26,10 @@ from moonshot.models.restore import restored_on_failure
 from moonshot.models.statistics import LayerStatistics
 from moonshot.pruning.calibration_pass import CalibrationPass, Part, in_layer
 from moonshot.pruning.checkpoint import Checkpoint
+from moonshot.pruning.fingerprint import digest
+from moonshot.pruning.layer_patterns import stages_of
 from moonshot.pruning.recipe import Recipe
-from moonshot.pruning.refit import PartFit, Refit, shared_parameters
+from moonshot.pruning.refit import PartFit, Refit, shared_parameters, tensors_to_fit
 from moonshot.pruning.report import LayerReport, PartReport
 from moonshot.solvers.base import solve
 
@@ -37,6 +39,9 @@ class LayerAnswer(NamedTuple):
 
     weight: Tensor
     report: LayerReport
+
+
+Fitted = tuple[list[Tensor], PartReport]
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class PruningRun:
         reports: dict[str, LayerReport] = {}
         refitted: dict[str, PartReport] = {}
         batches = batches if refit is None else refit.split(batches)
-        done = self.ranks.broadcast(checkpoint.done if checkpoint else frozenset())
+        answered = self.ranks.broadcast(checkpoint.done if checkpoint else frozenset())
         calibration = CalibrationPass(
             self.model,
             self.partition,
@@ -100,22 +105,37 @@ class PruningRun:
             ranks=self.ranks,
         )
         for part in calibration.parts:
+            dense = digest(tensors_of(part.module)) if checkpoint else ""
+            fitted = self.ranks.broadcast(self._stored_fit(part, dense, checkpoint) if refit else None)
+            stages = stages_of(
+                {name: self.patterns[name] for name in part.layers}, refit.stages if refit else 1
+            )
+            stages = stages[-1:] if fitted and answered.issuperset(part.layers) else stages
+            done = answered if len(stages) == 1 else frozenset()  # what is in between is not stored
             with calibration.observed(part, done) as statistics:
-                solve = partial(self._answers, calibration, part, statistics, bound, checkpoint, done)
-                for name, answers in self.ranks.deal(calibration.owners(part, done), solve, part.device):
-                    layer = part.layers[name]
-                    if checkpoint and name not in done:
-                        checkpoint.store(name, layer.matrices(), *answers[0])
-                    layer.assign_rows(answers[0].weight)
-                    if on_answers:
-                        on_answers(name, [answer.weight for answer in answers])
-                    for answer in answers if self.ranks.is_first else ():
-                        self.on_layer(answer.report)
-                    reports[name] = answers[0].report
-                self._estimate_part(part, calibration.replay)
-                if refit and part.layers:
-                    with in_float32(tensors_of(part.module)):
-                        refitted[part.name] = self._refitted(part, calibration.replay, refit, checkpoint)
+                owners = calibration.owners(part, done)
+                for patterns in stages:
+                    last = patterns is stages[-1]
+                    solve = partial(self._answers, calibration, part, statistics, patterns, last, bound)
+                    find = partial(_stored_or, solve, checkpoint, dense, done, part)
+                    dealt = {name: owners[name] for name in patterns}
+                    for name, answers in self.ranks.deal(dealt, find, part.device):
+                        if checkpoint and last and name not in done:
+                            checkpoint.store(name, dense, *answers[0])
+                        part.layers[name].assign_rows(answers[0].weight)
+                        if on_answers:
+                            on_answers(name, [answer.weight for answer in answers])
+                        for answer in answers if last and self.ranks.is_first else ():
+                            self.on_layer(answer.report)
+                        reports[name] = answers[0].report.following(reports.get(name))
+                    self._estimate_part(part, calibration.replay)
+                    if refit and part.layers:
+                        stored = fitted if len(stages) == 1 else None
+                        with in_float32(tensors_of(part.module)):
+                            values, report = self._fit(part, calibration.replay, refit, stored)
+                        refitted[part.name] = report.following(refitted.get(part.name))
+                        if checkpoint and last and not stored:
+                            checkpoint.store_part(part.name, dense, values, refitted[part.name])
         if len(running_statistics(self.model)) > sum(len(running_statistics(m)) for m in self._modules):
             self._estimate_batch_norm(batches)  # some lie outside of all parts
         return reports, refitted
@@ -157,49 +177,51 @@ class PruningRun:
             batches = list(range(len(replay.batches)))
             reestimate(part.module, batches, lambda _, b: replay.output(part.index, b), ranks=self.ranks)
 
-    def _refitted(self, part: Part, replay: Replay, refit: Refit, checkpoint: Checkpoint | None) -> PartReport:
-        """Fit a part whose layers are pruned, or put in what a checkpoint has of it."""
+    def _fit(self, part: Part, replay: Replay, refit: Refit, stored: Fitted | None) -> Fitted:
+        """Fit a part whose layers are pruned, or put in what a checkpoint has of it; what it is then."""
 
         def on_step(step: int, most: int) -> None:
             self.recipe.on_progress(f"refit of {part.name}", f"step {step} of {most} at most")
 
         shared = shared_parameters(self.model)
         fit = PartFit(part, replay, refit, self.recipe.seed, shared, self.ranks, on_step)
-        pruned = fit.values()
-        if stored := self.ranks.broadcast(checkpoint.part(part.name, pruned) if checkpoint else None):
+        if stored:
             fit.assign(stored[0])
-            return stored[1]
+            return stored
         report = fit.run(partial(self._estimate_part, part, replay))
-        if checkpoint:
-            checkpoint.store_part(part.name, pruned, fit.values(), report)
-        return report
+        return fit.values(), report
+
+    def _stored_fit(self, part: Part, dense: str, checkpoint: Checkpoint | None) -> Fitted | None:
+        """What a checkpoint has of the refit of a part with this digest."""
+        if not checkpoint:
+            return None
+        shapes = [tensor.shape for tensor in tensors_to_fit(part, shared_parameters(self.model))]
+        return checkpoint.part(part.name, dense, shapes)
 
     def _answers(
         self,
         calibration: CalibrationPass,
         part: Part,
         statistics: LayerStatistics,
+        patterns: Mapping[str, Pattern],
+        last: bool,
         bound: bool,
-        checkpoint: Checkpoint | None,
-        done: Container[str],
         name: str,
     ) -> list[LayerAnswer]:
-        """A layer's answers by all objectives, or what a checkpoint has of it."""
+        """A layer's answers by all objectives. last: whether its statistics are not needed again."""
         layer = part.layers[name]
-        if checkpoint and name in done:
-            return [LayerAnswer(*checkpoint.answer(name, layer.matrices()))]
-        solved = self._solver(name, layer, statistics, bound)
+        solved = self._solver(name, layer, patterns[name], statistics, bound and last)
         # map lets go of each problem before the next one takes as much memory
-        return list(map(solved, calibration.problems(name, layer, statistics)))
+        return list(map(solved, calibration.problems(name, layer, statistics, again=not last)))
 
     def _solver(
-        self, name: str, layer: LayerView, statistics: LayerStatistics, bound: bool
+        self, name: str, layer: LayerView, pattern: Pattern, statistics: LayerStatistics, bound: bool
     ) -> Callable[[Problem], LayerAnswer]:
         """What solves a layer's problem. statistics: those that the problem is made of."""
 
         def solved(problem: Problem) -> LayerAnswer:
             with in_layer(name):
-                result = solve(problem, self.patterns[name], self.recipe.solver, bound=bound)
+                result = solve(problem, pattern, self.recipe.solver, bound=bound)
             return LayerAnswer(
                 result.weight,
                 LayerReport(
@@ -219,6 +241,20 @@ class PruningRun:
             )
 
         return solved
+
+
+def _stored_or(
+    solve: Callable[[str], list[LayerAnswer]],
+    checkpoint: Checkpoint | None,
+    dense: str,
+    done: Container[str],
+    part: Part,
+    name: str,
+) -> list[LayerAnswer]:
+    """What a checkpoint has of a layer that is done, of a part with this digest; what solving others gives."""
+    if not checkpoint or name not in done:
+        return solve(name)
+    return [LayerAnswer(*checkpoint.answer(name, dense, part.layers[name].problem_shape))]
 
 
 def _note(name: str, layer: LayerView, statistics: LayerStatistics) -> str:
