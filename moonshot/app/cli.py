@@ -15,7 +15,7 @@ from moonshot.app import options
 from moonshot.app.config import given
 from moonshot.app.options import OrSkip
 from moonshot.app.terminal import ENDS, ending_cleanly, one_line, quiet_libraries, say, unbroken_output
-from moonshot.errors import MoonshotError
+from moonshot.errors import ArgumentError, MoonshotError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -106,6 +106,8 @@ def prune(
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     compact: options.Compact = False,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
     html: options.Html = None,
     config: options.Config = None,
     dry_run: options.DryRun = False,
@@ -117,7 +119,10 @@ def prune(
     """Prune a causal language model or an image classifier and save it with its recipe and report."""
     from moonshot.app.parse import parse_adapter, parse_objective, parse_pattern, parse_solver
     from moonshot.app.prune import PruneCommand
+    from moonshot.files.hub import Push
 
+    if private and push_to_hub is None:
+        raise ArgumentError("--private is for a repository on the hub: add --push-to-hub NAME")
     PruneCommand(
         model=model,
         data=data,
@@ -140,6 +145,7 @@ def prune(
         checkpoint=checkpoint,
         overwrite=overwrite,
         compact=compact,
+        push=None if push_to_hub is None else Push(push_to_hub, private, overwrite),
         columns=columns,
         shrink=shrink,
         trust_remote_code=trust_remote_code,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from moonshot.errors import ArgumentError
 from moonshot.files import plan as planning
 from moonshot.files.draft import check_apart, check_free
 from moonshot.files.folder import Opened, opened
+from moonshot.files.hub import Push
 from moonshot.files.load import Source
 from moonshot.files.plan import Plan
 from moonshot.files.text import read_text
@@ -49,8 +50,10 @@ from moonshot.solvers import Solver
 
 SETTINGS = "run.yaml"  # in a saved folder: the options that repeat the run
 # Options that do not change what a run gives, and the one that is for each user to allow.
-# Options that do not change what a run gives, and the one that is for each user to allow.
-_WHERE = {"save", "overwrite", "html", "dry_run", "quiet", "checkpoint", "memory", "trust_remote_code"}
+_WHERE = {
+    *("save", "overwrite", "push_to_hub", "private", "html", "dry_run", "quiet", "checkpoint", "memory"),
+    "trust_remote_code",
+}
 _GAINS = {
     "zeros": "its zeros are stored as they are: it is as large and as fast as the dense model",
     "compact": "its zeros take a bit each: moonshot.load_compact reads it, moonshot unpack makes it an ordinary folder",
@@ -85,6 +88,7 @@ class PruneCommand:
     checkpoint: Path | None = None
     overwrite: bool = False
     compact: bool = False
+    push: Push | None = None
     trust_remote_code: bool = False
     command: str = ""
     unreached: Literal["error", "skip"] = "error"
@@ -107,9 +111,13 @@ class PruneCommand:
             if not self.dry_run:
                 self._remove_checkpoint()
             say(console, f"done already: {self.save}")
+            if self.push is not None and not self.dry_run:  # what is there of it is from this command
+                self._send(replace(self.push, overwrite=True), console)
             return
         check_free(self.save, self.overwrite)
         self._check_checkpoint()
+        if self.push is not None:
+            self.push.check(self.model)
         source = Source(self.model, self.trust_remote_code)
         source.check_files()
         skeleton = source.skeleton()
@@ -127,6 +135,15 @@ class PruneCommand:
         if self.html is not None:
             say(console, f"report: {self.html}")
         say(console, _GAINS["shrink" if self.shrink else "compact" if self.compact else "zeros"])
+        if self.push is not None:
+            self._send(self.push, console)
+
+    def _send(self, push: Push, console: Console) -> None:
+        """Push what is saved to the hub."""
+        address, others = push.send(self.save)
+        say(console, f"pushed: {address}")
+        if others:
+            say(console, f"not pushed, since nobody knows what it is: {', '.join(map(one_line, others))}")
 
     def _prune(self, source: Source, calibration: Any, broken: list[str] | None, console: Console) -> None:
         """From the opened model to the saved one."""
@@ -142,6 +159,7 @@ class PruneCommand:
             say(console, str(report))
             if self.shrink:
                 work.replace(shrink(work.model))
+                report.recipe["shrink"] = True
             if self._html_inside:
                 save_html(report, work.draft / self._html_inside)
             (work.draft / SETTINGS).write_text(self._settings_text(report), encoding="utf-8")
