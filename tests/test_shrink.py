@@ -183,5 +183,14 @@ def test_what_cannot_be_shrunk_is_said():
             block.mlp.down_proj.weight.zero_()
     with pytest.raises(ModelError, match=r"nothing is left of model.layers.0.mlp.down_proj"):
         ms.shrink(model)
-    with pytest.raises(ModelError, match="has no units that can be cut out"):
+    with pytest.raises(ModelError, match="has no units that can be cut out: .* configuration has their number$"):
         ms.shrink(torch.nn.Linear(3, 4))
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_a_resnets_configuration_has_no_number_of_channels_inside_a_block(layer_type):
+    sizes = dict(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type=layer_type)
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+    for ask in (lambda: ms.column_patterns(model, 0.25), lambda: ms.shrink(model)):
+        with pytest.raises(ModelError, match="channels inside a block of convolutions .* save with --compact"):
+            ask()
