@@ -183,7 +183,9 @@ def test_what_cannot_be_shrunk_is_said():
             block.mlp.down_proj.weight.zero_()
     with pytest.raises(ModelError, match=r"nothing is left of model.layers.0.mlp.down_proj"):
         ms.shrink(model)
-    with pytest.raises(ModelError, match="has no units that can be cut out: .* configuration has their number$"):
+    with pytest.raises(
+        ModelError, match="has no units that can be cut out: .* configuration has their number$"
+    ):
         ms.shrink(torch.nn.Linear(3, 4))
 
 

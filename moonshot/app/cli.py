@@ -1,4 +1,4 @@
-"""The command line: `moonshot demo`, `moonshot prune`, `moonshot eval`, `moonshot unpack`."""
+"""The command line: `moonshot demo`, `prune`, `eval`, `unpack` and `targets`."""
 
 import os
 import shlex
@@ -203,6 +203,22 @@ def unpack(
     from moonshot.files.compact import unpack_folder
 
     say(console, f"saved: {unpack_folder(folder, save, overwrite=overwrite)}")
+
+
+@app.command()
+def targets(
+    folder: Annotated[Path, typer.Argument(help="A folder that moonshot prune saved.")],
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time it here, in turns with the dense model.")
+    ] = False,
+    dense: Annotated[
+        str | None, typer.Option(help="The dense model; the one that was pruned unless given.")
+    ] = None,
+) -> None:
+    """Say for each engine whether a saved model is smaller or faster there, and how to get it there."""
+    from moonshot.app.targets import say_targets
+
+    say_targets(folder, measure, dense, console)
 
 
 def main() -> None:

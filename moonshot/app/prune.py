@@ -158,8 +158,9 @@ class PruneCommand:
             report.before, report.after = before, self._measured(work.model, calibration)
             say(console, str(report))
             if self.shrink:
-                work.replace(shrink(work.model))
-                report.recipe["shrink"] = True
+                small = shrink(work.model)
+                report.recipe["shrink"] = f"{_parameters(small)} of {_parameters(work.model)} parameters"
+                work.replace(small)
             if self._html_inside:
                 save_html(report, work.draft / self._html_inside)
             (work.draft / SETTINGS).write_text(self._settings_text(report), encoding="utf-8")
@@ -448,6 +449,10 @@ class PruneCommand:
 
     def _patterns(self, model: nn.Module) -> Pattern | Mapping[str, Pattern]:
         return self.pattern if self.columns is None else column_patterns(model, self.columns)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -84,7 +84,8 @@ def units_of(model: nn.Module) -> list[Units]:
         raise ModelError(
             f"{type(model).__name__} has no units that can be cut out: known are the MLPs and attention heads of "
             "transformers' models whose configuration has their number"
-            + channels * any(isinstance(module, nn.Conv2d) for module in model.modules())
+            + channels
+            * any(isinstance(module, nn.Conv2d) for module in model.modules())
         )
     return found
 
