@@ -3,8 +3,9 @@
     pip install openvino nncf
     python benchmarks/openvino_sparse.py [--zeros 0.9] [--runs 40]
 
-Six linear layers of 2048 x 2048 with random weights, in float32, bfloat16 and int8 (weights and inputs), with OpenVINO's
-sparse weights decompression on for those that have zeros. Times are the median of the ratios, both models in turns.
+Six linear layers of 2048 x 2048 with random weights, in float32, bfloat16 and int8 (weights and inputs), with
+OpenVINO's sparse weights decompression on for those that have zeros. Times are the median of the ratios, both
+models in turns.
 """
 
 import argparse
