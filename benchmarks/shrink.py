@@ -1,6 +1,6 @@
 """Smaller models: whole columns pruned and cut out of the shipped Llama and ViT, beside the same by magnitude.
 
-    python benchmarks/shrink.py [--columns 0.25 0.5] [--samples 64] [--runs 15]
+    python benchmarks/shrink.py [--columns 0.25 0.5] [--samples 64] [--runs 15] [--methods ...] [--models ...]
 
 For each model the share of parameters that is left, the time of a forward pass of the smaller model over that of the
 dense one (both in turns, the median of their ratios), and the held-out perplexity or accuracy.
@@ -23,6 +23,8 @@ from torch import nn
 
 METHODS = {
     "Magnitude": (ms.Magnitude(), ms.Reconstruction()),
+    "OBS, reconstruction": (ms.OBS(), ms.Reconstruction()),
+    "OBS, default": (ms.OBS(), 0.6 * ms.Reconstruction() + 0.2 * ms.TokenFisher() + 0.2 * ms.Fisher()),
     "ADMM, reconstruction": (ms.ADMM(), ms.Reconstruction()),
     "ADMM, default": (ms.ADMM(), 0.6 * ms.Reconstruction() + 0.2 * ms.TokenFisher() + 0.2 * ms.Fisher()),
 }
@@ -33,17 +35,17 @@ def main() -> None:
     parser.add_argument("--columns", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--models", nargs="+", default=["Llama", "ViT"])
     arguments = parser.parse_args()
-    print("| model | columns | parameters | forward | " + " | ".join(METHODS) + " | dense |")
-    print("|---" * (5 + len(METHODS)) + "|")
-    for name, (model, calibration, inputs, measure) in {
-        "Llama": llama(arguments.samples),
-        "ViT": vit(),
-    }.items():
+    print("| model | columns | parameters | forward | " + " | ".join(arguments.methods) + " | dense |")
+    print("|---" * (5 + len(arguments.methods)) + "|")
+    for name in arguments.models:
+        model, calibration, inputs, measure = llama(arguments.samples) if name == "Llama" else vit()
         dense = measure(model)
         for share in arguments.columns:
             values = []
-            for solver, objective in METHODS.values():
+            for solver, objective in map(METHODS.get, arguments.methods):
                 pruned = copy.deepcopy(model)
                 ms.prune(
                     pruned, calibration, ms.column_patterns(pruned, share), solver=solver, objective=objective

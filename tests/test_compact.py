@@ -45,7 +45,7 @@ def test_there_and_back_is_the_same_bit_for_bit(saved, tmp_path, pattern):
     assert {path.name for path in again.iterdir()} == {path.name for path in plain.iterdir()}
     for name in weight_files(plain):
         one, other = load_file(plain / name), load_file(again / name)
-        assert list(one) == list(other)
+        assert list(one) == list(other) and (plain / name).read_bytes() == (again / name).read_bytes()
         for key, tensor in one.items():
             assert torch.equal(tensor.view(torch.int16), other[key].view(torch.int16)), key
     model = load_compact(compact)

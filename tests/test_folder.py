@@ -252,7 +252,7 @@ def test_what_a_folder_came_with_goes_along_and_nothing_else(folder, tmp_path):
     card = huggingface_hub.ModelCard.load(pruned / "README.md")
     assert card.data.license == "llama3.2" and card.data.base_model is None
     assert card.data.pipeline_tag == "text-generation" and "2:4" in card.data.tags
-    assert "50.00 % of the weights of 14 layers are zero" in card.text and "as much space" in card.text
+    assert "50.00 % of the weights of 14 layers became zero" in card.text and "as much space" in card.text
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "README.md", "generation_config.json", "LICENSE"])

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moonshot.layer.columns import Columns
 from moonshot.layer.patterns import NM, Unstructured
-from moonshot.solvers import OBS, NotSupportedError, obs_batched, obs_kernels, solve
+from moonshot.solvers import OBS, NotSupportedError, obs_batched, obs_columns, obs_kernels, solve
 from moonshot.solvers.obs import _refit, _share_out, _Trace
 from strategies import DEGENERATE, Layer, layers, random_layer
 
@@ -324,3 +325,73 @@ def test_other_patterns_are_refused():
 
     with pytest.raises(NotSupportedError, match="has no `groups.shape.*ADMM, IHT, .* take any pattern"):
         solve(random_layer(0, 2, 8, 0).problem, Anywhere(), OBS())
+
+
+# whole columns
+
+
+def explicit_columns(layer, size, count):
+    """The columns that are left, and what is lost, with every row's inverse anew for every choice."""
+    inverses = np.linalg.inv(layer.dense())
+
+    def loss(gone):
+        """Of every row at its minimiser without these columns."""
+        c = layer.weight[:, gone, None]
+        return np.sum(c * np.linalg.solve(inverses[:, gone][:, :, gone], c))
+
+    gone, groups = [], {k: list(range(k, k + size)) for k in range(0, layer.weight.shape[1], size)}
+    for _ in range(count):
+        k = min(groups, key=lambda k: loss(gone + groups[k]))
+        gone += groups.pop(k)
+    return sorted(j for group in groups.values() for j in group), loss(gone)
+
+
+@pytest.mark.parametrize("lost", [obs_batched.LOST, 2.0], ids=["updated", "afresh"])
+@pytest.mark.parametrize("size", [1, 3])
+@settings(max_examples=15)
+@given(st.integers(0, 10**6), st.sampled_from([0, 1, 5, 14]), st.floats(1, 5), st.integers(0, 12))
+def test_whole_columns(size, lost, seed, n, exponent, zeros):
+    layer = random_layer(seed, 3, 12, n, 10**exponent)
+    pattern = Columns(zeros // size * size / 12, size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(obs_columns, "LOST", lost)
+        result = solve(layer.problem, pattern, OBS())
+    left, loss = explicit_columns(layer, size, zeros // size)
+    np.testing.assert_array_equal(np.flatnonzero(result.mask.all(axis=0)), left)
+    assert result.value == pytest.approx(loss, rel=1e-6, abs=1e-12 * layer.problem.zero_value())
+    assert_optimal_on_support(layer, result)
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_columns_of_degenerate_layers(name):
+    layer = DEGENERATE[name]
+    for sparsity in (0.0, 0.5, 0.9, 1.0):
+        assert_optimal_on_support(layer, solve(layer.problem, Columns(sparsity), OBS()))
+
+
+def test_columns_that_repeat_one_another_do_not_drift(monkeypatch):
+    layer, made = drifting_layer(), []
+    restricted = obs_columns._restricted
+    monkeypatch.setattr(obs_columns, "_restricted", lambda *a: made.append(a) or restricted(*a))
+    found = solve(layer.problem, Columns(8 / 12), OBS())
+    assert 2 < len(made) < 10  # at the start, at the end, and where digits were lost
+    monkeypatch.setattr(obs_columns, "LOST", 2.0)
+    afresh = solve(layer.problem, Columns(8 / 12), OBS())
+    np.testing.assert_array_equal(found.mask, afresh.mask)
+    assert found.value == pytest.approx(afresh.value, rel=1e-9)
+    assert_optimal_on_support(layer, found)
+
+
+@pytest.mark.parametrize("n", [0, 3])
+@pytest.mark.parametrize("size", [1, 4])
+def test_columns_on_torch(n, size):
+    layer = random_layer(2, 4, 16, n, 1e3)
+    pull = layer.hessian.matvec(layer.weight)
+    plain, moved = (obs_columns._Rest(layer.hessian, pull, np.arange(16)) for _ in range(2))
+    for name, array in vars(moved).items():
+        setattr(moved, name, torch.from_numpy(np.ascontiguousarray(array)))
+    for _ in range(3):
+        np.testing.assert_allclose(moved.costs(size), plain.costs(size), rtol=1e-9)
+        first = int(np.argmin(plain.costs(size))) * size
+        assert plain.remove(first, size) and moved.remove(first, size)
+    np.testing.assert_allclose(moved.weight, plain.weight, rtol=1e-9)

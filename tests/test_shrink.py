@@ -30,7 +30,7 @@ def test_columns_keep_the_promises_of_a_pattern(group):
 
 
 @pytest.mark.parametrize(
-    "solver", [ms.ADMM(), ms.IHT(), ms.Magnitude(), ms.Wanda()], ids=lambda solver: solver.name
+    "solver", [ms.ADMM(), ms.OBS(), ms.IHT(), ms.Magnitude(), ms.Wanda()], ids=lambda solver: solver.name
 )
 def test_solvers_prune_whole_columns(solver):
     problem = random_layer(0, 6, 16, 2, 1e2).problem
@@ -41,11 +41,13 @@ def test_solvers_prune_whole_columns(solver):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_best_columns_are_found_on_small_layers(seed):
-    """ADMM is no worse than magnitude, and both no better than the best of all choices."""
+    """ADMM and OBS are no worse than magnitude, and all no better than the best of all choices."""
     problem = random_layer(seed, 3, 6, 1, 1e2).problem
     best = min(_refitted(problem, [a, b]) for a in range(6) for b in range(a))
-    found = [ms.solve(problem, ms.Columns(1 / 3), solver).value for solver in (ms.ADMM(), ms.Magnitude())]
-    assert best <= found[0] * (1 + 1e-6) and found[0] <= found[1] * (1 + 1e-6)
+    found = [
+        ms.solve(problem, ms.Columns(1 / 3), solver).value for solver in (ms.ADMM(), ms.OBS(), ms.Magnitude())
+    ]
+    assert best <= min(found) * (1 + 1e-6) and max(found[:2]) <= found[2] * (1 + 1e-6)
 
 
 def _refitted(problem, pruned):
@@ -181,5 +183,16 @@ def test_what_cannot_be_shrunk_is_said():
             block.mlp.down_proj.weight.zero_()
     with pytest.raises(ModelError, match=r"nothing is left of model.layers.0.mlp.down_proj"):
         ms.shrink(model)
-    with pytest.raises(ModelError, match="has no units that can be cut out"):
+    with pytest.raises(
+        ModelError, match="has no units that can be cut out: .* configuration has their number$"
+    ):
         ms.shrink(torch.nn.Linear(3, 4))
+
+
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_a_resnets_configuration_has_no_number_of_channels_inside_a_block(layer_type):
+    sizes = dict(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type=layer_type)
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+    for ask in (lambda: ms.column_patterns(model, 0.25), lambda: ms.shrink(model)):
+        with pytest.raises(ModelError, match="channels inside a block of convolutions .* save with --compact"):
+            ask()

@@ -1,4 +1,4 @@
-"""The command line: `moonshot demo`, `prune`, `compare`, `eval` and `unpack`."""
+"""The command line: `moonshot demo`, `prune`, `compare`, `eval`, `unpack` and `targets`."""
 
 import os
 import shlex
@@ -23,7 +23,7 @@ from moonshot.app.terminal import (
     unbroken_output,
 )
 from moonshot.app.variadic import Variadic
-from moonshot.errors import MoonshotError
+from moonshot.errors import ArgumentError, MoonshotError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -113,6 +113,8 @@ def prune(
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     compact: options.Compact = False,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
     html: options.Html = None,
     config: options.Config = None,
     eval: options.Eval = None,
@@ -125,7 +127,10 @@ def prune(
     """Prune a causal language model or an image classifier and save it with its recipe and report."""
     from moonshot.app.parse import parse_adapter, parse_objective, parse_pattern, parse_solver
     from moonshot.app.prune import PruneCommand
+    from moonshot.files.hub import Push
 
+    if private and push_to_hub is None:
+        raise ArgumentError("--private is for a repository on the hub: add --push-to-hub NAME")
     PruneCommand(
         model=model,
         data=data,
@@ -150,6 +155,7 @@ def prune(
         checkpoint=checkpoint,
         overwrite=overwrite,
         compact=compact,
+        push=None if push_to_hub is None else Push(push_to_hub, private, overwrite),
         columns=columns,
         shrink=shrink,
         trust_remote_code=trust_remote_code,
@@ -283,6 +289,22 @@ def unpack(
     from moonshot.files.compact import unpack_folder
 
     say(console, f"saved: {unpack_folder(folder, save, overwrite=overwrite)}")
+
+
+@app.command()
+def targets(
+    folder: Annotated[Path, typer.Argument(help="A folder that moonshot prune saved.")],
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time it here, in turns with the dense model.")
+    ] = False,
+    dense: Annotated[
+        str | None, typer.Option(help="The dense model; the one that was pruned unless given.")
+    ] = None,
+) -> None:
+    """Say for each engine whether a saved model is smaller or faster there, and how to get it there."""
+    from moonshot.app.targets import say_targets
+
+    say_targets(folder, measure, dense, console)
 
 
 def main() -> None:

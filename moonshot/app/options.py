@@ -138,6 +138,10 @@ Overwrite = Annotated[bool, _option(OUTPUT, "Replace a folder that moonshot wrot
 Compact = Annotated[
     bool, _option(OUTPUT, "Save values and a bit for each weight, without the zeros.", "--compact")
 ]
+PushToHub = Annotated[
+    str | None, _option(OUTPUT, "Then send the folder to this repository of the Hugging Face hub.")
+]
+Private = Annotated[bool, _option(OUTPUT, "With --push-to-hub: a repository that only you see.", "--private")]
 Html = Annotated[
     Path | None, _option(OUTPUT, "A report to look at, in one HTML file; measures the model before and after.")
 ]

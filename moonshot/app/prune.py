@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from moonshot.errors import ArgumentError, MoonshotError
 from moonshot.files import plan as planning
 from moonshot.files.draft import check_apart, check_free
 from moonshot.files.folder import Opened, opened
+from moonshot.files.hub import Push
 from moonshot.files.load import Source
 from moonshot.files.plan import Plan
 from moonshot.files.protocols import PROTOCOLS
@@ -54,8 +55,10 @@ from moonshot.solvers import Solver
 
 SETTINGS = "run.yaml"  # in a saved folder: the options that repeat the run
 # Options that do not change what a run gives, and the one that is for each user to allow.
-# Options that do not change what a run gives, and the one that is for each user to allow.
-_WHERE = {"save", "overwrite", "html", "dry_run", "quiet", "checkpoint", "memory", "trust_remote_code"}
+_WHERE = {
+    *("save", "overwrite", "push_to_hub", "private", "html", "dry_run", "quiet", "checkpoint", "memory"),
+    "trust_remote_code",
+}
 _GAINS = {
     "zeros": "its zeros are stored as they are: it is as large and as fast as the dense model",
     "compact": "its zeros take a bit each: moonshot.load_compact reads it, moonshot unpack makes it an ordinary folder",
@@ -92,6 +95,7 @@ class PruneCommand:
     checkpoint: Path | None = None
     overwrite: bool = False
     compact: bool = False
+    push: Push | None = None
     trust_remote_code: bool = False
     command: str = ""
     unreached: Literal["error", "skip"] = "error"
@@ -122,10 +126,16 @@ class PruneCommand:
             if ranks.is_first and not self.dry_run:
                 self._remove_checkpoint()
             say(console, f"done already: {self.save}")
+            if (
+                self.push is not None and ranks.is_first and not self.dry_run
+            ):  # what is there of it is from this command
+                self._send(replace(self.push, overwrite=True), console)
             return
         if ranks.is_first:
             check_free(self.save, self.overwrite)
             self._check_checkpoint()
+            if self.push is not None:
+                self.push.check(self.model)
         source = Source(self.model, self.trust_remote_code)
         source.check_files()
         skeleton = source.skeleton()
@@ -144,6 +154,15 @@ class PruneCommand:
         if self.html is not None:
             say(console, f"report: {self.html}")
         say(console, _GAINS["shrink" if self.shrink else "compact" if self.compact else "zeros"])
+        if self.push is not None and ranks.is_first:
+            self._send(self.push, console)
+
+    def _send(self, push: Push, console: Console) -> None:
+        """Push what is saved to the hub."""
+        address, others = push.send(self.save)
+        say(console, f"pushed: {address}")
+        if others:
+            say(console, f"not pushed, since nobody knows what it is: {', '.join(map(one_line, others))}")
 
     def _prune(
         self,
@@ -182,7 +201,9 @@ class PruneCommand:
                 ]
             say(console, str(report))
             if self.shrink:
-                work.replace(shrink(work.model))
+                small = shrink(work.model)
+                report.recipe["shrink"] = f"{_parameters(small)} of {_parameters(work.model)} parameters"
+                work.replace(small)
             if self._html_inside:
                 (work.draft / self._html_inside).parent.mkdir(parents=True, exist_ok=True)
                 save_html(report, work.draft / self._html_inside)
@@ -541,6 +562,10 @@ class PruneCommand:
 
     def _patterns(self, model: nn.Module) -> Pattern | Mapping[str, Pattern]:
         return self.pattern if self.columns is None else column_patterns(model, self.columns)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def print_skipped(console: Console, skipped: list[str], images: bool) -> None:

@@ -14,8 +14,26 @@ _TERMS = (
 )  # what a dense model's card says of the pruned one
 
 
-def model_card(report: Report, source: Source | None) -> str:
-    """A README.md with front matter. source: where the dense model is from, where that is known."""
+_MASK = "A layer's mask is `weight != 0`; `report.json` has the figures of every layer."
+_ZEROS = (
+    "The zeros are stored as they are, so that the model loads as the dense one does, takes as much space and runs "
+    f"as fast. {_MASK}"
+)
+_COMPACT = (
+    "It was saved without its zeros. While there is a `compact.json` beside this card, `moonshot.load_compact` reads "
+    f"the folder and `moonshot unpack` makes an ordinary one of it. {_MASK}"
+)
+_SHRUNK = (
+    "What was zero as a whole, hidden units and groups of attention heads, is cut out: this is an ordinary model with "
+    "a smaller configuration. `report.json` has the figures of every layer as it was before that."
+)
+
+
+def model_card(report: Report, source: Source | None, compact: bool = False) -> str:
+    """A README.md with front matter.
+
+    source: where the dense model is from, where that is known. compact: whether it is saved without its zeros.
+    """
     from huggingface_hub import ModelCardData
 
     recipe = report.recipe
@@ -31,10 +49,9 @@ def model_card(report: Report, source: Source | None) -> str:
     lines = ["---", ModelCardData(**about).to_yaml(), "---", "", f"# {title}", ""]
     lines += [
         f"Pruned in one shot with moonshot to {pattern}: {100 * report.sparsity:.2f} % of the weights of "
-        f"{len(report.layers)} layers are zero.",
+        f"{len(report.layers)} layers became zero.",
         "",
-        "The zeros are stored as they are, so that the model loads as the dense one does, takes as much space and runs "
-        "as fast. A layer's mask is `weight != 0`; `report.json` has the figures of every layer.",
+        _SHRUNK if "shrink" in recipe else _COMPACT if compact else _ZEROS,
     ]
     lines += [part for evaluation in report.evaluations for part in ("", f"{evaluation}.")]
     if "command" in recipe:

@@ -9,7 +9,7 @@ is `model.compact`, in the same format and under a name that nobody takes for a 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -70,10 +70,35 @@ def write_compact(source: Path, destination: Path) -> None:
                 }
                 contents["tensors"][key] = about
             digest = write_tensors(destination / packed, entries)
-        contents["files"][packed] = {"weights": name, "sha256": digest}
+            about_file = {"weights": name, "sha256": digest, "metadata": file.metadata()}
+        contents["files"][packed] = about_file
     if (source / INDEX).is_file():
         contents["index"] = json.loads((source / INDEX).read_text(encoding="utf-8"))
     (destination / CONTENTS).write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+
+
+def weights_size(folder: Path) -> int:
+    """Bytes of the tensors of a model's folder, of a compact one as they will be once it is unpacked."""
+    if (folder / CONTENTS).is_file():
+        tensors = _contents(folder)["tensors"].values()
+        return sum(prod(about["shape"]) * DTYPES[about["dtype"]].itemsize for about in tensors)
+    return sum(tensor.nbytes for _, tensor in _tensors(folder, weight_files(folder)))
+
+
+def compact_size(folder: Path) -> int:
+    """Bytes of the tensors of a compact folder, or of what a model's folder would be as one."""
+    if (folder / CONTENTS).is_file():
+        return sum(tensor.nbytes for _, tensor in _tensors(folder, list(_contents(folder)["files"])))
+    parts = (_packed(key, tensor, tensor.clone) for key, tensor in _tensors(folder, weight_files(folder)))
+    return sum(prod(entry.shape) * entry.dtype.itemsize for part in parts for entry in part.values())
+
+
+def _tensors(folder: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        check_weights(folder / name)
+        with safe_open(folder / name, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no dictionary
+                yield key, file.get_tensor(key)
 
 
 def unpack_folder(folder: str | Path, destination: str | Path, *, overwrite: bool = False) -> Path:
@@ -94,7 +119,7 @@ def unpack_folder(folder: str | Path, destination: str | Path, *, overwrite: boo
                     described = contents["tensors"][key]
                     shape, dtype = tuple(described["shape"]), DTYPES[described["dtype"]]
                     entries[key] = Entry(shape, dtype, partial(_unpacked, file, key, described))
-                write_tensors(draft.path / about["weights"], entries)
+                write_tensors(draft.path / about["weights"], entries, about.get("metadata"))
         if "index" in contents:
             (draft.path / INDEX).write_text(json.dumps(contents["index"], indent=2) + "\n", encoding="utf-8")
         draft.publish()

@@ -90,7 +90,8 @@ class Opened:
                 self._take_along(self._source)
             elif self.processor is not None:
                 self.processor.save_pretrained(self.draft)  # type: ignore[attr-defined]
-            (self.draft / "README.md").write_text(model_card(report, self._source), encoding="utf-8")
+            card = model_card(report, self._source, compact)
+            (self.draft / "README.md").write_text(card, encoding="utf-8")
             (self.draft / "recipe.json").write_text(
                 json.dumps(report.recipe, indent=2) + "\n", encoding="utf-8"
             )

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +23,14 @@ class Entry(NamedTuple):
     read: Callable[[], Tensor]
 
 
-def write_tensors(path: Path, entries: dict[str, Entry]) -> str:
-    """Write a safetensors file with these tensors, in order of their alignment; its sha256.
+def write_tensors(path: Path, entries: dict[str, Entry], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file with these tensors, in order of their alignment, as safetensors does; its sha256.
+
+    metadata: what the file says of itself; that its tensors are torch's unless given.
 
     Raises ValueError for a dtype that the format has no name for, or that moonshot does not read.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
     ordered = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
     for name in ordered:
@@ -37,7 +39,7 @@ def write_tensors(path: Path, entries: dict[str, Entry]) -> str:
             raise ArgumentError(f"{name} is {dtype}, which moonshot does not write")
         start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNED)
     return _write(path, (len(text).to_bytes(8, "little"), text), (entries[name].read for name in ordered))
 

@@ -15,7 +15,7 @@ class Columns:
     sparsity: the fraction of columns that are zero, 0 to 1, rounded to whole groups.
     group: so many consecutive columns go together, such as those of an attention head.
 
-    ADMM, IHT, Magnitude and Wanda take it. `moonshot.shrink` cuts columns that are zero out of a model.
+    ADMM, OBS, IHT, Magnitude and Wanda take it. `moonshot.shrink` cuts columns that are zero out of a model.
     """
 
     sparsity: float
@@ -43,7 +43,7 @@ class Columns:
             )
 
     def zeros(self, shape: tuple[int, int]) -> int:
-        return shape[0] * self.group * self._pruned_groups(shape)
+        return shape[0] * self.group * self.pruned_groups(shape)
 
     def eased(self, share: float) -> "Columns":
         return replace(self, sparsity=1 - (1 - self.sparsity) ** share)
@@ -52,7 +52,7 @@ class Columns:
         self.validate(scores.shape)
         xp, (m, d) = namespace(scores), scores.shape
         by_group = xp.sum(scores.reshape(m, d // self.group, self.group), axis=(0, 2))
-        pruned = smallest(by_group[None, :], self._pruned_groups((m, d)))[0]
+        pruned = smallest(by_group[None, :], self.pruned_groups((m, d)))[0]
         columns = xp.broadcast_to(~pruned[:, None], (d // self.group, self.group)).reshape(1, d)
         return xp.asarray(xp.broadcast_to(columns, (m, d)), copy=True)
 
@@ -63,10 +63,11 @@ class Columns:
         present = xp.any(groups, axis=(0, 2))
         if bool(xp.any(present != xp.all(groups, axis=(0, 2)))):
             raise PatternMismatchError(f"{self}: a group of the mask is neither zero nor left as a whole")
-        if int(xp.sum(~present)) != self._pruned_groups((m, d)):
+        if int(xp.sum(~present)) != self.pruned_groups((m, d)):
             raise PatternMismatchError(
-                f"{self} promises {self._pruned_groups((m, d))} groups of zeros, the mask has {int(xp.sum(~present))}"
+                f"{self} promises {self.pruned_groups((m, d))} groups of zeros, the mask has {int(xp.sum(~present))}"
             )
 
-    def _pruned_groups(self, shape: tuple[int, int]) -> int:
+    def pruned_groups(self, shape: tuple[int, int]) -> int:
+        """How many groups of columns are zero."""
         return round(self.sparsity * (shape[1] // self.group))

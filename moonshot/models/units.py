@@ -77,9 +77,15 @@ def units_of(model: nn.Module) -> list[Units]:
         [] if config is None else [units for block in find_blocks(model) for units in _of_block(config, *block)]
     )
     if not found:
+        channels = (
+            "; the channels inside a block of convolutions follow from its outputs, by a ratio that no configuration "
+            "says: prune them to 2:4 or a fraction, and save with --compact"
+        )
         raise ModelError(
             f"{type(model).__name__} has no units that can be cut out: known are the MLPs and attention heads of "
             "transformers' models whose configuration has their number"
+            + channels
+            * any(isinstance(module, nn.Conv2d) for module in model.modules())
         )
     return found
 

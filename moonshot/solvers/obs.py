@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moonshot.layer.columns import Columns
 from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem
 from moonshot.linalg.backend import (
@@ -25,6 +26,7 @@ from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import apply
 from moonshot.solvers.base import Answer
 from moonshot.solvers.obs_batched import LOST
+from moonshot.solvers.obs_columns import without_columns
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,28 @@ class OBS:
     best, and goes on. The first unstructured pattern follows every row to its last weight; all others on the
     same state reuse that. A row budget takes the start of each row's trace, a layer budget hands zeros to the
     rows along the lower convex hulls of their losses. N:M patterns have a pass of their own, in which a group of m
-    that has lost m - n weights is closed. The weights are then the exact minimiser on the support.
+    that has lost m - n weights is closed. Columns go by the sum of what they cost in all rows. The weights are then
+    the exact minimiser on the support.
 
-    Cost of a trace: d^3 / 6 multiply-adds a row, in float64, and d^2 numbers a thread.
+    Cost of a trace: d^3 / 6 multiply-adds a row, in float64, and d^2 numbers a thread. Of columns: d^2 + n m d for each
+    that goes, with n factors a row.
 
     Numerical stability: what is left of a diagonal entry of the inverse, relative to what it was, tells how many of
     its digits are gone. At 1e-8 the row's inverse is computed afresh from the Hessian of the weights left.
 
-    Source: Frantar and Alistarh, Optimal Brain Compression (arXiv 2208.11580), algorithm 1; the hull in place of
-    their heap, and the blocked downdates, are ours: see docs/solvers/obs.md.
+    Source: Frantar and Alistarh, Optimal Brain Compression (arXiv 2208.11580), algorithm 1; for columns Kurtic et al.,
+    ZipLM (arXiv 2302.04089), whose rows share a Hessian. The hull in place of their heap, the blocked downdates, and
+    columns of rows with factors are ours: see docs/solvers/obs.md.
     """
 
     name = "OBS"
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
-        return lacks_groups(pattern, problem.shape, "a trace of removals")
+        return (
+            None
+            if isinstance(pattern, Columns)
+            else lacks_groups(pattern, problem.shape, "a trace of removals")
+        )
 
     def working_memory(self, shape: tuple[int, int]) -> int:
         """Bytes of the inverses that threads work on, one each."""
@@ -104,6 +113,11 @@ class OBS:
 
     def compute(self, state: _State, pattern: Any) -> Answer:
         m, d = state.centre.shape
+        if isinstance(pattern, Columns):
+            weight, mask = without_columns(
+                state.hessian, state.centre, pattern.group, pattern.pruned_groups((m, d))
+            )
+            return Answer(as_dtype(weight, state.dtype), mask)
         size, zeros = pattern.groups((m, d))
         if size < d:
             quotas = np.full(d // size, zeros)
