@@ -32,8 +32,8 @@ _BEFORE = """
 #define __device__ static inline
 #define __shared__ static
 
-static struct { int x; } blockIdx, blockDim;
-static thread_local struct { int x; } threadIdx;
+static struct { unsigned x; } blockIdx, blockDim, gridDim;
+static thread_local struct { unsigned x; } threadIdx;
 static std::barrier<> *together;
 static void __syncthreads() { together->arrive_and_wait(); }
 static unsigned char *dynamic_shared;
@@ -55,8 +55,8 @@ static int launch(void (*kernel)(A...), int blocks, int threads, int bytes, void
     constexpr int beyond = 64;
     std::vector<unsigned char> memory(bytes + beyond), untouched(beyond, 0xff);
     dynamic_shared = memory.data();
-    blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+    blockDim.x = threads, gridDim.x = blocks;
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
         std::memset(dynamic_shared, 0xff, bytes + beyond);
         std::barrier<> barrier(threads);
         together = &barrier;
@@ -90,8 +90,9 @@ def compiled(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
     with TemporaryDirectory() as folder:
         code, library = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
         code.write_text(_BEFORE + source + _AFTER + entries)
-        command = [COMPILER, "-std=c++20", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-pthread", *options]
-        subprocess.run([*command, str(code), "-o", str(library)], check=True)
+        strict = ["-std=c++20", "-O1", "-Wall", "-Wno-sign-compare", "-Werror"]
+        command = [COMPILER, *strict, "-shared", "-fPIC", "-pthread", *options, str(code), "-o", str(library)]
+        subprocess.run(command, check=True)
         return ctypes.CDLL(str(library))
 
 
