@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 import moonshot
-from moonshot.linalg import cuda, smallest_cuda
+from moonshot.linalg import cuda, lowrank_cuda, smallest_cuda
 from moonshot.solvers import sparsegpt_cuda
 
 DEVICES = ("80", "90")  # A100, H100
 OPTIONS = {
+    lowrank_cuda.SOURCE: [
+        lowrank_cuda.options("float32", "float32"),
+        lowrank_cuda.options("float32", "float64"),
+    ],
     smallest_cuda.SOURCE: [smallest_cuda.options("float32", few=4), smallest_cuda.options("float64", few=64)],
     sparsegpt_cuda.SOURCE: [sparsegpt_cuda.options("float32", 16), sparsegpt_cuda.options("float64", 0)],
 }
