@@ -36,16 +36,16 @@ def launch(
     """
     device = arguments[0].device
     with device:
-        kernel = _kernel(path, options, name, device.id, max(shared, UNASKED))
+        kernel = _kernel(path, options, name, device.id, shared > UNASKED)
         kernel((blocks,), (threads,), arguments, shared_mem=shared)
 
 
 @cache
-def _kernel(path: str, options: tuple[str, ...], name: str, device: int, shared: int) -> Any:
-    """The kernel, on the current device, which is `device`; it may have so many bytes of dynamic shared memory."""
+def _kernel(path: str, options: tuple[str, ...], name: str, device: int, asks: bool) -> Any:
+    """The kernel, on the current device, which is `device`. One that asks may have all the shared memory there is."""
     kernel = _module(path, options).get_function(name)
-    if shared > UNASKED:
-        kernel.max_dynamic_shared_size_bytes = shared
+    if asks:
+        kernel.max_dynamic_shared_size_bytes = _shared_memory(device)
     return kernel
 
 
