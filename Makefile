@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-slow lint docs bench bench-large bench-growth bench-solvers comparison
+.PHONY: help demo test test-faults test-slow lint docs bench bench-large bench-growth bench-gpu bench-solvers comparison
 
 bin := .venv/bin
 ready := .venv/.ready
@@ -17,6 +17,7 @@ help:
 	@echo "make bench      every solver's speed beside its peers', and what changed since the last run: ten minutes"
 	@echo "make bench-large   the same on a Llama's layers too: hours"
 	@echo "make bench-growth  how times grow with rows, columns, factors and tokens"
+	@echo "make bench-gpu      the GPU tests, every solver and prune on one CUDA device: eight minutes"
 	@echo "make bench-solvers  every solver and its peers on all data sets, by benchopt: five minutes"
 	@echo "make comparison     docs/comparison.md and its figure from what that measured"
 
@@ -53,6 +54,9 @@ bench-large: $(ready)
 
 bench-growth: $(ready)
 	$(bin)/python -m benchmarks.speed.growth
+
+bench-gpu: $(ready)
+	$(bin)/python -m benchmarks.gpu
 
 $(bench_ready): benchmarks/requirements.txt setup.cfg pyproject.toml
 	test -x $(bench)/python || python3 -m venv .venv-bench

@@ -263,7 +263,7 @@ def test_the_best_share_of_a_budget(seed, m, d, data):
 
 def result_with(value, bound):
     return Result(
-        np.zeros((1, 1)), np.zeros((1, 1), bool), value, 1, {}, Status.OPTIMAL, 0, "", "", bound=bound
+        np.zeros((1, 1)), np.zeros((1, 1), bool), value, None, {}, Status.OPTIMAL, 0, "", "", bound=bound
     )
 
 

@@ -116,7 +116,7 @@ def test_a_step_minimises_its_model_over_every_support():
         point = _at(quadratic, np.where(keep, rng.normal(size=(1, 8)), 0), keep, np.array([[0.5]]))
         y, mask = _thresholded(quadratic, Unstructured(5 / 8), point)
 
-        diagonal = quadratic.diagonal()
+        diagonal = quadratic.diagonal
 
         def model(y, point=point, diagonal=diagonal):
             moved = y - point.x
@@ -234,7 +234,7 @@ def test_the_scaled_quadratic_is_the_quadratic():
     half = (quadratic.matvec(x) - quadratic.pull) * roots * unit
     np.testing.assert_allclose(half, half_gradient(layer, weight), rtol=1e-9)
     diagonal = np.einsum("ijj->ij", layer.dense())
-    np.testing.assert_allclose(quadratic.diagonal() * roots**2, diagonal)
+    np.testing.assert_allclose(quadratic.diagonal * roots**2, diagonal)
     rows = np.array([2, 0])
     np.testing.assert_allclose(quadratic.rows(rows).matvec(x[rows]), quadratic.matvec(x)[rows])
     np.testing.assert_array_equal(quadratic.rows(rows).pull, quadratic.pull[rows])

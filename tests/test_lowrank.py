@@ -1,9 +1,12 @@
 """Products with the rows' factors against the sums they stand for."""
 
+import shutil
+
 import numpy as np
 import pytest
 
-from moonshot.linalg import lowrank
+import cuda_on_host
+from moonshot.linalg import lowrank, lowrank_cuda
 from moonshot.linalg.backend import like, native
 
 rng = np.random.default_rng(0)
@@ -49,3 +52,29 @@ def test_coefficients_are_refreshed_in_place(backend):
     pull = lowrank.refresh(*arrays)
     np.testing.assert_allclose(backend.numpy(arrays[4]), expected, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(backend.numpy(pull), np.einsum("kij,ik->ij", scaled, expected), atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("threads", [1, 3, 16])
+@pytest.mark.skipif(
+    shutil.which(cuda_on_host.COMPILER) is None, reason=f"{cuda_on_host.COMPILER} is not installed"
+)
+def test_kernels(monkeypatch, threads, dtype):
+    monkeypatch.setattr("moonshot.linalg.cuda.launch", cuda_on_host.launcher(threads))
+    factors = FACTORS.astype(dtype)  # float32 as they are stored, all else float64
+    np.testing.assert_allclose(
+        lowrank_cuda.project(factors, X), np.einsum("kij,ij->ki", factors, X), rtol=1e-12
+    )
+    combined = np.einsum("kij,ki->ij", factors, COEFFICIENTS)
+    np.testing.assert_allclose(lowrank_cuda.combine(factors, COEFFICIENTS), combined, rtol=1e-12, atol=1e-13)
+    view = np.asfortranarray(X)
+    np.testing.assert_array_equal(lowrank_cuda.project(factors, view), lowrank_cuda.project(factors, X))
+
+
+def test_factors_in_another_dtype(backend):
+    factors = [backend.array(FACTORS, "float32"), backend.array(X)]
+    if backend.name != "torch-cpu":
+        factors = [native(array) for array in factors]
+    result = backend.numpy(like(lowrank.apply(*factors), backend.array(X)))
+    single = FACTORS.astype("float32").astype("float64")
+    np.testing.assert_allclose(result, np.einsum("kij,kil,il->ij", single, single, X), rtol=1e-12, atol=1e-12)

@@ -1,6 +1,7 @@
 """solve: every solver on every kind of problem and pattern, graded by `solve` alone."""
 
 import gc
+import weakref
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -14,7 +15,7 @@ from moonshot.bounds import certificate
 from moonshot.bounds.certificate import lower_bound
 from moonshot.layer.objectives import Fisher, Reconstruction
 from moonshot.layer.patterns import NM, PatternError, Unstructured
-from moonshot.layer.problem import Problem, Status
+from moonshot.layer.problem import Deviation, Problem, Status
 from moonshot.linalg import RowHessian
 from moonshot.solvers import (
     ADMM,
@@ -508,3 +509,38 @@ def test_what_a_solver_held_is_gone_at_once(solver):
     finally:
         gc.unfreeze()
         gc.enable()
+
+
+@pytest.mark.parametrize("n", [0, 2])
+@pytest.mark.parametrize("m", [1, 4, 5, 40])
+def test_values_of_few_rows_and_of_many(m, n):
+    layer = random_layer(m, m, 32, n, condition=100.0)
+    V = np.random.default_rng(n).normal(size=layer.weight.shape)
+    assert layer.problem.value(V) == pytest.approx(explicit_value(layer, V), rel=1e-13)
+    assert layer.problem.zero_value() == pytest.approx(explicit_value(layer, 0 * V), rel=1e-13)
+
+
+def test_the_value_at_zero_is_found_when_it_is_asked_for(monkeypatch):
+    layer, asked = random_layer(3, 4, 8, 2), []
+    loss = Deviation.loss
+    monkeypatch.setattr(
+        Deviation, "loss", lambda self, shared, factors: asked.append(shared) or loss(self, shared, factors)
+    )
+    problem = layer.problem
+    results = [solve(problem, pattern, SparseGPT()) for pattern in ("2:4", 0.5)]
+    graded = [shared is not None for shared in asked]
+    assert sum(graded) == 2  # F(V) of each, and no F(0)
+    values = [result.value / explicit_value(layer, 0 * layer.weight) for result in results]
+    assert [result.relative for result in results] == pytest.approx(values, rel=1e-12)
+    assert sum(shared is not None for shared in asked) == 3  # one serves both
+
+
+def test_a_result_lets_go_of_the_hessian_when_its_relative_value_is_known():
+    problem = random_layer(3, 4, 8, 0).problem
+    shared = weakref.ref(problem.hessian.A)
+    result = solve(problem, "2:4", SparseGPT())
+    del problem
+    gc.collect()
+    relative = result.relative
+    gc.collect()
+    assert shared() is None and result.relative == relative

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 import cuda_on_host
 import moonshot as ms
 from moonshot.linalg.backend import native, on_host
-from moonshot.solvers import sparsegpt_batched, sparsegpt_cuda, sparsegpt_kernels
+from moonshot.linalg.cuda import UNASKED
+from moonshot.solvers import sparsegpt, sparsegpt_batched, sparsegpt_cuda, sparsegpt_kernels
 from strategies import random_layer
 
+H100 = 227 * 1024  # bytes of shared memory that a thread block can have
 TOLERANCE = {"float32": 2e-4, "float64": 1e-10}
 
 
@@ -107,11 +109,8 @@ def cuda(request, monkeypatch):
     if shutil.which(cuda_on_host.COMPILER) is None:
         pytest.skip(f"{cuda_on_host.COMPILER} is not installed")
 
-    def launch(name, dtype, rank, width, blocks, threads, arguments):
-        options = sparsegpt_cuda.options(dtype, rank, width)
-        cuda_on_host.launch(sparsegpt_cuda.source(), options, name, blocks, request.param, arguments)
-
-    monkeypatch.setattr(sparsegpt_cuda, "launch", launch)
+    monkeypatch.setattr("moonshot.linalg.cuda.launch", cuda_on_host.launcher(request.param))
+    monkeypatch.setattr("moonshot.linalg.cuda.shared_memory", lambda array: H100)
     return sparsegpt_cuda, np.ascontiguousarray
 
 
@@ -226,14 +225,39 @@ def test_a_whole_sweep_by_cuda(cuda, monkeypatch, n):
         np.testing.assert_allclose(on_host(found.weight), expected.weight, rtol=1e-9, atol=1e-12)
 
 
-def test_what_cuda_cannot_hold_is_said(cuda):
+@pytest.mark.parametrize(("dtype", "n"), [("float32", 128), ("float64", 100)])
+def test_state_that_has_to_be_asked_for(cuda, dtype, n):
+    assert sparsegpt_cuda.shared_bytes("gains", n, dtype) > UNASKED
+    arguments = sweep_arguments(0, 2, 4, n, dtype)
+    assert_same("gains", cuda, arguments, 1.5)
+    assert_same("sweep_groups", cuda, arguments, 0, 4, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("available", "dtype", "most"),
+    [(UNASKED, "float32", 109), (UNASKED, "float64", 76), (H100, "float32", 239), (H100, "float64", 168)],
+)
+def test_the_most_factors_that_fit(available, dtype, most):
+    assert sparsegpt_cuda.fits(most, dtype, available)
+    assert not sparsegpt_cuda.fits(most + 1, dtype, available)
+
+
+@pytest.mark.parametrize(("n", "chosen"), [(128, sparsegpt_cuda), (240, sparsegpt_batched)])
+def test_the_device_says_what_fits(monkeypatch, n, chosen):
+    monkeypatch.setattr("moonshot.solvers.sparsegpt.is_numpy", lambda array: False)
+    monkeypatch.setattr("moonshot.solvers.sparsegpt.is_cupy", lambda array: True)
+    monkeypatch.setattr("moonshot.solvers.sparsegpt.shared_memory", lambda array: H100)
+    assert sparsegpt._kernels(np.ones((2, 2), np.float32), n) is chosen
+
+
+def test_what_cuda_cannot_hold_is_said(cuda, monkeypatch):
     kernels, convert = cuda
-    assert kernels.fits(76, "float64") and kernels.fits(100, "float32")
-    assert not kernels.fits(78, "float64") and not kernels.fits(110, "float32")
-    none = convert(np.zeros((2049, 1, 0, 1)))
-    column, keep = convert(np.zeros((2049, 1))), convert(np.ones((2049, 1), bool))
+    monkeypatch.setattr("moonshot.linalg.cuda.shared_memory", lambda array: UNASKED)
+    d = UNASKED // 8 + 1
+    none = convert(np.zeros((d, 1, 0, 1)))
+    column, keep = convert(np.zeros((d, 1))), convert(np.ones((d, 1), bool))
     with pytest.raises(ValueError, match="smaller block"):
-        kernels.sweep(column, convert(np.eye(2049)), none, none, none[0], keep, column, 0, 2049)
+        kernels.sweep(column, convert(np.eye(1)), none, none, none[0], keep, column, 0, d)
     with pytest.raises(ValueError, match="C order"):
         kernels.gains(convert(np.zeros((3, 4, 2, 1))).swapaxes(0, 1), 1.0)
 

@@ -5,11 +5,21 @@ from enum import Enum
 from functools import cached_property
 
 from moonshot.errors import ArgumentError, ArgumentTypeError
-from moonshot.linalg.backend import Array, all_finite, as_dtype, contiguous, dtype_name, namespace, native
+from moonshot.linalg.backend import (
+    Array,
+    all_finite,
+    as_dtype,
+    computing_on,
+    contiguous,
+    dtype_name,
+    namespace,
+    native,
+)
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import project
 
 _LARGEST = 1e100  # of a weight and of a Hessian, and one over the smallest
+_FEW = 8  # times as many columns as rows, above which products are cheaper with A than with their own transpose
 
 
 class Status(str, Enum):
@@ -66,20 +76,54 @@ class Deviation:
     def _gram(self) -> Array:
         return self._x.T @ self._x
 
-    def loss(self, shared: Array | None, factors: Array | None) -> float:
-        """`sum_i x_i' (S + F_i F_i') x_i`, S: (d, d), F: (m, d, n), either None for none.
+    def _shared_loss(self, shared: Array) -> float:
+        """`sum_i x_i' S x_i`: the inner product of S and `X'X`.
 
-        The first part is the inner product of S and `X'X`, which is symmetric, for half the work, and serves every S.
-        S in float32 is semidefinite up to rounding only, and so the sum is not negative up to rounding only.
+        That is symmetric, for half the work, and serves every S. For few rows the product with S is cheaper. S in
+        float32 is semidefinite up to rounding only, and so the sum is not negative up to rounding only.
         """
+        xp, (rows, columns) = namespace(self._x), self._x.shape
+        if rows * _FEW < columns:
+            return float(xp.tensordot(self._x @ shared, self._x, axes=2))
+        return float(xp.tensordot(shared, self._gram, axes=2))
+
+    def loss(self, shared: Array | None, factors: Array | None) -> float:
+        """`sum_i x_i' (S + F_i F_i') x_i`, S: (d, d), F: (m, d, n), either None for none."""
         xp = namespace(self._x)
         loss = 0.0
         if shared is not None:
-            loss += float(xp.tensordot(as_dtype(shared, "float64"), self._gram, axes=2))
+            loss += self._shared_loss(as_dtype(shared, "float64"))
         if factors is not None:
             by_factor = contiguous(xp.permute_dims(factors, (2, 0, 1)))
             loss += float(xp.sum(project(by_factor, self._x) ** 2))
         return loss
+
+
+class AtZero:
+    """F(0), whose product with A is made when it is first asked for, and A let go of then.
+
+    known: the rest of it. shared: A, or None for nothing more. centre: (m, d).
+    """
+
+    def __init__(self, known: float, shared: Array | None, centre: Array):
+        self._known, self._shared, self._centre = known, shared, centre
+
+    @property
+    def limit(self) -> float:
+        """What F(0) is at most, without that product: the largest eigenvalue of A is below its trace."""
+        if self._shared is None:
+            return self._known
+        trace = float(namespace(self._shared).linalg.trace(self._shared))
+        return self._known + trace * Deviation(self._centre).squared_norm
+
+    @property
+    def value(self) -> float:
+        """F(0)"""
+        if self._shared is not None:
+            with computing_on(self._shared):
+                self._known += Deviation(self._centre).loss(self._shared, None)
+            self._shared = None
+        return self._known
 
 
 class Problem:
@@ -148,10 +192,14 @@ class Problem:
 
     def value(self, V: Array) -> float:
         """F(V), in float64."""
-        v = native(V, "V")
-        difference = as_dtype(v, "float64") - self.centre
-        xp = namespace(difference)
-        return float(xp.sum(self.hessian.quadratic(difference))) + self.constant
+        difference = as_dtype(native(V, "V"), "float64") - self.centre
+        return Deviation(difference).loss(self.hessian.A, self._factors) + self.constant
+
+    @property
+    def _factors(self) -> Array | None:
+        """The U_i, (m, d, n), without a copy."""
+        factors = self.hessian.factors
+        return None if factors is None else namespace(factors).permute_dims(factors, (1, 2, 0))
 
     def graded(self, V: Array) -> tuple[float, list[float]]:
         """F(V) and the loss of each term, in float64, with no product more than the losses take."""
@@ -175,14 +223,16 @@ class Problem:
 
     def zero_value(self) -> float:
         """F(0), the unit of `Result.relative`."""
-        return self._zero_value
+        return self.at_zero.value
 
     @cached_property
-    def _zero_value(self) -> float:
+    def at_zero(self) -> AtZero:
+        """F(0) for when it is asked for."""
         if self.ridge is None:
-            return self.value(namespace(self.centre).zeros_like(self.centre))
+            known = self.constant + Deviation(self.centre).loss(None, self._factors)
+            return AtZero(known, self.hessian.A, self.centre)
         losses = [1.0 if term.at_zero > 0 else 0.0 for term in self.terms]
-        return self._sum_of_terms(losses, Deviation(-native(self.weight, "weight")))
+        return AtZero(self._sum_of_terms(losses, Deviation(-native(self.weight, "weight"))), None, self.centre)
 
 
 def check_weight(array: Array, name: str = "weight") -> Array:
@@ -211,7 +261,7 @@ class Result:
     weight: (m, d), zero outside the mask, the kind, dtype and device of the problem's weight.
     mask: (m, d) booleans, False where a weight is pruned.
     value: F(weight) of the damped problem, float64.
-    relative: value / F(0).
+    at_zero: what `relative` takes F(0) from.
     terms: each term's undamped `q_t(weight) / q_t(0)`.
     status, iterations: how the solver ended, and after how many iterations.
     solver, pattern: their names.
@@ -223,7 +273,7 @@ class Result:
     weight: Array
     mask: Array
     value: float
-    relative: float
+    at_zero: AtZero = field(repr=False, compare=False)
     terms: dict[str, float]
     status: Status
     seconds: float
@@ -231,6 +281,12 @@ class Result:
     pattern: str
     iterations: int = field(default=1)
     bound: float | None = None
+
+    @property
+    def relative(self) -> float:
+        """value / F(0). F(0) is found when it is first asked for; until then the Hessian stays in memory."""
+        zero_value = self.at_zero.value
+        return self.value / zero_value if zero_value > 0 else 0.0
 
     @property
     def sparsity(self) -> float:

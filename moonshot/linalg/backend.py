@@ -225,23 +225,21 @@ def all_finite(array: Array) -> bool:
 def smallest(scores: Array, k: int) -> Array:
     """Boolean mask of exactly k smallest entries of each row of `scores` (rows, columns).
 
-    Ties are broken the same way at every call.
+    Of equals the first count, in NumPy and in CuPy; in torch ties are broken the same way at every call.
     """
     xp = namespace(scores)
-    rows, columns = scores.shape
     if k <= 0:
         return xp.zeros_like(scores, dtype=xp.bool)
-    if k >= columns:
+    if k >= scores.shape[1]:
         return xp.ones_like(scores, dtype=xp.bool)
     if array_api_compat.is_torch_array(scores):
         chosen = scores.topk(k, dim=1, largest=False, sorted=False).indices
         return xp.zeros_like(scores, dtype=xp.bool).scatter_(1, chosen, True)
     if is_numpy(scores):
         return _smallest_on_host(scores, k)
-    chosen = xp.argpartition(scores, k - 1, axis=1)[:, :k]
-    mask = xp.zeros_like(scores, dtype=xp.bool)
-    mask[xp.arange(rows)[:, None], chosen] = True
-    return mask
+    from moonshot.linalg import smallest_cuda
+
+    return smallest_cuda.smallest(scores, k)
 
 
 def _smallest_on_host(scores: np.ndarray, k: int) -> np.ndarray:

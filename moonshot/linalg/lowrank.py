@@ -1,6 +1,6 @@
 """Products with every row's factors: `U_i' x_i` and `U_i U_i' x_i`, for factors stored (n, m, d)."""
 
-from moonshot.linalg.backend import Array, is_numpy, namespace
+from moonshot.linalg.backend import Array, as_dtype, dtype_name, is_cupy, is_numpy, namespace
 
 
 def project(factors: Array, x: Array) -> Array:
@@ -9,8 +9,11 @@ def project(factors: Array, x: Array) -> Array:
         from moonshot.linalg import kernels
 
         return kernels.project(factors, x)
-    xp = namespace(x)
-    return xp.stack([xp.sum(u * x, axis=1) for u in factors])
+    if is_cupy(factors):
+        from moonshot.linalg import lowrank_cuda
+
+        return lowrank_cuda.project(factors, x)
+    return (_by_row(factors, x) @ x[:, :, None])[:, :, 0].T
 
 
 def apply(factors: Array, x: Array, scale: Array | None = None) -> Array:
@@ -55,7 +58,13 @@ def correct(y: Array, factors: Array, inverses: Array) -> Array:
 
 def _combine(factors: Array, coefficients: Array) -> Array:
     """`U_i c_i` for every row, (m, d); coefficients: (n, m)."""
-    product = factors[0] * coefficients[0][:, None]
-    for u, c in zip(factors[1:], coefficients[1:], strict=True):
-        product = product + u * c[:, None]
-    return product
+    if is_cupy(factors):
+        from moonshot.linalg import lowrank_cuda
+
+        return lowrank_cuda.combine(factors, coefficients)
+    return (coefficients.T[:, None, :] @ _by_row(factors, coefficients))[:, 0]
+
+
+def _by_row(factors: Array, x: Array) -> Array:
+    """The U_i', (m, n, d), in the dtype of x."""
+    return namespace(factors).permute_dims(as_dtype(factors, dtype_name(x)), (1, 0, 2))

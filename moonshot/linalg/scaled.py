@@ -1,6 +1,7 @@
 """A layer's quadratic in scaled coordinates."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from moonshot.linalg.backend import Array, as_dtype, contiguous, dtype_name, namespace, unit
 from moonshot.linalg.factor import rescaled
@@ -51,6 +52,7 @@ class ScaledQuadratic:
             product = product + apply(self.factors, x, self.units)
         return product
 
+    @cached_property
     def diagonal(self) -> Array:
         """Diagonals of the H_i: (m, d), or (1, d) where all rows share them."""
         shared = namespace(self.shared).linalg.diagonal(self.shared)[None, :]
@@ -71,7 +73,7 @@ class ScaledQuadratic:
         """
         xp = namespace(x)
         keep = xp.astype(mask, x.dtype)
-        precondition = keep / self.diagonal()
+        precondition = keep / self.diagonal
         residual = (self.pull - self.matvec(x)) * keep
         direction = residual * precondition
         rho = xp.sum(residual * direction, axis=1)

@@ -99,10 +99,10 @@ def solve(
 
 
 def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, bound: bool) -> Result:
-    zero_value = problem.zero_value()
-    if not math.isfinite(zero_value):
+    if not math.isfinite(problem.at_zero.limit) and not math.isfinite(problem.zero_value()):
         raise ArgumentError(
-            f"F(0) is {zero_value}, beyond the largest float64: scale the weight, or what the Hessian is made of, down"
+            f"F(0) is {problem.zero_value()}, beyond the largest float64: "
+            "scale the weight, or what the Hessian is made of, down"
         )
     begin = time.perf_counter()
     if state is None:
@@ -131,12 +131,16 @@ def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, boun
         start_value = problem.value(answer.start)
         rounded = bool(namespace(weight).any(graded != weight))
         reached = problem.value(weight) if rounded else value
-        if reached > start_value * (1 + 1e-3) + 1e-12 * zero_value:
+        allowed = start_value * (1 + 1e-3)
+        if reached > allowed and reached > allowed + 1e-12 * problem.zero_value():
             raise SolverError(
                 f"{solver.name} ended at {reached:.6g}, worse than the {start_value:.6g} it started from: "
                 "please report this with the problem"
             )
-    if answer.bound is not None and not answer.bound <= value + 1e-8 * abs(value) + 1e-12 * zero_value:
+    allowed = value + 1e-8 * abs(value)
+    if answer.bound is not None and not (
+        answer.bound <= allowed or answer.bound <= allowed + 1e-12 * problem.zero_value()
+    ):
         raise SolverError(
             f"{solver.name} claims that no value is below {answer.bound:.6g}, its own is {value:.6g}: "
             "please report this with the problem"
@@ -148,7 +152,7 @@ def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, boun
         weight=returned,
         mask=like(mask, problem.weight),
         value=value,
-        relative=value / zero_value if zero_value > 0 else 0.0,
+        at_zero=problem.at_zero,
         terms={term.name: loss for term, loss in zip(problem.terms, losses, strict=True)},
         status=answer.status,
         seconds=seconds,

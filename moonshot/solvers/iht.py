@@ -91,7 +91,7 @@ class IHT:
         first = quadratic.target
         if self.start is not None:
             first = as_dtype(native(self.start, "start"), problem.dtype) * quadratic.scale
-        started = pattern.keep(quadratic.diagonal() * first**2)
+        started = pattern.keep(quadratic.diagonal * first**2)
         start = xp.where(started, first, xp.zeros_like(first))
         start = quadratic.refit(start, started, self.refits)
         x, mask = xp.asarray(start, copy=True), xp.asarray(started, copy=True)
@@ -134,7 +134,7 @@ def _at(quadratic: ScaledQuadratic, x: Array, mask: Array, step: Array) -> _Poin
 def _thresholded(quadratic: ScaledQuadratic, pattern: Pattern, point: _Point) -> tuple[Array, Array]:
     """One gradient step and its projection onto the pattern, in the metric of the diagonal: (y, mask)."""
     xp = namespace(point.x)
-    diagonal = quadratic.diagonal()
+    diagonal = quadratic.diagonal
     y = point.x - point.step * point.gradient / diagonal
     mask = pattern.keep(diagonal * y**2)
     return xp.where(mask, y, xp.zeros_like(y)), mask

@@ -1,14 +1,16 @@
 // The sequential sweep on a CUDA device: one row of the layer is one thread block, its state is in shared memory.
 //
-// kernels_batched has the mathematics and the names. Compiled for one type and size each:
+// sparsegpt_batched has the mathematics and the names. Compiled for one type and number of factors each:
 //   REAL    float or double
 //   RANK    factors of a row, n
-//   WIDTH   columns that fit into shared memory, at least stop - start
+// How much shared memory each kernel needs is said by sparsegpt_cuda.shared_bytes.
 //
 // a, z, keep: (d, m); r: (d, d); p, t: (d, m, n); phi: (d, m); residual: (m, n). Right for any number of threads.
 
 typedef REAL real;
-constexpr int rank = RANK, width = WIDTH;
+constexpr int rank = RANK;
+
+extern __shared__ real shared[];
 
 #define EACH(i, count) for (int i = threadIdx.x; i < (count); i += blockDim.x)
 
@@ -86,36 +88,44 @@ __device__ void store(const real *value, const real *rest, real *a, real *residu
 
 extern "C" __global__ void gains(const real *p, real share, real *t, real *phi, int d, int m)
 {
-    __shared__ real inverse[rank * rank + 1], column[rank + 1], u[rank + 1];
+    real *inverse = shared, *column = inverse + rank * rank, *u = column + rank, *next = u + rank;
     EACH(e, rank * rank)
         inverse[e] = e % (rank + 1) ? 0 : share;
+    EACH(k, rank) {
+        column[k] = p[((size_t)(d - 1) * m + blockIdx.x) * rank + k];
+        u[k] = share * column[k];
+    }
+    __syncthreads();
     for (int j = d - 1; j >= 0; --j) {
         const size_t at = (size_t)j * m + blockIdx.x;
-        EACH(k, rank)
-            column[k] = p[at * rank + k];
+        const real shrink = 1 / (1 + best_step(u, column));
         __syncthreads();
         EACH(k, rank) {
-            real sum = 0;
-            for (int q = 0; q < rank; ++q)
-                sum += inverse[q * rank + k] * column[q]; // symmetric
-            u[k] = sum;
-        }
-        __syncthreads();
-        const real shrink = 1 / (1 + best_step(u, column));
-        EACH(e, rank * rank)
-            inverse[e] -= shrink * (u[e / (rank + !rank)] * u[e % (rank + !rank)]);
-        EACH(k, rank)
             t[at * rank + k] = shrink * u[k];
+            column[k] = j ? p[(at - m) * rank + k] : 0;
+        }
         if (threadIdx.x == 0)
             phi[at] = shrink;
         __syncthreads();
+        EACH(k, rank) {
+            real sum = 0;
+            for (int q = 0; q < rank; ++q) { // of column k, which is row k: both are rounded alike
+                inverse[q * rank + k] -= shrink * (u[q] * u[k]);
+                sum += inverse[q * rank + k] * column[q];
+            }
+            next[k] = sum;
+        }
+        __syncthreads();
+        real *const used = u;
+        u = next;
+        next = used;
     }
 }
 
 extern "C" __global__ void scores(const real *a, const real *r, const real *p, const real *t, const real *phi,
                                   const real *residual, real *out, int start, int stop, int d, int m)
 {
-    __shared__ real cost[width], rest[rank + 1];
+    real *cost = shared, *rest = cost + stop - start;
     load(cost, rest, a, residual, start, stop, m);
     look_ahead(cost, start, stop - start, r, p, t, phi, rest, d, m);
     EACH(j, stop - start)
@@ -125,7 +135,7 @@ extern "C" __global__ void scores(const real *a, const real *r, const real *p, c
 extern "C" __global__ void sweep(real *a, const real *r, const real *p, const real *t, real *residual,
                                  const bool *keep, real *z, int start, int stop, int d, int m)
 {
-    __shared__ real value[width], rest[rank + 1];
+    real *value = shared, *rest = value + stop - start;
     load(value, rest, a, residual, start, stop, m);
     fix(start, stop, r, p, t, keep, rest, value, z, start, stop, d, m);
     store(value, rest, a, residual, start, stop, m);
@@ -135,7 +145,7 @@ extern "C" __global__ void sweep_groups(real *a, const real *r, const real *p, c
                                         real *residual, bool *keep, real *z, int start, int stop, int kept,
                                         int group, int d, int m)
 {
-    __shared__ real value[width], cost[width], rest[rank + 1], ahead[rank + 1];
+    real *value = shared, *cost = value + stop - start, *rest = cost + group, *ahead = rest + rank;
     load(value, rest, a, residual, start, stop, m);
     for (int first = start; first < stop; first += group) {
         EACH(j, group)

@@ -20,6 +20,7 @@ from moonshot.linalg.backend import (
     unit,
     zeros_like_shape,
 )
+from moonshot.linalg.cuda import shared_memory
 from moonshot.solvers.base import Answer
 
 
@@ -101,11 +102,9 @@ def _kernels(weight: Array, rank: int) -> ModuleType:
         return sparsegpt_kernels
     from moonshot.solvers import sparsegpt_batched, sparsegpt_cuda
 
-    return (
-        sparsegpt_cuda
-        if is_cupy(weight) and sparsegpt_cuda.fits(rank, dtype_name(weight))
-        else sparsegpt_batched
-    )
+    if is_cupy(weight) and sparsegpt_cuda.fits(rank, dtype_name(weight), shared_memory(weight)):
+        return sparsegpt_cuda
+    return sparsegpt_batched
 
 
 def _sweep(

@@ -1,0 +1,76 @@
+"""The GPU's benchmark, on the CPU as far as it goes there: every row has a figure, and a hole says why."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import Linear
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import models
+from benchmarks.gpu.layers import time_layer
+from benchmarks.gpu.models import plain_sparsegpt, time_model
+from benchmarks.gpu.rows import Rows
+
+
+def test_every_row_of_a_layer_has_a_figure():
+    rows = Rows("cpu", 60.0, say=lambda row: None)
+    time_layer(rows, 8, 16)
+    assert [row.name for row in rows.all if row.seconds is None] == []
+    assert {"torch SparseGPT", "SparseGPT, n = 16", "ADMM", "IHT, n = 16", "OBS", "lower_bound"} <= {
+        row.name for row in rows.all
+    }
+
+
+def test_every_row_of_a_model_has_a_figure(monkeypatch):
+    pruned = []
+
+    def spied(model, calibration):
+        plain_sparsegpt(model, calibration)
+        layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+        pruned.extend(float((layer.weight == 0).float().mean()) for layer in layers)
+
+    monkeypatch.setattr(models, "plain_sparsegpt", spied)
+    rows = Rows("cpu", 60.0, say=lambda row: None)
+    time_model(rows, "tiny", 2, 2, 16)
+    assert [row.note for row in rows.all if row.seconds is None] == []
+    assert len(rows.all) == 5
+    assert pruned == [0.5] * 14 + [0.0]  # all but the head
+
+
+def test_what_fails_or_comes_too_late_is_a_row_that_says_so():
+    rows = Rows("cpu", 60.0, say=lambda row: None)
+    rows.time("layer", "broken", lambda: 1 / 0, 1)
+    late = Rows("cpu", -1.0, say=lambda row: None)
+    late.time("layer", "late", lambda: pytest.fail("begun"), 1)
+    assert "ZeroDivisionError" in rows.all[0].note and "no time left" in late.all[0].note
+
+
+def test_failed_tests_are_named(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="fine"/>'
+        '<testcase classname="a" name="wrong"><failure/></testcase>'
+        '<testcase classname="a" name="elsewhere"><skipped/></testcase></testsuite></testsuites>'
+    )
+    assert command.summary(report) == {"passed": 1, "failed": ["a::wrong"], "skipped": 1}
+    assert "no report" in command.summary(tmp_path / "none.xml")["note"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    with pytest.raises(SystemExit, match="No GPU"):
+        command.main(["--output", str(tmp_path / "gpu.json")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_is_what_was_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "card", lambda: "a card, 80 GiB")
+    monkeypatch.setattr(command, "free", lambda: None)
+    monkeypatch.setattr(command, "LAYERS", ((4, 8),))
+    monkeypatch.setattr(command, "Rows", lambda device, limit, say: Rows("cpu", limit, say))
+    command.main(["--parts", "layers", "--output", str(tmp_path / "new" / "gpu.json")])
+    written = json.loads((tmp_path / "new" / "gpu.json").read_text())
+    assert written["card"] == "a card, 80 GiB" and written["versions"]["torch"] and "tests" not in written
+    assert {row["group"] for row in written["layers"]} == {"4 x 8"}
