@@ -1,6 +1,7 @@
 """What is saved goes to the hub, and nothing else does; a stand-in of huggingface_hub's interface takes it."""
 
 import fnmatch
+import inspect
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,21 @@ OPTIONS = ["--pattern", "2:4", "--data", DEMO / "heldout.txt", "--nsamples", 4, 
 OPTIONS += ["--solver", "magnitude", "--objective", "reconstruction"]
 
 
+REAL = huggingface_hub.HfApi
+
+
+def checked(method):
+    """A method that takes what huggingface_hub's of the same name does, and no more."""
+
+    def call(*arguments, **named):
+        inspect.signature(getattr(REAL, method.__name__)).bind(*arguments, **named)
+        return method(*arguments, **named)
+
+    return call
+
+
 class Hub:
-    """The calls that moonshot makes, with repositories as folders."""
+    """The calls that moonshot makes, with repositories as folders: root/me/small is me/small, and gpt2 nobody's."""
 
     def __init__(self, root):
         self.root, self.private, self.down = root, {}, False
@@ -27,29 +41,28 @@ class Hub:
         return {"name": "me"}
 
     def repo_exists(self, name):
-        return self._folder(name).exists()
+        return name == "gpt2" or (self.root / name).exists()
 
+    @checked
     def create_repo(self, name, *, private, exist_ok):
-        folder = self._folder(name)
+        folder = self.root / (name if "/" in name else f"me/{name}")
         if folder.exists() and not exist_ok:
             raise OSError("409 Client Error: Conflict\n\nYou already created this model repo")
         folder.mkdir(parents=True, exist_ok=True)
         self.private[folder.name] = private
         return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{folder.name}")
 
+    @checked
     def upload_folder(self, *, repo_id, folder_path, commit_message, allow_patterns, delete_patterns):
         if self.down:
             raise ConnectionError("no route\nto host")
-        for path in self._folder(repo_id).iterdir():
+        for path in (self.root / repo_id).iterdir():
             if any(fnmatch.fnmatch(path.name, pattern) for pattern in delete_patterns):
                 path.unlink()
         for path in Path(folder_path).rglob("*"):
             name = str(path.relative_to(folder_path))
             if path.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
-                shutil.copy(path, self._folder(repo_id) / name)
-
-    def _folder(self, name):
-        return self.root / name.removeprefix("me/")
+                shutil.copy(path, self.root / repo_id / name)
 
 
 @pytest.fixture
@@ -74,21 +87,25 @@ def prune(monkeypatch, tmp_path, capsys):
 
 
 def test_what_is_saved_is_pushed_and_what_nobody_knows_is_not(hub, prune, tmp_path):
-    (tmp_path / "dense" / "passwords.txt").write_text("secret")
+    for name in ("passwords.txt", "token.json"):
+        (tmp_path / "dense" / name).write_text("secret")
     (tmp_path / "dense" / "LICENSE").write_text("terms")
     (tmp_path / "token.txt").write_text("secret")
-    ended = prune("--push-to-hub", "small", "--private")
-    assert ended.code == 0 and "pushed: https://huggingface.co/me/small" in ended.said
-    assert "not pushed, since nobody knows what it is: passwords.txt" in ended.said
-    there, here = ({path.name for path in (tmp_path / each).iterdir()} for each in ("hub/small", "pruned"))
-    assert there == here - {"passwords.txt"} and {"LICENSE", "tokenizer.json", "README.md", "run.yaml"} <= there
-    AutoModelForCausalLM.from_pretrained(tmp_path / "hub" / "small")
-    assert hub.private == {"small": True}
+    ended = prune("--push-to-hub", "gpt2", "--private")
+    assert ended.code == 0 and "pushed: https://huggingface.co/me/gpt2" in ended.said
+    assert "not pushed, since nobody knows what it is: passwords.txt, token.json" in ended.said
+    there, here = ({path.name for path in (tmp_path / each).iterdir()} for each in ("hub/me/gpt2", "pruned"))
+    assert (
+        there == here - {"passwords.txt", "token.json"}
+        and {"LICENSE", "tokenizer.json", "README.md", "run.yaml"} <= there
+    )
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hub/me/gpt2")
+    assert hub.private == {"gpt2": True}
     assert "push_to_hub" not in (tmp_path / "pruned" / "run.yaml").read_text()
 
 
 def test_a_repository_that_is_there_is_replaced_only_if_asked(hub, prune, tmp_path):
-    there = tmp_path / "hub" / "small"
+    there = tmp_path / "hub/me/small"
     there.mkdir(parents=True)
     for name in ("notes.md", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
         (there / name).write_text("theirs")
@@ -111,7 +128,9 @@ def test_a_push_that_fails_leaves_what_is_saved_and_is_repeated_with_the_command
     AutoModelForCausalLM.from_pretrained(folder)
     hub.down = False
     ended = prune(*command)
-    assert ended.code == 0 and "done already" in ended.said and (tmp_path / "hub/small/config.json").is_file()
+    assert (
+        ended.code == 0 and "done already" in ended.said and (tmp_path / "hub/me/small/config.json").is_file()
+    )
 
 
 def test_what_cannot_work_is_said_before_anything_is_pruned(hub, prune, tmp_path, monkeypatch):

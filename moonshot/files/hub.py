@@ -17,8 +17,8 @@ _KNOWN = (
     *("*.safetensors", "*.compact", INDEX, CONTENTS),
     *("config.json", "generation_config.json", "README.md", "README.dense.md"),
     *("report.json", "recipe.json", "run.yaml", "*.html", "*.py"),
-    *("token*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "*.model", "*.tiktoken"),
-    *("merges.txt", "normalizer.json", "*processor_config.json", "*chat_template*"),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "*.model", "*.tiktoken"),
+    *("merges.txt", "tekken.json", "normalizer.json", "*processor_config.json", "*chat_template*"),
     *(
         "[Ll][Ii][Cc][Ee][Nn]*",
         "[Nn][Oo][Tt][Ii][Cc][Ee]*",
@@ -59,12 +59,14 @@ class Push:
         if not get_token():
             raise HubError("--push-to-hub needs to know who you are: run `hf auth login`, or set HF_TOKEN")
         with self._answering("nothing was done yet"):
-            user, there = HfApi().whoami()["name"], HfApi().repo_exists(self.name)
-        if model in (self.name, f"{user}/{self.name}") and not Path(model).exists():
-            raise HubError(f"--push-to-hub {self.name} is the dense model itself: choose another name")
+            user = HfApi().whoami()["name"]
+            name = self.name if "/" in self.name else f"{user}/{self.name}"
+            there = HfApi().repo_exists(name)
+        if model == name and not Path(model).exists():
+            raise HubError(f"--push-to-hub {name} is the dense model itself: choose another name")
         if there and not self.overwrite:
             raise HubError(
-                f"{self.name} is on the hub already: choose another name, or add --overwrite for a new commit there"
+                f"{name} is on the hub already: choose another name, or add --overwrite for a new commit there"
             )
 
     def send(self, folder: Path) -> tuple[str, list[str]]:
