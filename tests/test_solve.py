@@ -544,3 +544,14 @@ def test_a_result_lets_go_of_the_hessian_when_its_relative_value_is_known():
     relative = result.relative
     gc.collect()
     assert shared() is None and result.relative == relative
+
+
+def test_values_are_not_negative_by_rounding():
+    A = np.ones((6, 6))  # nothing but rounding in directions whose sum is zero
+    weight = np.random.default_rng(0).normal(size=(40, 6))
+    values = []
+    for seed in range(20):
+        change = np.random.default_rng(seed).normal(size=weight.shape)
+        change -= change.mean(axis=1, keepdims=True)
+        values.append(Problem(weight, RowHessian(A)).value(weight + change))
+    assert min(values) == 0

@@ -45,7 +45,7 @@ def diagonal(m: int, d: int, n: int) -> Case:
 
 
 def sweep(m: int, d: int, n: int) -> Case:
-    """SparseGPT, single and joint, against plain torch and against their products.
+    """SparseGPT, single and joint, against plain torch and against their products; alone, and checked and graded.
 
     `P_i = R U_i` with R triangular takes m n d^2 / 2 multiply-adds, `R'z_i` m d^2 / 2. What is timed are plain products
     of as many: those with half the rows of R.
@@ -60,6 +60,8 @@ def sweep(m: int, d: int, n: int) -> Case:
             "torch": lambda: torch_sparsegpt(weight, hessian).numpy(),
             "single": lambda: solved(layer.single(), ms.SparseGPT()),
             "joint": lambda: solved(layer.joint(), ms.SparseGPT()),
+            "ms.solve, single": lambda: ms.solve(layer.single(), PATTERN, ms.SparseGPT()),
+            "ms.solve, joint": lambda: ms.solve(layer.joint(), PATTERN, ms.SparseGPT()),
             "the product R'z": lambda: half_of_r @ layer.weight.T,
             "the product R U": lambda: half_of_r @ columns,
         },
@@ -69,6 +71,8 @@ def sweep(m: int, d: int, n: int) -> Case:
             ("joint", "torch"),
             ("joint", "the product R U"),
             ("joint", "single"),
+            ("ms.solve, single", "torch"),
+            ("ms.solve, joint", "ms.solve, single"),
         ),
         layer.single().value,
         (("single", "torch"),),
@@ -246,7 +250,7 @@ def accumulated(objective: ms.Objective, x: torch.Tensor, gradients: torch.Tenso
     view = layer_view(nn.Linear(d, m, bias=False, device="meta"))
     statistics = LayerStatistics({"layer": view}, objective, samples, torch.ones(samples))
     statistics.observe(samples, {"layer": [x]}, {"layer": [gradients]}, {"layer": [x]}, None)
-    return statistics.pop("layer")
+    return statistics.of("layer")
 
 
 def statistics(m: int, d: int, n: int) -> Case:

@@ -121,7 +121,7 @@ class AtZero:
         """F(0)"""
         if self._shared is not None:
             with computing_on(self._shared):
-                self._known += Deviation(self._centre).loss(self._shared, None)
+                self._known += max(Deviation(self._centre).loss(self._shared, None), 0.0)
             self._shared = None
         return self._known
 
@@ -193,7 +193,7 @@ class Problem:
     def value(self, V: Array) -> float:
         """F(V), in float64."""
         difference = as_dtype(native(V, "V"), "float64") - self.centre
-        return Deviation(difference).loss(self.hessian.A, self._factors) + self.constant
+        return max(Deviation(difference).loss(self.hessian.A, self._factors), 0.0) + self.constant
 
     @property
     def _factors(self) -> Array | None:
