@@ -257,7 +257,7 @@ def test_a_chain_and_a_graph_see_the_same():
             layers = {name: view for name, view in cut.layers().items() if f"layers.{index}." in name}
             statistics = LayerStatistics(layers, JOINT, 16, signs)
             replay.observe(index, statistics)
-            seen |= {name: statistics.pop(name) for name in layers}
+            seen |= {name: statistics.of(name) for name in layers}
             replay.advance(index)
         found.append(seen)
     for name, ((shared, factors, weighted),) in found[0].items():
@@ -700,7 +700,7 @@ def test_padding_is_left_out_where_tokens_are_folded_into_the_samples():
         rows, at = x.view(*shape, 4), deltas.view(*shape, 3)
         statistics.observe(2, {"layer": [rows]}, {"layer": [at]}, {"layer": [rows]}, mask)
         assert statistics.tokens == {"layer": 3}
-        found.append([torch.as_tensor(statistic) for statistic in statistics.pop("layer")[0]])
+        found.append([torch.as_tensor(statistic) for statistic in statistics.of("layer")[0]])
     for apart, folded in zip(*found, strict=True):
         torch.testing.assert_close(apart, folded)
     torch.testing.assert_close(found[0][0], x[mask].T @ x[mask])

@@ -185,7 +185,7 @@ def test_statistics_are_those_of_a_loop_over_samples_tokens_and_experts(
         statistics = LayerStatistics(layers, JOINT, 16, signs, cut.routed)
         replay.observe(index, statistics)
         read |= statistics.tokens
-        found |= {name: list(map(torch.as_tensor, statistics.pop(name)[0])) for name in layers}
+        found |= {name: list(map(torch.as_tensor, statistics.of(name)[0])) for name in layers}
         replay.advance(index)
     seen = [loop(net, gate_up, down, x[s], y[s]) for s in range(samples)]
     for e in range(experts):
@@ -227,7 +227,7 @@ def test_gradients_go_with_the_inputs_of_the_dense_model():
     statistics.observe(
         1, {"e": [x]}, {"e": [deltas], "other": [deltas]}, {"e": [dense], "other": [dense]}, None
     )
-    popped = [list(map(torch.as_tensor, statistics.pop(name)[0])) for name in ("e", "other")]
+    popped = [list(map(torch.as_tensor, statistics.of(name)[0])) for name in ("e", "other")]
     (gram, factors, weighted), (none, *rest) = popped
     torch.testing.assert_close(gram, x.T @ x, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(factors[0], deltas.T @ dense)

@@ -234,14 +234,14 @@ def test_padding_of_sounds_counts():
     batch["attention_mask"] = torch.ones(3, 100, dtype=torch.long)
     batch["attention_mask"][:, 60:] = 0
     model = transformers.Wav2Vec2ForCTC(config).eval()
-    counted, original = [], LayerStatistics.pop
+    counted, original = [], LayerStatistics.of
 
-    def pop(self, name):
+    def of(self, name, again=False):
         counted.append(self.tokens[name])
-        return original(self, name)
+        return original(self, name, again)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerStatistics, "pop", pop)
+        patch.setattr(LayerStatistics, "of", of)
         ms.prune(model, [batch], 0.5, targets="*layers*", **OPTIONS)
     assert set(counted) == {3 * 19}
 
