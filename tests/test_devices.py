@@ -233,10 +233,10 @@ def test_the_command_line_passes_them_on(monkeypatch, tmp_path):
         return real(*args, **(named | {"device": None}))
 
     monkeypatch.setattr("moonshot.app.prune.pruning.prune", prune)
-    monkeypatch.setattr("moonshot.app.prune.as_device", lambda name: GPU if name == "cuda" else None)
+    monkeypatch.setattr("moonshot.app.arguments.as_device", lambda name: GPU if name == "cuda" else None)
     monkeypatch.setattr("moonshot.pruning.recipe.as_device", lambda name: None)
     monkeypatch.setattr("moonshot.app.prune.PruneCommand._plan", lambda *_: None)
-    monkeypatch.setattr("moonshot.app.prune.planning.check_supported", lambda *_: None)
+    monkeypatch.setattr("moonshot.app.arguments.planning.check_supported", lambda *_: None)
     argv = ["moonshot", "prune", str(source), *arguments(tmp_path, device="cuda", precision="float32")]
     monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(SystemExit, match="0"):
