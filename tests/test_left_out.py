@@ -295,6 +295,7 @@ class Around(nn.Module):
         return self.last(h.flatten(2).mean(2) if h.ndim == 4 else h.mean(1))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_what_is_left_out_is_named_with_the_reason(name):
     torch.manual_seed(0)

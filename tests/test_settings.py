@@ -297,6 +297,7 @@ def test_a_patched_model_is_the_same_model_at_no_sparsity(make):
     torch.testing.assert_close(output(), before)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
 def test_wrapped_models_are_pruned_inside():
     expected = pruned(network())
     for wrap in (nn.DataParallel, torch.compile, lambda model: torch.compile(nn.DataParallel(model))):
@@ -314,6 +315,7 @@ def test_wrapped_models_are_pruned_inside():
     assert model._compiled_call_impl is call
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
 def test_a_scripted_model_has_no_layers():
     with pytest.raises(ModelError, match="0: RecursiveScriptModule holds weight and is no Linear"):
         pruned(torch.jit.script(network()))
