@@ -90,7 +90,8 @@ class Case:
         token = rng.integers(0, self.tokens, self.samples)
         gradients = outputs[token][:, :, None] * x[token][:, None, :]
         of_weight, of_inputs, of_gradients = (10.0**scale for scale in self.scales)
-        arrays = (weight * of_weight, x * of_inputs, gradients * of_gradients, outputs * of_gradients)
+        with np.errstate(over="ignore"):  # inputs of 1e308 and more are part of it
+            arrays = (weight * of_weight, x * of_inputs, gradients * of_gradients, outputs * of_gradients)
         weight, x, gradients, outputs = (
             torch.tensor(array, dtype=getattr(torch, self.dtypes[index > 0]))
             for index, array in enumerate(arrays)
