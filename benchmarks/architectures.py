@@ -26,7 +26,7 @@ from moonshot.pruning.recipe import DEFAULT_OBJECTIVE
 from moonshot.pruning.report import Report
 from torch import Tensor, nn
 
-from benchmarks.models import random_weights
+from benchmarks.models import print_table, random_weights
 
 VOCABULARY, CLASSES, TOKENS, PIXELS, IMAGE = 96, 5, 12, 32, 90
 Batch = dict[str, Any]
@@ -676,17 +676,9 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     columns = ["architecture", "parts", "layers", "skipped", "zeros of all weights, %", *METHODS]
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    lost = []
     every = ARCHITECTURES | timm_architectures()
     chosen = {name: each for name, each in every.items() if any(part in name for part in arguments.models)}
-    for name, architecture in chosen.items():
-        cells, better = row(architecture, arguments.seed)
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-        if not better:
-            lost.append(name)
-    print(f"\nADMM moves the outputs less on {len(chosen) - len(lost)} of {len(chosen)}", end="")
-    print(f"; not on {', '.join(lost)}" if lost else "")
+    print_table(columns, ((name, row(each, arguments.seed)) for name, each in chosen.items()))
 
 
 if __name__ == "__main__":

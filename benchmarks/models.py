@@ -12,7 +12,7 @@ that calibration did not see.
 import argparse
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import moonshot as ms
@@ -252,16 +252,20 @@ def main() -> None:
     columns = [
         f"{pattern}: {column}" for pattern in ("50 %", "2:4") for column in ("layers", "zeros, %", *METHODS)
     ]
-    print("| model | parts | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 2) + "|")
     chosen = {name: MODELS[name] for name in MODELS if any(part in name for part in arguments.models)}
-    lost = []
-    for name, tried in chosen.items():
-        cells, better = measured(tried, arguments.samples, arguments.seed)
+    rows = ((name, measured(tried, arguments.samples, arguments.seed)) for name, tried in chosen.items())
+    print_table(["model", "parts", *columns], rows)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[tuple[str, tuple[list[str], bool]]]) -> None:
+    """A markdown table, row by row, and on how many ADMM is better. rows: (name, (cells, whether it is))."""
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    is_better: dict[str, bool] = {}
+    for name, (cells, better) in rows:
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-        if not better:
-            lost.append(name)
-    print(f"\nADMM moves the outputs less on {len(chosen) - len(lost)} of {len(chosen)}", end="")
+        is_better[name] = better
+    lost = [name for name, better in is_better.items() if not better]
+    print(f"\nADMM moves the outputs less on {len(is_better) - len(lost)} of {len(is_better)}", end="")
     print(f"; not on {', '.join(lost)}" if lost else "")
 
 

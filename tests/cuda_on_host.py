@@ -6,6 +6,7 @@ Dynamic shared memory has as many bytes as were asked for, full of NaN at first,
 
 import ctypes
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from functools import cache
@@ -13,10 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pytest
 
 from moonshot.linalg import cuda
 
 COMPILER = "g++"
+PLACES = [3, 40, pytest.param("device", marks=pytest.mark.gpu)]  # threads in a block on the CPU, or a GPU
 
 _BEFORE = """
 #include <atomic>
@@ -94,6 +97,22 @@ def compiled(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
         command = [COMPILER, *strict, "-shared", "-fPIC", "-pthread", *options, str(code), "-o", str(library)]
         subprocess.run(command, check=True)
         return ctypes.CDLL(str(library))
+
+
+def arrays_at(place: int | str, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """What makes arrays for kernels: at one of PLACES, those of the package are launched there in this test.
+
+    The test is skipped where there is no compiler, or no device.
+    """
+    if place == "device":
+        cupy = pytest.importorskip("cupy")
+        if not cupy.cuda.is_available():
+            pytest.skip("CuPy is installed but there is no CUDA device")
+        return cupy.asarray
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"{COMPILER} is not installed")
+    monkeypatch.setattr("moonshot.linalg.cuda.launch", launcher(int(place)))
+    return np.ascontiguousarray
 
 
 def launcher(threads: int) -> Callable:

@@ -1,7 +1,5 @@
 """Products with the rows' factors against the sums they stand for."""
 
-import shutil
-
 import numpy as np
 import pytest
 
@@ -56,11 +54,8 @@ def test_coefficients_are_refreshed_in_place(backend):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("threads", [1, 3, 16])
-@pytest.mark.skipif(
-    shutil.which(cuda_on_host.COMPILER) is None, reason=f"{cuda_on_host.COMPILER} is not installed"
-)
 def test_kernels(monkeypatch, threads, dtype):
-    monkeypatch.setattr("moonshot.linalg.cuda.launch", cuda_on_host.launcher(threads))
+    cuda_on_host.arrays_at(threads, monkeypatch)
     factors = FACTORS.astype(dtype)  # float32 as they are stored, all else float64
     np.testing.assert_allclose(
         lowrank_cuda.project(factors, X), np.einsum("kij,ij->ki", factors, X), rtol=1e-12

@@ -1,7 +1,5 @@
 """Projections on a device choose what those on the CPU choose, ties and all."""
 
-import shutil
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -14,18 +12,10 @@ from moonshot.linalg.backend import on_host, smallest
 NUMBERS = [0.0, -0.0, 1.0, 1.0, 2.0, -1.0, np.inf, -np.inf, 1e-45, 1e-40, 5e-324, 1e38, 1 + 2**-23, 1 + 2**-52]
 
 
-@pytest.fixture(params=[3, 40, pytest.param("device", marks=pytest.mark.gpu)])
+@pytest.fixture(params=cuda_on_host.PLACES)
 def convert(request, monkeypatch):
     """What makes arrays for the kernels, which run on the CPU with so many threads in a block, or on a device."""
-    if request.param == "device":
-        cupy = pytest.importorskip("cupy")
-        if not cupy.cuda.is_available():
-            pytest.skip("CuPy is installed but there is no CUDA device")
-        return cupy.asarray
-    if shutil.which(cuda_on_host.COMPILER) is None:
-        pytest.skip(f"{cuda_on_host.COMPILER} is not installed")
-    monkeypatch.setattr("moonshot.linalg.cuda.launch", cuda_on_host.launcher(request.param))
-    return np.asarray
+    return cuda_on_host.arrays_at(request.param, monkeypatch)
 
 
 def assert_same(convert, scores, k):

@@ -1,7 +1,5 @@
 """The sweep's kernels: those for the CPU do what those for devices do, at chosen sizes and at random ones."""
 
-import shutil
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -98,20 +96,13 @@ def batched(backend):
     return sparsegpt_batched, convert
 
 
-@pytest.fixture(params=[3, 40, pytest.param("device", marks=pytest.mark.gpu)])
+@pytest.fixture(params=cuda_on_host.PLACES)
 def cuda(request, monkeypatch):
     """(sparsegpt_cuda, what makes arrays for them), on the CPU with so many threads in a block, or on a device."""
-    if request.param == "device":
-        cupy = pytest.importorskip("cupy")
-        if not cupy.cuda.is_available():
-            pytest.skip("CuPy is installed but there is no CUDA device")
-        return sparsegpt_cuda, cupy.asarray
-    if shutil.which(cuda_on_host.COMPILER) is None:
-        pytest.skip(f"{cuda_on_host.COMPILER} is not installed")
-
-    monkeypatch.setattr("moonshot.linalg.cuda.launch", cuda_on_host.launcher(request.param))
-    monkeypatch.setattr("moonshot.linalg.cuda.shared_memory", lambda array: H100)
-    return sparsegpt_cuda, np.ascontiguousarray
+    convert = cuda_on_host.arrays_at(request.param, monkeypatch)
+    if request.param != "device":
+        monkeypatch.setattr("moonshot.linalg.cuda.shared_memory", lambda array: H100)
+    return sparsegpt_cuda, convert
 
 
 def assert_same(function, kernels, arguments, *numbers):

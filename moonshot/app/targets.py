@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from moonshot.app.terminal import visible
+from moonshot.app.terminal import say, visible
 from moonshot.files.compact import compact_size, load_any, weights_size
 from moonshot.files.load import Source
 from moonshot.files.source import CONTENTS, FolderError, is_hub_name
@@ -126,18 +126,16 @@ def table(targets: list[Target]) -> Table:
     for column in ("target", "size", "speed", "how"):
         shown.add_column(column, overflow="fold")
     for each in targets:
-        shown.add_row(
-            *(visible(text).replace("[", "\\[") for text in (each.name, each.size, each.speed, each.how))
-        )
+        shown.add_row(*map(visible, (each.name, each.size, each.speed, each.how)))
     return shown
 
 
 def say_targets(folder: Path, measure: bool, dense: str | None, console: Console) -> None:
     """Print the table, and below it what was measured, if that was asked for."""
     saved = SavedModel(folder)
-    console.print(table(saved.targets()))
+    console.print(table(saved.targets()), markup=False)
     for line in saved.measured(dense) if measure else ():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def _inputs(source: Source, device: torch.device) -> dict[str, torch.Tensor]:

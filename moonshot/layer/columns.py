@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 
 from moonshot.errors import ArgumentTypeError
-from moonshot.layer.patterns import PatternError, PatternMismatchError
+from moonshot.layer.patterns import PatternError, PatternMismatchError, eased_sparsity
 from moonshot.linalg.backend import Array, namespace, smallest
 
 
@@ -46,7 +46,7 @@ class Columns:
         return shape[0] * self.group * self.pruned_groups(shape)
 
     def eased(self, share: float) -> "Columns":
-        return replace(self, sparsity=1 - (1 - self.sparsity) ** share)
+        return replace(self, sparsity=eased_sparsity(self.sparsity, share))
 
     def keep(self, scores: Array) -> Array:
         self.validate(scores.shape)

@@ -94,7 +94,7 @@ class Unstructured:
         return size, self.zeros_through(size, size)
 
     def eased(self, share: float) -> "Unstructured":
-        return replace(self, sparsity=_eased(self.sparsity, share))
+        return replace(self, sparsity=eased_sparsity(self.sparsity, share))
 
     def keep(self, scores: Array) -> Array:
         size, zeros = self.groups(scores.shape)
@@ -151,7 +151,7 @@ class NM:
         return self.m, self.m - self.n
 
     def eased(self, share: float) -> "NM":
-        return NM(round(self.m * (1 - _eased(self.sparsity, share))), self.m)
+        return NM(round(self.m * (1 - eased_sparsity(self.sparsity, share))), self.m)
 
     def keep(self, scores: Array) -> Array:
         self.validate(scores.shape)
@@ -178,7 +178,8 @@ def stages(pattern: Pattern, count: int) -> list[Pattern]:
     return [*dict.fromkeys(found), pattern]
 
 
-def _eased(sparsity: float, share: float) -> float:
+def eased_sparsity(sparsity: float, share: float) -> float:
+    """The sparsity whose density is (1 - sparsity) ** share."""
     return 1 - (1 - sparsity) ** share
 
 

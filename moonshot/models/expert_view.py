@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moonshot.models.layer_view import LayerView
+from moonshot.models.precision import is_quantised
 
 
 class ExpertView(LayerView):
@@ -38,6 +39,5 @@ def experts_of(module: nn.Module) -> Iterator[tuple[str, ExpertView]]:
     if not hasattr(module, "is_transposed"):
         return
     for name, parameter in module.named_parameters(recurse=False):
-        wide = parameter.is_floating_point() and parameter.itemsize > 1  # float8 is quantised
-        if parameter.ndim == 3 and len(parameter) == count and wide:
+        if parameter.ndim == 3 and len(parameter) == count and not is_quantised(parameter):
             yield from ((f"{name}.{k}", ExpertView(module, name, k)) for k in range(count))

@@ -16,6 +16,7 @@ from moonshot.errors import MoonshotError
 from moonshot.models.convolutions import Convolution, TransposedConvolution
 from moonshot.models.expert_view import experts_of
 from moonshot.models.layer_view import LayerView, TransposedLinear
+from moonshot.models.precision import is_quantised
 
 
 class UnsupportedLayerError(MoonshotError):
@@ -53,9 +54,7 @@ def _check(module: nn.Module, kind: type[nn.Module]) -> None:
         )
     if is_lazy(weight):
         raise UnsupportedLayerError(f"{name} has no weight yet: run the model once first")
-    if (
-        not weight.is_floating_point() or weight.itemsize == 1
-    ):  # float8 comes with scales that pruning knows nothing of
+    if is_quantised(weight):
         raise UnsupportedLayerError(f"the weight of {name} is {weight.dtype}: prune before quantising")
     if type(weight.data) is not Tensor:
         raise UnsupportedLayerError(

@@ -1,5 +1,6 @@
 """Modules in another mode, or with another forward, for a while."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,12 @@ def check_model(model: nn.Module) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("the model is on the meta device and holds no weights: load it first")
+
+
+def shared_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a model that more than one of its modules holds."""
+    holders = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    return {parameter for parameter, count in holders.items() if count > 1}
 
 
 @contextmanager

@@ -121,6 +121,11 @@ def as_device(device: str | torch.device | None) -> torch.device | None:
     return torch.device("cuda", index)
 
 
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether a weight is integers or float8, which come with scales that pruning knows nothing of."""
+    return not tensor.is_floating_point() or tensor.itemsize == 1
+
+
 def _is_half(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.itemsize < 4
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from moonshot.models.modules import ModelError
+from moonshot.models.modules import ModelError, shared_parameters
 
 
 @torch.no_grad()
@@ -35,15 +35,12 @@ def to_semi_structured(model: nn.Module) -> tuple[list[str], dict[str, str]]:
 
 def semi_structured_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers with at most two nonzeros in every four inputs, but for those that share their weight."""
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    shared = shared_parameters(model)
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and users[id(module.weight)] == 1
+        and module.weight not in shared
         and module.in_features % 4 == 0
         and bool(((module.weight.detach().reshape(-1, 4) != 0).sum(dim=1) <= 2).all())
     }

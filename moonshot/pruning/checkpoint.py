@@ -34,7 +34,7 @@ class Checkpoint:
     """A folder with the answers of the layers that are done and the refits of parts, a file each, and their work.
 
     work: what the answers depend on apart from the layers' weights, in JSON's types. A folder not there yet is made.
-    done: the layers whose answers it has. Each is stored with the digest of the weight it was found for, and one of
+    done: the layers whose answers it has. Each is stored with the digest of the part it was found for, and one of
     its own: what was damaged since is not among them, and a warning names it. used: how many were asked for.
 
     It is locked until `close`, or the end of the process. Raises CheckpointError for a folder that holds something
@@ -80,7 +80,7 @@ class Checkpoint:
         warnings.warn(f"{file} is damaged: {what} again", stacklevel=2)
 
     def store(self, name: str, dense: str, weight: Tensor, report: LayerReport) -> None:
-        """Write a layer's answer: the pruned weight and its report, and that it is for a weight with this digest."""
+        """Write a layer's answer: the pruned weight and its report, and that it is for a part with this digest."""
         self._store(f"{quote(name, safe='')}{_LAYER}", [weight], report, dense)
 
     def answer(self, name: str, dense: str, shape: tuple[int, int]) -> tuple[Tensor, LayerReport]:

@@ -84,17 +84,23 @@ def state_digest(model: nn.Module, without: Iterable[str] = ()) -> str:
     without: names of modules whose weights' values do not count.
     """
     left_out = {f"{name}.weight" for name in without}
-    state = [*model.named_parameters(), *model.named_buffers()]
-    about = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in state]
-    return digest([about, *(tensor for name, tensor in state if name not in left_out)])
+    state = _state(model)
+    return digest([_about(state), *(tensor for name, tensor in state if name not in left_out)])
 
 
 def sketch(model: nn.Module, most: int = 64) -> str:
     """A digest as `state_digest`, but of a few values of each tensor, evenly spread."""
-    state = [*model.named_parameters(), *model.named_buffers()]
-    about = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in state]
+    state = _state(model)
     flat = [tensor.detach().reshape(-1) for _, tensor in state]
-    return digest([about, *(values[:: max(len(values) // most, 1)] for values in flat)])
+    return digest([_about(state), *(values[:: max(len(values) // most, 1)] for values in flat)])
+
+
+def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _about(state: list[tuple[str, Tensor]]) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in state]
 
 
 def data_digest(batches: Iterable[Any]) -> str:

@@ -7,7 +7,6 @@ change, no labels are needed, and one part is in memory at a time.
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +99,7 @@ class PartFit:
     ):
         self._part, self._refit, self._ranks, self._on_step = part, refit, ranks, on_step
         self._supports = _supports(part, shared)
-        self._tensors = tensors_to_fit(part, shared)
+        self._tensors = _tensors(part, self._supports)
         self._data = _Data(part.index, replay, refit, seed, ranks)
 
     def values(self) -> list[Tensor]:
@@ -170,15 +169,14 @@ class PartFit:
         return self._data.error(self._data.fitted), self._data.error(self._data.aside)
 
 
-def shared_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of a model that more than one of its modules holds."""
-    holders = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
-    return {parameter for parameter, count in holders.items() if count > 1}
+def fitted_shapes(part: Part, shared: set[nn.Parameter]) -> list[torch.Size]:
+    """The shapes of `PartFit.values`, known before the part's layers are pruned."""
+    return [tensor.shape for tensor in _tensors(part, _supports(part, shared))]
 
 
-def tensors_to_fit(part: Part, shared: set[nn.Parameter]) -> list[Tensor]:
-    """What a refit changes of a part: parameters that only the part has, and running statistics."""
-    return [*_supports(part, shared), *running_statistics(part.module)]
+def _tensors(part: Part, supports: Iterable[nn.Parameter]) -> list[Tensor]:
+    """What a refit changes of a part: the parameters that it fits, and running statistics."""
+    return [*supports, *running_statistics(part.module)]
 
 
 def _supports(part: Part, shared: set[nn.Parameter]) -> dict[nn.Parameter, Tensor]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from moonshot.models.batchnorm import reestimate, running_statistics
 from moonshot.models.calibration import Batch, own_batches
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import loss_of, sample_losses
-from moonshot.models.modules import evaluating
+from moonshot.models.modules import evaluating, shared_parameters
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
 from moonshot.models.precision import in_float32, placed, placed_in_turn, tensors_of
@@ -29,7 +29,7 @@ from moonshot.pruning.checkpoint import Checkpoint
 from moonshot.pruning.fingerprint import digest
 from moonshot.pruning.layer_patterns import stages_of
 from moonshot.pruning.recipe import Recipe
-from moonshot.pruning.refit import PartFit, Refit, shared_parameters, tensors_to_fit
+from moonshot.pruning.refit import PartFit, Refit, fitted_shapes
 from moonshot.pruning.report import LayerReport, PartReport
 from moonshot.solvers.base import solve
 
@@ -165,6 +165,10 @@ class PruningRun:
     def _modules(self) -> list[nn.Module]:
         return [module for _, module in self.partition.parts]
 
+    @cached_property
+    def _shared(self) -> set[nn.Parameter]:
+        return shared_parameters(self.model)
+
     def _estimate_batch_norm(self, batches: list[Batch]) -> None:
         if self.estimates_batch_norm:
             with placed(tensors_of(self.model)):
@@ -183,8 +187,7 @@ class PruningRun:
         def on_step(step: int, most: int) -> None:
             self.recipe.on_progress(f"refit of {part.name}", f"step {step} of {most} at most")
 
-        shared = shared_parameters(self.model)
-        fit = PartFit(part, replay, refit, self.recipe.seed, shared, self.ranks, on_step)
+        fit = PartFit(part, replay, refit, self.recipe.seed, self._shared, self.ranks, on_step)
         if stored:
             fit.assign(stored[0])
             return stored
@@ -195,8 +198,7 @@ class PruningRun:
         """What a checkpoint has of the refit of a part with this digest."""
         if not checkpoint:
             return None
-        shapes = [tensor.shape for tensor in tensors_to_fit(part, shared_parameters(self.model))]
-        return checkpoint.part(part.name, dense, shapes)
+        return checkpoint.part(part.name, dense, fitted_shapes(part, self._shared))
 
     def _answers(
         self,
