@@ -196,10 +196,7 @@ class PruneCommand(PruneArguments):
         if names is None and self.data in PROTOCOLS:
             names = [self.data]
         elif names is None and not source.is_image_classifier:
-            say(
-                console,
-                "perplexity is not measured: add --eval wikitext2, c4 or a file for it, before and after",
-            )
+            say(console, "perplexity can be measured with --eval wikitext2, c4 or a file, before and after")
         try:
             return [
                 HeldOut(source, name, None, self.seqlen, self.text_column)
