@@ -177,6 +177,18 @@ def test_sparsity_zero_gives_the_weight_and_one_gives_zeros(solver, n):
 
 
 @each_solver
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sparsity_zero_gives_the_weight_where_inputs_span_less_than_the_columns(solver, dtype):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        weight, inputs = rng.normal(size=(5, 12)).astype(dtype), rng.normal(size=(1, 12))
+        problem = Reconstruction().problem(weight, inputs=inputs, dampening_frac=0)
+        result = solve(problem, "4:4", solver)
+        np.testing.assert_allclose(result.weight, weight, atol=1e-5)
+        assert result.relative < 1e-12
+
+
+@each_solver
 def test_inputs_are_not_changed(solver):
     layer = random_layer(0, 4, 8, 3)
     problem = Problem(layer.weight.copy(), RowHessian(layer.A.copy(), layer.U.copy()))

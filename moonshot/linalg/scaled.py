@@ -65,6 +65,18 @@ class ScaledQuadratic:
         difference = x - self.target
         return float(namespace(x).sum(difference * self.matvec(difference)))
 
+    def is_below(self, x: Array, others: list[Array]) -> bool:
+        """Whether the quadratic at x (m, d) is below that at each of the others by more than it may be off by."""
+        least, most = zip(*map(self._bounds, (x, *others)), strict=True)
+        return most[0] < min(least[1:])
+
+    def _bounds(self, x: Array) -> tuple[float, float]:
+        """What the quadratic at x may be once rounding is allowed for: `|H_i|` is at most the trace of H_i."""
+        xp, value = namespace(x), self.loss(x)
+        size = float(xp.sum(xp.sum((x - self.target) ** 2, axis=1) * xp.sum(self.diagonal, axis=1)))
+        rounding = xp.finfo(x.dtype).eps * size
+        return value - rounding, value + rounding
+
     def refit(self, x: Array, mask: Array, steps: int) -> Array:
         """Minimise over the support of each row, by conjugate gradients from x, which is zero outside the mask.
 

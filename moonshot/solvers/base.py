@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,6 +69,19 @@ class Solver(Protocol):
 
     def compute(self, state: Any, pattern: Pattern) -> Answer:
         """The answer for one pattern."""
+
+
+def lowest(problem: Problem, answers: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Of weights and their masks, both (m, d), the pair with the lowest F in float64, the first of equals.
+
+    F of what is not finite counts as infinite.
+    """
+
+    def value(answer: tuple[Array, Array]) -> float:
+        found = problem.value(answer[0])
+        return found if math.isfinite(found) else math.inf
+
+    return min(answers, key=value)
 
 
 def solve(
