@@ -12,8 +12,10 @@ from moonshot.linalg.backend import (
     computing_on,
     contiguous,
     dtype_name,
+    is_numpy,
     namespace,
     native,
+    on_host,
 )
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import project
@@ -224,6 +226,15 @@ class Problem:
         assert self.ridge is not None
         terms = sum(term.weight * loss for term, loss in zip(self.terms, losses, strict=True))
         return terms + self.ridge * moved.squared_norm
+
+    def on_cpu(self) -> "Problem":
+        """The same problem in NumPy arrays, without its terms, to be solved on the CPU; itself if it is there."""
+        if is_numpy(self.centre):
+            return self
+        factors = self.hessian.factors
+        stacked = None if factors is None else on_host(factors).transpose(1, 2, 0)
+        centre = on_host(self.centre)
+        return Problem(centre, RowHessian(on_host(self.hessian.A), stacked), constant=self.constant)
 
     def zero_value(self) -> float:
         """F(0), the unit of `Result.relative`."""
