@@ -24,6 +24,7 @@ PLACES = [3, 40, pytest.param("device", marks=pytest.mark.gpu)]  # threads in a 
 _BEFORE = """
 #include <atomic>
 #include <barrier>
+#include <cmath>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>

@@ -8,7 +8,7 @@ import pytest
 
 import moonshot
 from moonshot.linalg import cuda, lowrank_cuda, smallest_cuda
-from moonshot.solvers import sparsegpt_cuda
+from moonshot.solvers import obs_cuda, sparsegpt_cuda
 
 DEVICES = ("80", "90")  # A100, H100
 OPTIONS = {
@@ -17,6 +17,7 @@ OPTIONS = {
         lowrank_cuda.options("float32", "float64"),
     ],
     smallest_cuda.SOURCE: [smallest_cuda.options("float32", few=4), smallest_cuda.options("float64", few=64)],
+    obs_cuda.SOURCE: [obs_cuda.options()],
     sparsegpt_cuda.SOURCE: [sparsegpt_cuda.options("float32", 16), sparsegpt_cuda.options("float64", 0)],
 }
 
