@@ -35,11 +35,13 @@ JOINT = {
 }
 
 
-def text_model(samples: int = 32) -> tuple[nn.Module, Callable, Callable[[nn.Module], float]]:
-    """The Llama, seed -> calibration, and held-out perplexity at context 256."""
-    model, tokenizer = load(str(DEMO / "model"))
-    text = (DEMO / "calibration.txt").read_text("utf-8")
-    test = windows(tokenizer, (DEMO / "heldout.txt").read_text("utf-8"), 64, 256, None)
+def text_model(
+    samples: int = 32, folder: Path = DEMO
+) -> tuple[nn.Module, Callable, Callable[[nn.Module], float]]:
+    """The Llama in a folder, seed -> calibration, and held-out perplexity at context 256."""
+    model, tokenizer = load(str(folder / "model"))
+    text = (folder / "calibration.txt").read_text("utf-8")
+    test = windows(tokenizer, (folder / "heldout.txt").read_text("utf-8"), 64, 256, None)
     return (
         model.to(torch.float32),
         lambda seed: windows(tokenizer, text, samples, 256, seed),

@@ -1,15 +1,19 @@
-"""Train the small Llama that moonshot ships, on the Python standard library's own source.
+"""Train the small Llama that moonshot ships, on the Python standard library's own source, or one like it on prose.
 
     python benchmarks/train_demo_model.py moonshot/demo
+    python benchmarks/train_demo_model.py another --text docstrings
 
 writes `model/` (weights in float16, tokenizer), `calibration.txt` (a sample of the training text)
 and `heldout.txt` (files the model never saw) into the folder given.
 The text is the running interpreter's standard library, under the PSF licence;
-the shipped model was trained on CPython 3.11.7's.
+the shipped model was trained on CPython 3.11.7's. Docstrings are those of the torch, numpy, scipy and sympy that are
+installed, without code.
 """
 
 import argparse
+import ast
 import hashlib
+import importlib.util
 import sysconfig
 import time
 from pathlib import Path
@@ -32,6 +36,33 @@ def standard_library() -> dict[str, str]:
         if not EXCLUDED & set(path.relative_to(root).parts) and not path.is_symlink()
     )
     return {str(path.relative_to(root)): path.read_text("utf-8", "ignore") for path in files}
+
+
+def docstrings() -> dict[str, str]:
+    """{relative path: text} of the docstrings of some packages, each docstring once, sorted by path."""
+    found: dict[str, str] = {}
+    seen: set[str] = set()
+    for package in ("numpy", "scipy", "sympy", "torch"):
+        spec = importlib.util.find_spec(package)
+        root = Path(spec.origin).parent
+        for path in sorted(root.rglob("*.py")):
+            if texts := [text for text in _docstrings(path) if text not in seen]:
+                found[str(path.relative_to(root.parent))] = "\n\n".join(texts)
+                seen.update(texts)
+    return found
+
+
+def _docstrings(path: Path) -> list[str]:
+    try:
+        tree = ast.parse(path.read_text("utf-8", "ignore"))
+    except SyntaxError:  # of a later Python
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+TEXTS = {"stdlib": standard_library, "docstrings": docstrings}
 
 
 def is_held_out(name: str) -> bool:
@@ -70,6 +101,7 @@ def held_out_perplexity(model: LlamaForCausalLM, ids: torch.Tensor, windows: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--text", choices=list(TEXTS), default="stdlib")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=3e-3)
@@ -77,7 +109,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
 
-    files = standard_library()
+    files = TEXTS[arguments.text]()
     training = [text for name, text in files.items() if not is_held_out(name)]
     held_out = [text for name, text in files.items() if is_held_out(name)]
     calibration = [t for n, t in files.items() if is_calibration(n) and not is_held_out(n)]
