@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moonshot.app.launch import processes_here
-from moonshot.errors import ArgumentError
+from moonshot.errors import ArgumentError, meant_path
 from moonshot.files import plan as planning
 from moonshot.files.draft import check_apart
 from moonshot.files.hub import Push
@@ -138,7 +138,9 @@ class PruneArguments:
         ):
             raise ArgumentError(f"--html is a file whose name ends with .html, got {self.html}")
         if not self._html_inside and not self.html.parent.is_dir():
-            raise ArgumentError(f"--html {self.html}: there is no folder {self.html.parent}")
+            raise ArgumentError(
+                f"--html {self.html}: there is no folder {self.html.parent}{meant_path(self.html.parent)}"
+            )
 
     def _check_checkpoint(self) -> None:
         """Raises CheckpointError for a folder with something else, or answers that cannot be those of this command."""

@@ -247,7 +247,7 @@ class PruneCommand(PruneArguments):
 
     @contextmanager
     def _saying_what_there_is(self) -> Iterator[None]:
-        """Whatever ends the run says what there is of it."""
+        """Whatever ends the run says what there is of it, and what goes on with it."""
         try:
             yield
         except BaseException as error:
@@ -256,8 +256,12 @@ class PruneCommand(PruneArguments):
                 error.add_note(f"({self.save} is saved)")
             elif answers and not isinstance(error, CheckpointError | LockedError):  # which are about the folder
                 error.add_note(
-                    f"(nothing was saved, but {self.checkpoint} has the answers of {answers} layers: the same command "
-                    "continues from there)"
+                    f"(nothing was saved, but {self.checkpoint} has the answers of {answers} layers, from which the "
+                    f"same command continues: {self.command})"
+                )
+            elif self.checkpoint is None and isinstance(error, SystemExit):
+                error.add_note(
+                    "(nothing was saved; with --checkpoint FOLDER an interrupted run goes on where it was)"
                 )
             raise
 

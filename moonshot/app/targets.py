@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from moonshot.app.measure import dense_source
 from moonshot.app.terminal import say, visible
 from moonshot.files.compact import compact_size, load_any, weights_size
 from moonshot.files.load import Source
-from moonshot.files.source import CONTENTS, FolderError, is_hub_name
+from moonshot.files.source import CONTENTS, FolderError, check_folder
 from moonshot.models.semi_structured import semi_structured_layers, to_semi_structured
 
 _RUNS, _WARM = 15, 3
@@ -37,6 +38,7 @@ class SavedModel:
     """A folder that moonshot prune saved. Raises FolderError for any other."""
 
     def __init__(self, folder: Path):
+        check_folder(folder)
         self.folder = folder
         try:
             report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -93,7 +95,7 @@ class SavedModel:
         dense: the dense model's folder or hub name; the one that was pruned unless given.
         """
         source = Source(str(self.folder))
-        other = Source(dense or self._dense())
+        other = Source(dense) if dense else self._dense(source)
         model, first = load_any(source).eval(), other.load().eval()
         device = next(first.parameters()).device
         inputs = _inputs(source, device)
@@ -111,13 +113,16 @@ class SavedModel:
         to_semi_structured(model.half())
         return [*lines, f"sparse tensor cores: {_ratio(model, half, inputs)} in float16 ({where})"]
 
-    def _dense(self) -> str:
-        name = str(self.recipe.get("model", ""))
-        if not name or not (Path(name).is_dir() or is_hub_name(name)):
-            raise FolderError(
-                f"{self.folder} was pruned from {name!r}, which is not here: name the dense model by --dense"
-            )
-        return name
+    def _dense(self, source: Source) -> Source:
+        """The model that was pruned. Raises FolderError where it is not on this machine."""
+        try:
+            found = dense_source(source)
+        except FolderError as error:
+            error.add_note("(--dense names the dense model)")
+            raise
+        if found is None:
+            raise FolderError(f"{self.folder} does not say what it was pruned from: name that by --dense")
+        return found
 
 
 def table(targets: list[Target]) -> Table:
