@@ -12,7 +12,7 @@ from moonshot.bounds.relaxation import relaxation_bound
 from moonshot.layer.patterns import NM, PatternError, Unstructured, as_pattern
 from moonshot.layer.problem import Problem
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
-from strategies import DEGENERATE, layers, random_layer
+from strategies import DEGENERATE, layers, on_torch, random_layer
 from test_relaxation import optimum
 
 few = settings(max_examples=25)
@@ -86,9 +86,7 @@ def test_what_is_on_a_device_is_bounded_there_if_it_is_large_and_as_on_the_cpu_i
     monkeypatch.setattr(relaxation, "_AFFORDABLE", 0)
     layer = random_layer(0, 3, columns, 2, 1e2)
     expected = ms.lower_bound(layer.problem, "2:4")
-    problem, seen = layer.problem, []
-    problem.centre, problem.hessian.A = torch.tensor(problem.centre), torch.tensor(layer.A)
-    problem.hessian._factors = torch.tensor(problem.hessian.factors)
+    problem, seen = on_torch(layer.problem), []
     monkeypatch.setattr(
         certificate,
         "relaxation_bound",

@@ -285,6 +285,7 @@ class Result:
     seconds: wall-clock time of `init` (if it was not given a state) and `compute`.
     bound: a proven lower bound of F over all weights with the pattern, in units of `value`, if one was asked for or
     the solver proved one.
+    note: what the solver says of how it found the answer, such as that it did so on the CPU; empty for nothing.
     """
 
     weight: Array
@@ -298,6 +299,7 @@ class Result:
     pattern: str
     iterations: int = field(default=1)
     bound: float | None = None
+    note: str = ""
 
     @property
     def relative(self) -> float:

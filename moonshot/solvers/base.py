@@ -39,6 +39,7 @@ class Answer:
     status, iterations: how the method ended, and after how many iterations.
     start: (m, d), where the method began, if it promises never to do worse.
     bound: a lower bound of F over all weights with the pattern, if the method proves one.
+    note: what is to be said of how it was found, such as where.
     """
 
     weight: Array
@@ -47,6 +48,7 @@ class Answer:
     iterations: int = 1
     start: Array | None = None
     bound: float | None = None
+    note: str = ""
 
 
 @runtime_checkable
@@ -174,6 +176,7 @@ def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, boun
         pattern=str(pattern),
         iterations=answer.iterations,
         bound=proven,
+        note=answer.note,
     )
 
 
