@@ -96,7 +96,8 @@ class Swaps:
         problem, answer = state.problem, self.inner.compute(state.inner, pattern)
         size, _ = pattern.groups(problem.shape)
         limit = math.ceil(min(self.moves * problem.shape[1], _UNLIMITED))
-        layer = _Layer(problem.on_cpu(), size, on_host(answer.mask), limit)
+        here = problem.on_cpu()
+        layer = _Layer(here, size, on_host(answer.mask), limit)
         rows = np.arange(problem.shape[0])
         while len(rows):
             layer.exchange(rows)
@@ -104,11 +105,11 @@ class Swaps:
             if not len(rows) and size > problem.shape[1]:  # the budget is the layer's
                 rows = layer.trade()
         note = "" if is_numpy(problem.centre) else "exchanged on the CPU"
-        weight = asarray_like(as_dtype(layer.weight, problem.dtype), problem.centre)
-        if problem.value(weight) > problem.value(answer.weight):
+        weight = as_dtype(layer.weight, problem.dtype)
+        if here.value(weight) > here.value(on_host(answer.weight)):
             return replace(answer, start=answer.weight, note=note)
         status = Status.CONVERGED if layer.settled.all() else Status.ITERATION_LIMIT
-        mask = asarray_like(layer.mask, problem.centre)
+        weight, mask = (asarray_like(array, problem.centre) for array in (weight, layer.mask))
         return Answer(weight, mask, status, int(layer.moves.sum()), start=answer.weight, note=note)
 
 
