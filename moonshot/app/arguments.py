@@ -187,19 +187,20 @@ class PruneArguments:
             self.solver,
             {name: views[name].problem_shape for name in patterns},
             {name: self._choices() or [pattern] for name, pattern in patterns.items()},
-            "gradients" in self._terms().needed,
-            self._device,
+            "gradients" in self.terms.needed,
+            self.used_device,
         )
         return patterns
 
     def _choices(self) -> list[Pattern]:
         return [as_pattern(choice) for choice in self.choices or ()]
 
-    def _terms(self) -> Objective:
+    @property
+    def terms(self) -> Objective:
         """The objective, or one with all terms of those that "auto" tries."""
         return DEFAULT_OBJECTIVE if isinstance(self.objective, str) else self.objective
 
     @property
-    def _device(self) -> torch.device:
+    def used_device(self) -> torch.device:
         """Where parts run and are solved."""
         return as_device(self.device) or torch.device("cpu")
