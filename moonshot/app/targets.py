@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from moonshot.app.measure import dense_source
-from moonshot.app.terminal import say, visible
+from moonshot.app.terminal import say
 from moonshot.files.compact import compact_size, load_any, weights_size
 from moonshot.files.load import Source
 from moonshot.files.source import CONTENTS, FolderError, check_folder
@@ -32,6 +31,9 @@ class Target:
     size: str
     speed: str
     how: str
+
+    def __str__(self) -> str:
+        return f"{self.name}\n    size: {self.size}\n    speed: {self.speed}\n    how: {self.how}"
 
 
 class SavedModel:
@@ -102,7 +104,7 @@ class SavedModel:
         where = (
             torch.cuda.get_device_name(device)
             if device.type == "cuda"
-            else f"{torch.get_num_threads()} threads"
+            else f"threads: {torch.get_num_threads()}"
         )
         lines = [f"transformers: {_ratio(model.to(device), first, inputs)} ({where})"]
         if not semi_structured_layers(model):
@@ -125,20 +127,11 @@ class SavedModel:
         return found
 
 
-def table(targets: list[Target]) -> Table:
-    """What is printed."""
-    shown = Table()
-    for column in ("target", "size", "speed", "how"):
-        shown.add_column(column, overflow="fold")
-    for each in targets:
-        shown.add_row(*map(visible, (each.name, each.size, each.speed, each.how)))
-    return shown
-
-
 def say_targets(folder: Path, measure: bool, dense: str | None, console: Console) -> None:
-    """Print the table, and below it what was measured, if that was asked for."""
+    """Print what each target gains, and below it what was measured, if that was asked for."""
     saved = SavedModel(folder)
-    console.print(table(saved.targets()), markup=False)
+    for target in saved.targets():
+        say(console, str(target))
     for line in saved.measured(dense) if measure else ():
         say(console, line)
 
