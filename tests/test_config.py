@@ -1,5 +1,6 @@
 """Options from a file, dry and quiet runs, and what is said of options that nobody knows."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -39,7 +40,7 @@ def test_a_run_is_repeated_from_the_file_beside_its_model(monkeypatch, tmp_path,
     lines |= {
         "solver-option": ["block=8"],
         "ignore": "q_proj",
-        "refit": True,
+        "refit_option": ["stages=1", "epochs=2"],
         "dampening_frac": 0.02,
         "seed": 5,
     }
@@ -60,6 +61,8 @@ def test_a_run_is_repeated_from_the_file_beside_its_model(monkeypatch, tmp_path,
     assert (tmp_path / "one" / "run.yaml").read_text() == (tmp_path / "two" / "run.yaml").read_text()
     saved = yaml.safe_load((tmp_path / "one" / "run.yaml").read_text())
     assert saved["solver_option"] == ["block=8"] and saved["seed"] == 5 and "save" not in saved
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert "epochs=2" in report["recipe"]["refit"] and "stages=1" in report["recipe"]["refit"]
 
 
 def test_patterns_need_no_quotes_and_the_command_line_comes_first(monkeypatch, tmp_path, model, capsys):
@@ -157,6 +160,9 @@ def test_quiet_says_only_what_is_wrong(monkeypatch, tmp_path, capfd, model):
         (["--pattern", "2/4"], "did you mean 2:4?"),
         (["--pattern", "0,5"], "did you mean 0.5?"),
         (["--solver", "admm", "--solver-option", "growht=2"], "did you mean growth?"),
+        (["--refit-option", "stage=3"], "did you mean stages?"),
+        (["--refit-option", "stages"], "write name=value, such as stages=3"),
+        (["--refit-option", "epochs=0"], "epochs"),
         (["--html", "out.html", "--save", "out.html"], "ends with .html"),
     ],
 )

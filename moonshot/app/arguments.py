@@ -54,7 +54,7 @@ class PruneArguments:
     choices: list[str] | None = None
     columns: float | None = None
     shrink: bool = False
-    refit: bool = False
+    refit: Refit | None = None
     bound: bool = False
     memory: float | None = None
     checkpoint: Path | None = None
@@ -151,7 +151,7 @@ class PruneArguments:
             "objective": self.objective,
             "solver": self.solver,
             "adapter": self.adapter,
-            "refit": Refit() if self.refit else None,
+            "refit": self.refit,
         }
         now = {what: exact(value, what) for what, value in objects.items()} | {
             "pattern": str(self.pattern) if uniform else "per layer",

@@ -113,6 +113,7 @@ def prune(
     factors: options.Factors = 16,
     dampening_frac: options.Dampening = 0.01,
     refit: options.Refit = False,
+    refit_option: options.RefitOption = None,
     bound: options.Bound = False,
     adapter: options.AdapterName = None,
     text_column: options.TextColumn = None,
@@ -135,7 +136,13 @@ def prune(
     trust_remote_code: options.Trust = False,
 ) -> None:
     """Prune a causal language model or an image classifier and save it with its recipe and report."""
-    from moonshot.app.parse import parse_adapter, parse_objective, parse_pattern, parse_solver
+    from moonshot.app.parse import (
+        parse_adapter,
+        parse_objective,
+        parse_pattern,
+        parse_refit,
+        parse_solver,
+    )
     from moonshot.app.prune import PruneCommand
     from moonshot.files.hub import Push
 
@@ -159,7 +166,7 @@ def prune(
         ignore=ignore or [],
         allocate=allocate,
         choices=choice,
-        refit=refit,
+        refit=parse_refit(refit, refit_option or ()),
         bound=bound,
         memory=memory,
         checkpoint=checkpoint,
@@ -209,6 +216,7 @@ def compare(
     factors: options.Factors = 16,
     dampening_frac: options.Dampening = 0.01,
     refit: options.Refit = False,
+    refit_option: options.RefitOption = None,
     adapter: options.AdapterName = None,
     config: options.Config = None,
     quiet: options.Quiet = False,
@@ -216,7 +224,13 @@ def compare(
 ) -> None:
     """Prune a model by several methods and print what each costs: perplexity or accuracy on data set aside."""
     from moonshot.app.compare import CompareCommand
-    from moonshot.app.parse import parse_adapter, parse_objective, parse_pattern, parse_solver
+    from moonshot.app.parse import (
+        parse_adapter,
+        parse_objective,
+        parse_pattern,
+        parse_refit,
+        parse_solver,
+    )
 
     CompareCommand(
         model=model,
@@ -239,7 +253,7 @@ def compare(
             "unfit": unfit.value,
             "factors": factors,
             "dampening_frac": dampening_frac,
-            "refit": refit,
+            "refit": parse_refit(refit, refit_option or ()) or False,
             "adapter": parse_adapter(adapter),
         },
     ).run(Console(quiet=True) if quiet else console)

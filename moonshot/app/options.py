@@ -126,6 +126,9 @@ Refit = Annotated[
     bool,
     _option(METHOD, "Fit what is left of each part to the dense part once its layers are pruned.", "--refit"),
 ]
+RefitOption = Annotated[
+    list[str] | None, _option(METHOD, "An option of the refit, such as stages=3; repeat. It includes --refit.")
+]
 Bound = Annotated[
     bool, _option(METHOD, "Prove for each layer how far from the optimum it can be at most.", "--bound")
 ]

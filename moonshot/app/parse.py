@@ -16,6 +16,7 @@ from moonshot.layer.columns import Columns
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern, as_pattern
 from moonshot.models.adapter import Adapter
+from moonshot.pruning.refit import Refit
 from moonshot.solvers import Solver
 
 _TERM = re.compile(r"\s*([0-9.eE-]+)?\s*\*?\s*([A-Za-z_][\w.]*(?::\w+)?)\s*(?:\((.*)\))?\s*")
@@ -78,16 +79,16 @@ def parse_solver(name: str, options: Iterable[str] = ()) -> Solver:
     match = re.fullmatch(r"([^()]*)\((.*)\)\s*", name)
     name, given = (match[1].strip(), _arguments(match[2])) if match else (name, {})
     kind = _found(name, SOLVERS, "solver", "--solver")
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ArgumentError(
-                f"cannot read --solver-option {option!r}: write name=value, such as growth=1.05"
-            )
-        given[key.strip()] = _literal(value.strip())
+    given |= _options(options, "--solver-option", "growth=1.05")
     if kind is solvers.Swaps:
         given["inner"] = parse_solver(str(given.get("inner", "admm")))
     return _made(kind, given, Solver, name)
+
+
+def parse_refit(wanted: bool, options: Iterable[str]) -> Refit | None:
+    """How parts are refitted, if `wanted` or with options such as "stages=3". Raises ValueError for unknown options."""
+    given = _options(options, "--refit-option", "stages=3")
+    return _made(Refit, given, Refit, "--refit") if wanted or given else None
 
 
 def parse_adapter(name: str | None) -> Adapter | None:
@@ -184,6 +185,17 @@ def _arguments(text: str) -> dict[str, Any]:
         return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
     except (SyntaxError, ValueError, AssertionError) as error:
         raise ArgumentError(f"cannot read the arguments ({text}): write name=value, name=value") from error
+
+
+def _options(options: Iterable[str], flag: str, example: str) -> dict[str, Any]:
+    """ "delta=0.1", "scale=2" as a dictionary. flag: what they were given by."""
+    given = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ArgumentError(f"cannot read {flag} {option!r}: write name=value, such as {example}")
+        given[key.strip()] = _literal(value.strip())
+    return given
 
 
 def _literal(text: str) -> Any:

@@ -220,7 +220,7 @@ class PruneCommand(PruneArguments):
                     self.pattern,  # type: ignore[arg-type]
                     objective=self.terms,
                     patterns=self.choices,
-                    refit=self.refit,
+                    refit=self.refit or False,
                     on_step=steps.done,
                     on_progress=steps.doing,
                     **recipe,
@@ -231,7 +231,7 @@ class PruneCommand(PruneArguments):
                 calibration,
                 self._patterns(source.model) if allocation is None else allocation,
                 objective=self.objective,
-                refit=self.refit,
+                refit=self.refit or False,
                 bound=self.bound,
                 checkpoint=self.checkpoint,
                 on_layer=lambda layer, total: steps.done(layer.name, total),

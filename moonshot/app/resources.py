@@ -21,7 +21,6 @@ from moonshot.models.calibration import as_batches, tokens_at_once
 from moonshot.models.ranks import Ranks
 from moonshot.models.targets import listed
 from moonshot.pruning.auto import CANDIDATES
-from moonshot.pruning.refit import Refit
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Resources:
         needed = {work.draft: work.unwritten + plan.offloaded * on_disk}
         if self.asked.checkpoint is not None and ranks.is_first:
             weights = sum(parameter.nbytes for parameter in work.model.parameters())
-            needed[self.asked.checkpoint] = weights * (1 + self.asked.refit)
+            needed[self.asked.checkpoint] = weights * (1 + (self.asked.refit is not None))
         planning.check_disk(needed)
         return work.draft if on_disk else None
 
@@ -94,7 +93,7 @@ class Resources:
             ignore=asked.ignore,
             factors=asked.factors,
             trials=len(CANDIDATES) if asked.objective == "auto" else 0,
-            refit=Refit() if asked.refit else None,
+            refit=asked.refit,
             device=asked.used_device,
         )
 
