@@ -9,9 +9,12 @@ from torch.overrides import TorchFunctionMode
 import moonshot as ms
 from moonshot.app import cli
 from moonshot.errors import ArgumentError
+from moonshot.models import in_turn
 from moonshot.models.blocks import find_blocks
 from moonshot.models.modules import ModelError
-from moonshot.models.precision import as_device, tensors_of, tensors_outside
+from moonshot.models.offload import Offload
+from moonshot.models.offload import in_turn as in_turn_of
+from moonshot.models.precision import Passes, as_device, passing, tensors_of, tensors_outside
 from tests.models import DEMO, JOINT, decoder, model_folder, network, tokens, weights
 
 GPU = torch.device("cuda:0")
@@ -78,6 +81,49 @@ def test_parts_that_move_give_the_same_model_in_its_own_memory(gpu, name, dtype,
     assert [layer.terms for layer in report.layers.values()] == [
         layer.terms for layer in expected.layers.values()
     ]
+
+
+@pytest.fixture(params=[None, torch.OutOfMemoryError("no more memory")], ids=["", "no memory for it"])
+def ahead(request, monkeypatch):
+    """How many parameters came ahead of their turns, as they do beside a GPU, or could not."""
+    came = []
+
+    def copied(data, device):
+        came.append(data.numel())
+        if request.param:
+            raise request.param
+        return lambda: data.to(device)
+
+    monkeypatch.setattr("moonshot.models.in_turn._can_copy", lambda device: True)
+    monkeypatch.setattr("moonshot.models.in_turn._copied", copied)
+    return came
+
+
+@pytest.mark.parametrize("refit", [False, ms.Refit(epochs=1)])
+def test_parts_that_come_ahead_of_their_turn_give_the_same_model(gpu, ahead, refit):
+    model, expected = decoder(dtype=torch.bfloat16), decoder(dtype=torch.bfloat16)
+    ms.prune(expected, tokens(), 0.5, refit=refit, **WORK)
+    with StandIn([]):
+        ms.prune(model, tokens(), 0.5, device="cuda", precision="float32", refit=refit, **WORK)
+    assert ahead
+    for name, value in weights(expected).items():
+        assert torch.equal(weights(model)[name], value)
+
+
+def test_what_the_next_part_has_in_common_with_this_one_does_not_come_ahead(monkeypatch):
+    came = []
+    monkeypatch.setattr(in_turn, "_can_copy", lambda device: True)
+    monkeypatch.setattr(in_turn, "_copied", lambda data, device: came.append(data) or (lambda: data.clone()))
+    shared, first, second = (torch.nn.Parameter(torch.full((2,), number)) for number in (1.0, 2.0, 3.0))
+    statistics = torch.zeros(2)
+    turns = in_turn.InTurn([[first, shared], [second, shared, statistics]])
+    with StandIn([]), passing(Passes(GPU)):
+        with turns.placed(0):
+            shared.data.fill_(5.0)
+            statistics.fill_(7.0)
+        with turns.placed(1):
+            assert shared[0] == 5 and second[0] == 3 and statistics[0] == 7
+    assert len(came) == 1 and torch.equal(came[0], torch.full((2,), 3.0))
 
 
 def test_one_block_at_a_time_is_there(gpu):
@@ -250,3 +296,38 @@ def test_a_gpu_that_is_not_there_is_one_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         cli.main()
     assert capsys.readouterr().err.startswith("moonshot: device 'cuda:1' is not there")
+
+
+# on a GPU
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.gpu
+def test_what_waits_in_pinned_memory_comes_back_as_it_was_replaced_while_the_device_is_busy(cuda):
+    offload = Offload(to_host=True)
+    busy = torch.randn(3000, 3000, device=cuda)
+    stored = [offload.store(torch.full((500, 500), float(k), device=cuda)) for k in range(6)]
+    for turn in range(3):
+        for b in in_turn_of(stored):
+            busy = busy @ busy / 3000
+            tensor = stored[b].read()
+            stored[b].replace(tensor + (busy[:500, :500] * 0 + 1))
+            del tensor
+        assert [float(each.read().mean()) for each in stored] == [k + turn + 1 for k in range(6)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_moves_part_by_part_is_pruned_as_one_that_is_there(cuda, dtype):
+    there, moved = decoder(dtype=dtype).to(cuda), decoder(dtype=dtype)
+    ms.prune(there, tokens(), 0.5, **WORK)
+    ms.prune(moved, tokens(), 0.5, device="cuda", **WORK)
+    for name, value in weights(moved).items():
+        assert value.device.type == "cpu"
+        torch.testing.assert_close(value, weights(there)[name].cpu(), rtol=1e-2, atol=1e-2)

@@ -15,7 +15,7 @@ from moonshot.files.folder import opened, save
 from moonshot.files.load import load
 from moonshot.files.mapped import MappedFile
 from moonshot.files.source import FolderError
-from moonshot.models.offload import Offload, read_all
+from moonshot.models.offload import Offload, in_turn, read_all
 from tests.models import JOINT, decoder, network, tokens
 
 DEMO = Path(ms.__file__).parent / "demo"
@@ -52,6 +52,23 @@ def test_what_is_kept_is_read_again(folder, dtype):
     assert torch.equal(kept[3].read(), first[0, 0])
     tree = offload.store_all({"a": (first, None, 3), "b": [second]})
     assert torch.equal(read_all(tree)["b"][0], second) and read_all(tree)["a"][1:] == (None, 3)
+
+
+def test_the_next_ones_are_on_their_way_while_one_is_read():
+    said = []
+
+    class Stored:
+        def __init__(self, name):
+            self.name = name
+
+        def begin(self):
+            said.append(self.name)
+
+    first, second = [Stored("a"), Stored("b"), Stored("c")], [Stored("x"), Stored("y"), Stored("z")]
+    for b in in_turn(first, second, []):
+        said.append(b)
+    assert said == ["b", "y", 0, "c", "z", 1, 2]
+    assert list(in_turn([])) == []
 
 
 def test_another_dtype_of_the_same_size_may_take_a_place_and_nothing_larger(tmp_path):

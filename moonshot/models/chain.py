@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.blocks import Call, Chain, find_blocks
 from moonshot.models.calibration import Batch, batch_samples, decoder_mask, take, token_mask
+from moonshot.models.in_turn import InTurn
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss, naming_sample
-from moonshot.models.offload import Offload, Offloaded
+from moonshot.models.offload import Offload, Offloaded, in_turn
 from moonshot.models.precision import activation_dtype, as_read, as_stored, placed, tensors_of, widened
 from moonshot.models.recording import Seen, gradient_dtype, output_gradients, recording
 from moonshot.models.replay import Replay
@@ -78,7 +79,9 @@ class ChainReplay:
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
         """Run a block, still dense and `placed`, on every batch and hand what its layers see to `statistics`."""
-        for b, batch in enumerate(self.batches):
+        gradients = self._gradients[index] if self._gradients else []
+        for b in in_turn(self._pruned, self._dense, gradients):
+            batch = self.batches[b]
             dense_inputs, deltas = self._differentiate(index, b, statistics.layers)
             if statistics.layers:
                 inputs: Seen = {}
@@ -113,8 +116,8 @@ class ChainReplay:
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Run the block as it is now, for the inputs of the next one."""
-        for b, stored in enumerate(self._pruned):
-            stored.replace(as_stored(self.output(index, b), self._dtype))
+        for b in in_turn(self._pruned):
+            self._pruned[b].replace(as_stored(self.output(index, b), self._dtype))
 
 
 def block_gradients(
@@ -128,22 +131,25 @@ def block_gradients(
     """
     hidden_dtype = activation_dtype(chain.model)
     dtype = gradient_dtype(hidden_dtype)
-    boundaries = [hidden]
-    for k, block in enumerate(chain.blocks):
+    boundaries, last = [hidden], len(chain.blocks) - 1
+    forward = InTurn([tensors_of(block) for block in chain.blocks])
+    for k in range(last + 1):
         boundaries.append([])
-        with torch.no_grad(), placed(tensors_of(block)):
-            for b, stored in enumerate(boundaries[k]):
-                output = chain.run(k, stored.read(), calls[b][k])
+        with torch.no_grad(), forward.placed(k):
+            for b in in_turn(boundaries[k]):
+                output = chain.run(k, boundaries[k][b].read(), calls[b][k])
                 boundaries[k + 1].append(offload.store(as_stored(output, hidden_dtype)))
     with placed(chain.outside):
-        for b, batch in enumerate(batches):
-            hidden_states = boundaries[-1][b].read()
+        for b in in_turn(boundaries[-1]):
+            batch, hidden_states = batches[b], boundaries[-1][b].read()
             with naming_sample(b, batch_samples(batch), partial(_leave_one, chain, batch, hidden_states)):
                 _, gradient = chain.leave(batch, hidden_states)
             boundaries[-1][b].replace((gradient * batch_samples(batch)).to(dtype))
-    for k in range(len(chain.blocks) - 1, 0, -1):
-        with placed(tensors_of(chain.blocks[k])):
-            for b, stored in enumerate(boundaries[k]):
+    backward = InTurn([tensors_of(block) for block in chain.blocks[:0:-1]])
+    for k in range(last, 0, -1):
+        with backward.placed(last - k):
+            for b in in_turn(boundaries[k], boundaries[k + 1]):
+                stored = boundaries[k][b]
                 leaf = as_read(stored.read()).requires_grad_()
                 output = chain.run(k, leaf, calls[b][k])
                 above = boundaries[k + 1][b].read().to(output.dtype)

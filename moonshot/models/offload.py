@@ -1,6 +1,7 @@
 """Tensors that are not wanted for a while: in memory, or in a file that nobody else sees."""
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import finalize
@@ -10,10 +11,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from moonshot.errors import ArgumentError
+from moonshot.models.copies import Coming, to_device, to_host
 
 
 class Offloaded(Protocol):
     """A tensor in an Offload."""
+
+    def begin(self) -> None:
+        """Begin to read it, where that can be done beside something else: `read` is to come soon."""
 
     def read(self) -> Tensor:
         """The tensor, which is not to be changed in place."""
@@ -53,6 +58,15 @@ class Offload:
         return tree_map(lambda leaf: self.store(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def in_turn(*lists: list[Offloaded]) -> Iterator[int]:
+    """The indices of lists of one length, or none, while the tensors at the next index are on their way."""
+    for b in range(max(map(len, lists))):
+        for stored in lists:
+            for following in stored[b + 1 : b + 2]:
+                following.begin()
+        yield b
+
+
 def read_all(tree: Any) -> Any:
     """A tree with its stored tensors read."""
     return tree_map(lambda leaf: leaf.read() if isinstance(leaf, _InMemory | _OnHost | _InFile) else leaf, tree)
@@ -62,6 +76,9 @@ class _InMemory:
     def __init__(self, tensor: Tensor):
         self._tensor = tensor
 
+    def begin(self) -> None:
+        pass
+
     def read(self) -> Tensor:
         return self._tensor
 
@@ -70,18 +87,22 @@ class _InMemory:
 
 
 class _OnHost:
-    """In pinned memory, so that a GPU goes on while it comes and goes; both in the order of the current stream."""
+    """In pinned memory, so that a GPU goes on while it comes and goes (models.copies)."""
 
     def __init__(self, tensor: Tensor):
+        self._coming: Coming | None = None
         self.replace(tensor)
 
+    def begin(self) -> None:
+        if self._coming is None:
+            self._coming = to_device(self._tensor, self._device)
+
     def read(self) -> Tensor:
-        return self._tensor.to(self._device, non_blocking=True)
+        coming, self._coming = self._coming or to_device(self._tensor, self._device), None
+        return coming()
 
     def replace(self, tensor: Tensor) -> None:
-        self._device = tensor.device
-        self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-        self._tensor.copy_(tensor, non_blocking=True)
+        self._device, self._tensor, self._coming = tensor.device, to_host(tensor), None
 
 
 class _Unnamed:
@@ -97,6 +118,9 @@ class _InFile:
     def __init__(self, file: _Unnamed, offset: int, tensor: Tensor):
         self._file, self._offset, self._bytes = file, offset, tensor.nbytes
         self.replace(tensor)
+
+    def begin(self) -> None:
+        pass
 
     def read(self) -> Tensor:
         tensor = torch.empty(self._shape, dtype=self._dtype, device="cpu")

@@ -1,7 +1,7 @@
 """Where and in which precision a model's modules compute for a while."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -40,11 +40,13 @@ def passing(passes: Passes) -> Iterator[None]:
 
 
 @contextmanager
-def placed(tensors: list[Tensor]) -> Iterator[None]:
+def placed(tensors: list[Tensor], come: Callable[[Tensor], Tensor | None] = lambda _: None) -> Iterator[None]:
     """Parameters and buffers where passes compute inside, in their own memory again outside. Ties stay tied.
 
     That is float32 for half precision, unless `passing` says something else. What changed inside is written back, and
     nothing else: weights may lie in a file.
+
+    come: gives what has been copied to the device beforehand, in its own dtype, None for what has not.
     """
     passes, moved = _passes.get(), []
     try:
@@ -52,7 +54,8 @@ def placed(tensors: list[Tensor]) -> Iterator[None]:
             dtype = torch.float32 if passes.widened and _is_half(tensor) else tensor.dtype
             if (device := passes.device or tensor.device) != tensor.device or dtype != tensor.dtype:
                 moved.append((tensor, tensor.data))
-                tensor.data = tensor.data.to(device, dtype)
+                copy = come(tensor)
+                tensor.data = tensor.data.to(device, dtype) if copy is None else copy.to(dtype)
         yield
     finally:
         for tensor, original in moved:
@@ -60,6 +63,11 @@ def placed(tensors: list[Tensor]) -> Iterator[None]:
             if not torch.equal(found, original):
                 original.copy_(found)
             tensor.data = original
+
+
+def device_of_passes() -> torch.device | None:
+    """Where `placed` brings tensors; None where they stay."""
+    return _passes.get().device
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from moonshot.layer.objectives import Objective, quadratics_of, quadratics_of_gr
 from moonshot.layer.problem import Problem
 from moonshot.layer.weighting_sweep import weighting_sweeps
 from moonshot.models.calibration import Batch, batch_samples, count_samples
+from moonshot.models.in_turn import InTurn
 from moonshot.models.layer_view import LayerView
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
-from moonshot.models.precision import placed, tensors_of
+from moonshot.models.precision import tensors_of
 from moonshot.models.ranks import ALONE, Ranks
 from moonshot.models.statistics import LayerStatistics
 from moonshot.pruning.recipe import OnProgress, Recipe
@@ -90,13 +91,14 @@ class CalibrationPass:
             others = {name: view for name, view in views.items() if name not in wanted}
             dtypes = {tensor: tensor.dtype for tensor in tensors_of(module)}
             self.parts.append(Part(index, prefix, module, layers, others, dtypes))
+        self._turns = InTurn([tensors_of(part.module) for part in self.parts])
         self._dtypes = {name: view.weight.dtype for part in self.parts for name, view in part.layers.items()}
 
     @contextmanager
     def observed(self, part: Part, done: Container[str] = ()) -> Iterator[LayerStatistics]:
         """A part ready to run inside, and what its layers have seen; layers that are `done` have no statistics."""
         layers = {name: view for name, view in part.layers.items() if name not in done}
-        with placed(tensors_of(part.module)):
+        with self._turns.placed(part.index):
             statistics = LayerStatistics(
                 layers,
                 self._union,

@@ -1,0 +1,41 @@
+"""Copies between main memory and a GPU, beside what it computes: by a stream of their own."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+Coming = Callable[[], Tensor]  # waits for a copy, in the order of the current stream, and gives it
+
+
+@cache
+def _copying(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Coming:
+    """Begin to copy a tensor in pinned memory to a GPU."""
+    copying = _copying(device.index)
+    with torch.cuda.stream(copying):
+        copy = tensor.to(device, non_blocking=True)
+    there = copying.record_event()
+
+    def come() -> Tensor:
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(there)
+        copy.record_stream(computing)
+        return copy
+
+    return come
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, which `to_device` may read; others must wait for the device first."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    copying = _copying(tensor.device.index)
+    copying.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(copying):
+        copy.copy_(tensor, non_blocking=True)
+    tensor.record_stream(copying)
+    return copy

@@ -1,0 +1,59 @@
+"""Parts of a model that are placed one after the other, the next one on its way meanwhile."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moonshot.models.copies import Coming, to_device
+from moonshot.models.precision import device_of_passes, placed
+
+
+class InTurn:
+    """What `placed` does, for parts that have their turns in order.
+
+    parts: the parameters and buffers of each. While a part is placed, a thread brings the parameters of the next one
+    to the GPU where passes compute: nobody may change these before. What there is no memory for comes in its turn.
+    """
+
+    def __init__(self, parts: Sequence[list[Tensor]]):
+        self._parts = parts
+        self._coming: dict[Tensor, Future[Coming]] = {}
+        self._thread: ThreadPoolExecutor | None = None
+
+    @contextmanager
+    def placed(self, index: int) -> Iterator[None]:
+        """One part."""
+        with placed(self._parts[index], self._come):
+            self._coming.clear()
+            if index + 1 < len(self._parts):
+                here = set(self._parts[index])
+                self._begin([tensor for tensor in self._parts[index + 1] if tensor not in here])
+            yield
+
+    def _begin(self, tensors: list[Tensor]) -> None:
+        device = device_of_passes()
+        if device is None or not _can_copy(device):
+            return
+        self._thread = self._thread or ThreadPoolExecutor(1)
+        for tensor in tensors:
+            if isinstance(tensor, nn.Parameter) and tensor.device != device:
+                self._coming[tensor] = self._thread.submit(_copied, tensor.data, device)
+
+    def _come(self, tensor: Tensor) -> Tensor | None:
+        if (coming := self._coming.pop(tensor, None)) is None:
+            return None
+        try:
+            return coming.result()()
+        except torch.OutOfMemoryError:
+            return None
+
+
+def _can_copy(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
+def _copied(data: Tensor, device: torch.device) -> Coming:
+    return to_device(data.pin_memory(), device)
