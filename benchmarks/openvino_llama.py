@@ -12,12 +12,12 @@ import argparse
 import statistics
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import openvino
 import torch
-import transformers
-from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig, __version__
+from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6)
     arguments = parser.parse_args()
     print(
-        f"optimum-intel {__version__}, openvino {openvino.__version__}, transformers {transformers.__version__}"
+        ", ".join(f"{name} {version(name)}" for name in ("optimum-intel", "openvino", "transformers", "torch"))
     )
     print(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     with tempfile.TemporaryDirectory() as place:

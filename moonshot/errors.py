@@ -19,7 +19,10 @@ class ArgumentTypeError(ArgumentError, TypeError):
 
 def meant_path(path: str | Path) -> str:
     """A question, to end the message about a path that is not there, whether one that is nearly called so was meant."""
-    found = _nearest(Path(path))
+    try:
+        found = _nearest(Path(path))
+    except OSError:  # a folder that may not be read, or a name that is too long
+        found = None
     return "" if found is None else f"; did you mean {found}?"
 
 

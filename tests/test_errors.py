@@ -73,7 +73,13 @@ def test_an_option_of_any_value_is_refused_by_name_or_gives_an_answer(kind, opti
 
 @pytest.mark.parametrize(
     ("wrong", "meant"),
-    [("modle", "model"), ("modle/wieghts.txt", "model/weights.txt"), ("model/nothing", None), ("x/y", None)],
+    [
+        ("modle", "model"),
+        ("modle/wieghts.txt", "model/weights.txt"),
+        ("model/nothing", None),
+        ("x/y", None),
+        ("m" * 300, None),
+    ],
 )
 def test_a_path_that_is_nearly_there(tmp_path, wrong, meant):
     (tmp_path / "model").mkdir()

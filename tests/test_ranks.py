@@ -384,7 +384,8 @@ def test_the_command_line_under_torchrun(workers, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rank", "said"), [(0, "moonshot: eval runs in one process: start it without torchrun"), (1, "")]
+    ("rank", "said"),
+    [(0, "moonshot: eval runs in one process, and WORLD_SIZE is 2: start it without torchrun"), (1, "")],
 )
 def test_what_does_not_share_its_work_is_refused(monkeypatch, capsys, rank, said):
     monkeypatch.setenv("WORLD_SIZE", "2")

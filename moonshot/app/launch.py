@@ -45,7 +45,8 @@ def refuse_several(command: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         raise SystemExit(1)
     raise ArgumentError(
-        f"{command} runs in one process: start it without torchrun, which shares the work of prune alone"
+        f"{command} runs in one process, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: start it without torchrun, "
+        "which only prune is made for"
     )
 
 

@@ -236,13 +236,9 @@ def _fill_tiles(factors, out):
     _, tiles, _, lanes = out.shape
     for tile in prange(tiles):
         first, count = tile * lanes, min(lanes, m - tile * lanes)
-        lines = np.zeros((lanes, _LINE), factors.dtype)  # both arrays are read and written in whole cache lines
-        for start in range(0, d, _LINE):
-            width = min(_LINE, d - start)
-            for k in range(n):
-                for l in range(count):
-                    for j in range(width):
-                        lines[l, j] = factors[k, first + l, start + j]
-                for j in range(width):
-                    for l in range(lanes):
-                        out[start + j, tile, k, l] = lines[l, j]
+        for k in range(n):
+            for start in range(0, d, _LINE):  # what is read of a row stays in the cache for the columns after
+                for j in range(start, min(start + _LINE, d)):
+                    for l in range(count):
+                        out[j, tile, k, l] = factors[k, first + l, j]
+                    out[j, tile, k, count:] = 0
