@@ -114,16 +114,17 @@ def test_what_the_next_part_has_in_common_with_this_one_does_not_come_ahead(monk
     came = []
     monkeypatch.setattr(in_turn, "_can_copy", lambda device: True)
     monkeypatch.setattr(in_turn, "_copied", lambda data, device: came.append(data) or (lambda: data.clone()))
-    shared, first, second = (torch.nn.Parameter(torch.full((2,), number)) for number in (1.0, 2.0, 3.0))
-    statistics = torch.zeros(2)
-    turns = in_turn.InTurn([[first, shared], [second, shared, statistics]])
+    first, second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+    first.shared = second.shared = torch.nn.Parameter(torch.ones(3))
+    second.register_buffer("statistics", torch.zeros(2))
+    turns = in_turn.InTurn([first, second])
     with StandIn([]), passing(Passes(GPU)):
         with turns.placed(0):
-            shared.data.fill_(5.0)
-            statistics.fill_(7.0)
+            first.shared.data.fill_(5.0)
+            second.statistics.fill_(7.0)
         with turns.placed(1):
-            assert shared[0] == 5 and second[0] == 3 and statistics[0] == 7
-    assert len(came) == 1 and torch.equal(came[0], torch.full((2,), 3.0))
+            assert second.shared[0] == 5 and second.statistics[0] == 7
+    assert [data.shape for data in came] == [(2, 2)]
 
 
 def test_one_block_at_a_time_is_there(gpu):

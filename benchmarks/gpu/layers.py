@@ -5,11 +5,13 @@ from functools import partial
 
 import moonshot as ms
 import torch
+from moonshot.linalg.backend import computing_on
 
 from ..solvers.benchmark_utils.references import torch_alps, torch_sparsegpt
 from .rows import Rows
 
 FACTORS, MANY = 16, 128
+FEW = 8  # rows of what is computed on the CPU
 PATTERN = ms.NM(2, 4)
 
 
@@ -31,10 +33,13 @@ def factors(m: int, d: int, n: int, device: str) -> torch.Tensor:
     return (torch.randn(n, m, d, generator=make, device=device) * (0.2 / n**0.5)).permute(1, 2, 0)
 
 
-def solved(solver: ms.Solver, weight: torch.Tensor, *hessian: torch.Tensor) -> object:
+def solved(
+    solver: ms.Solver, weight: torch.Tensor, *hessian: torch.Tensor, pattern: ms.Pattern = PATTERN
+) -> object:
     """The solver's answer, factorisations included, without the checks and grades of `ms.solve`."""
-    problem = ms.Problem(weight, ms.RowHessian(*hessian))
-    return solver.compute(solver.init(problem), PATTERN).weight
+    with computing_on(weight):
+        problem = ms.Problem(weight, ms.RowHessian(*hessian))
+        return solver.compute(solver.init(problem), pattern).weight
 
 
 def time_layer(rows: Rows, m: int, d: int) -> None:
@@ -63,6 +68,13 @@ def time_layer(rows: Rows, m: int, d: int) -> None:
         row(f"IHT, n = {FACTORS}", partial(solved, ms.IHT(), *joint), 1)
     if max(m, d) <= 1024:
         row("OBS", partial(solved, ms.OBS(), *single), 1)
+        row(f"OBS, n = {FACTORS}", partial(solved, ms.OBS(), *joint), 1)
+        row(f"OBS at 50%, n = {FACTORS}", partial(solved, ms.OBS(), *joint, pattern=ms.Unstructured(0.5)), 1)
+        row(
+            f"Swaps on SparseGPT, {FEW} rows",
+            partial(solved, ms.Swaps(ms.SparseGPT()), weight[:FEW], shared),
+            1,
+        )
         row("lower_bound", lambda: ms.lower_bound(ms.Problem(weight, ms.RowHessian(shared)), PATTERN), 1)
     if m == d == 4096:
         del some, joint

@@ -42,12 +42,14 @@ def tokens(widths: str, samples: int, length: int) -> torch.Tensor:
 
 
 def time_model(rows: Rows, widths: str, blocks: int, samples: int, length: int) -> None:
-    """Plain torch, then SparseGPT and ADMM on the reconstruction error and on the default objective."""
+    """Plain torch, then SparseGPT and ADMM on the reconstruction error and on the default objective, and SparseGPT on a
+    model that stays on the CPU and moves part by part.
+    """
     group = f"{blocks} blocks of {widths}, {samples} x {length} tokens"
     calibration = tokens(widths, samples, length)
 
-    def row(name: str, run: Callable[[LlamaForCausalLM], object]) -> None:
-        fresh = [llama(widths, blocks, rows.device)]
+    def row(name: str, run: Callable[[LlamaForCausalLM], object], device: str = rows.device) -> None:
+        fresh = [] if rows.ended else [llama(widths, blocks, device)]
         rows.time(group, name, lambda: run(fresh.pop()), 1, warm=False)
         gc.collect()
         if rows.device == "cuda":
@@ -61,6 +63,11 @@ def time_model(rows: Rows, widths: str, blocks: int, samples: int, length: int) 
                 f"{solver.name}, {name}",
                 lambda model, s=solver, o=options: ms.prune(model, calibration, "2:4", solver=s, **o),
             )
+    row(
+        "SparseGPT, default, part by part",
+        lambda model: ms.prune(model, calibration, "2:4", solver=ms.SparseGPT(), device=rows.device),
+        "cpu",
+    )
 
 
 @torch.no_grad()

@@ -35,12 +35,17 @@ class Rows:
     def __post_init__(self) -> None:
         self._end = time.monotonic() + self.limit
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is begun."""
+        return time.monotonic() > self._end
+
     def time(self, group: str, name: str, run: Callable[[], Any], rounds: int, warm: bool = True) -> Any:
         """The median time of `run` over so many rounds, after one to warm up; returns its last answer, or None.
 
         What fails is a row that says so, and the next one is begun.
         """
-        if time.monotonic() > self._end:
+        if self.ended:
             self._add(Row(group, name, note="not run: no time left"))
             return None
         try:
@@ -74,5 +79,5 @@ class Rows:
             torch.cuda.reset_peak_memory_stats()
 
     def _peak(self) -> float | None:
-        """The most that torch's allocator held; CuPy's own is not in it."""
+        """The most that torch's allocator held, which is CuPy's too."""
         return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None

@@ -17,7 +17,7 @@ from moonshot.models.in_turn import InTurn
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss, naming_sample
 from moonshot.models.offload import Offload, Offloaded, in_turn
-from moonshot.models.precision import activation_dtype, as_read, as_stored, placed, tensors_of, widened
+from moonshot.models.precision import activation_dtype, as_read, as_stored, placed, widened
 from moonshot.models.recording import Seen, gradient_dtype, output_gradients, recording
 from moonshot.models.replay import Replay
 from moonshot.models.statistics import LayerStatistics
@@ -132,7 +132,7 @@ def block_gradients(
     hidden_dtype = activation_dtype(chain.model)
     dtype = gradient_dtype(hidden_dtype)
     boundaries, last = [hidden], len(chain.blocks) - 1
-    forward = InTurn([tensors_of(block) for block in chain.blocks])
+    forward = InTurn(chain.blocks)
     for k in range(last + 1):
         boundaries.append([])
         with torch.no_grad(), forward.placed(k):
@@ -145,7 +145,7 @@ def block_gradients(
             with naming_sample(b, batch_samples(batch), partial(_leave_one, chain, batch, hidden_states)):
                 _, gradient = chain.leave(batch, hidden_states)
             boundaries[-1][b].replace((gradient * batch_samples(batch)).to(dtype))
-    backward = InTurn([tensors_of(block) for block in chain.blocks[:0:-1]])
+    backward = InTurn(chain.blocks[:0:-1])
     for k in range(last, 0, -1):
         with backward.placed(last - k):
             for b in in_turn(boundaries[k], boundaries[k + 1]):

@@ -8,39 +8,39 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.copies import Coming, to_device
-from moonshot.models.precision import device_of_passes, placed
+from moonshot.models.precision import device_of_passes, placed, tensors_of
 
 
 class InTurn:
     """What `placed` does, for parts that have their turns in order.
 
-    parts: the parameters and buffers of each. While a part is placed, a thread brings the parameters of the next one
-    to the GPU where passes compute: nobody may change these before. What there is no memory for comes in its turn.
+    While a part is placed, a thread brings the parameters of the next one to the GPU where passes compute: nobody may
+    change these before. What there is no memory for comes in its turn.
     """
 
-    def __init__(self, parts: Sequence[list[Tensor]]):
+    def __init__(self, parts: Sequence[nn.Module]):
         self._parts = parts
         self._coming: dict[Tensor, Future[Coming]] = {}
         self._thread: ThreadPoolExecutor | None = None
 
     @contextmanager
     def placed(self, index: int) -> Iterator[None]:
-        """One part."""
-        with placed(self._parts[index], self._come):
+        """One part, its parameters and buffers."""
+        here = tensors_of(self._parts[index])
+        with placed(here, self._come):
             self._coming.clear()
-            if index + 1 < len(self._parts):
-                here = set(self._parts[index])
-                self._begin([tensor for tensor in self._parts[index + 1] if tensor not in here])
+            for following in self._parts[index + 1 : index + 2]:
+                self._begin([parameter for parameter in following.parameters() if parameter not in set(here)])
             yield
 
-    def _begin(self, tensors: list[Tensor]) -> None:
+    def _begin(self, parameters: list[nn.Parameter]) -> None:
         device = device_of_passes()
         if device is None or not _can_copy(device):
             return
         self._thread = self._thread or ThreadPoolExecutor(1)
-        for tensor in tensors:
-            if isinstance(tensor, nn.Parameter) and tensor.device != device:
-                self._coming[tensor] = self._thread.submit(_copied, tensor.data, device)
+        for parameter in parameters:
+            if parameter.device != device:
+                self._coming[parameter] = self._thread.submit(_copied, parameter.data, device)
 
     def _come(self, tensor: Tensor) -> Tensor | None:
         if (coming := self._coming.pop(tensor, None)) is None:
