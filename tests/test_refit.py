@@ -5,12 +5,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 import moonshot as ms
 from moonshot.models.calibration import CalibrationError, batch_samples, split
+from moonshot.models.losses import model_loss
+from moonshot.models.partition import partition_model
+from moonshot.pruning import refit as refit_module
 from moonshot.pruning import run
+from moonshot.pruning.calibration_pass import CalibrationPass
+from moonshot.pruning.recipe import Recipe
 from tests.models import block_layers, decoder, network, tokens
 from tests.test_experts import mixture
 
@@ -261,6 +268,58 @@ def test_padding_counts_for_nothing():
         assert part.aside_after == pytest.approx(with_padding.parts[name].aside_after, rel=1e-3)
 
 
+def test_gradients_say_what_an_error_counts_for():
+    """The moment of a block's replay is that of autograd over the whole model; padded tokens have no part in it."""
+    model, ids = decoder(), tokens(6)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = mask[4, 4:] = 0
+    batches = [{"input_ids": ids[rows], "attention_mask": mask[rows]} for rows in (slice(0, 2), slice(2, 6))]
+    recipe = Recipe(ms.Fisher(), ms.Magnitude())
+    batches, _ = recipe.batches(model, batches)
+    partition = partition_model(model, batches, model_loss)
+    calibration = CalibrationPass(model, partition, [], batches, [ms.Fisher()], recipe, dense=True)
+    for part in calibration.parts:
+        outputs = []
+        handle = part.module.register_forward_hook(lambda _m, _a, output, to=outputs: to.append(output))
+        rows = []
+        for sample in range(6):
+            alone = {"input_ids": ids[sample : sample + 1], "attention_mask": mask[sample : sample + 1]}
+            loss = model_loss(model, alone)
+            (gradient,) = torch.autograd.grad(loss, outputs[-1])
+            rows.append(gradient[0][mask[sample].bool()].double())
+        handle.remove()
+        expected = sum(each.T @ each for each in rows)
+        with calibration.observed(part):
+            moment = calibration.replay.output_moment(part.index)
+        torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-9)
+
+
+@given(st.integers(1, 6), st.integers(0, 5), st.floats(0.01, 0.99), st.integers(0, 2**31))
+def test_the_metric_of_an_error(channels, count, share, seed):
+    gradients = torch.randn(count, channels, generator=torch.Generator().manual_seed(seed)).double()
+    moment = gradients.T @ gradients
+    root = refit_module._metric(moment.clone(), share)
+    if not count:
+        assert root is None
+        return
+    error = torch.randn(3, channels, generator=torch.Generator().manual_seed(seed + 1)).double()
+    plain, weighted = error.square().sum(), (error @ gradients.T).square().sum() * channels / moment.trace()
+    torch.testing.assert_close((error @ root).square().sum(), (1 - share) * plain + share * weighted)
+    assert refit_module._metric(moment, 0) is None and refit_module._metric(None, share) is None
+
+
+def test_only_an_objective_with_gradients_weighs_errors_by_them():
+    def fitted(objective, fisher):
+        model = decoder()
+        refit = replace(REFIT, fisher=fisher, stages=1)
+        ms.prune(model, tokens(16), 0.5, refit=refit, solver=ms.Magnitude(), objective=objective)
+        return model
+
+    assert same(fitted(ms.Reconstruction(), 0.9), fitted(ms.Reconstruction(), 0))
+    assert same(fitted(ms.Fisher(), 0), fitted(ms.Reconstruction(), 0))  # magnitude's masks are the same
+    assert not same(fitted(ms.Fisher(), 0.9), fitted(ms.Fisher(), 0))
+
+
 def test_few_samples_do_no_harm():
     report = ms.prune(decoder(), tokens(8), "2:4", refit=ms.Refit(epochs=20, lr=0.5), **FAST)
     assert all(part.aside_after <= part.aside_before for part in report.parts.values())
@@ -301,6 +360,8 @@ def test_a_failure_halfway_puts_norms_back(monkeypatch):
         ({"stages": 0}, "stages must be a positive integer, got 0"),
         ({"steps": 2.5}, "steps must be a positive integer"),
         ({"lr": 0}, "lr must be positive"),
+        ({"fisher": 1}, "fisher must be at least 0 and below 1"),
+        ({"fisher": -0.1}, "fisher must be at least 0 and below 1"),
         ({"share": 1}, "share must be between 0 and 1"),
     ],
 )

@@ -165,6 +165,12 @@ def moved(batch: Batch, device: torch.device | str) -> Batch:
     return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
+def real_tokens(hidden: Tensor, batch: Batch) -> Tensor:
+    """Hidden states of a batch without those of padded tokens."""
+    mask = token_mask(batch)
+    return hidden if mask is None or hidden.shape[:2] != mask.shape else hidden[mask]
+
+
 def token_mask(batch: Batch) -> Tensor | None:
     """True (samples, tokens) where a token is real, False where it is padding; None where nothing is padding."""
     return _mask(batch, "input_ids", "attention_mask")

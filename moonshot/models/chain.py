@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moonshot.models.adapter import Adapter, Parts
 from moonshot.models.blocks import Call, Chain, find_blocks
-from moonshot.models.calibration import Batch, batch_samples, decoder_mask, take, token_mask
+from moonshot.models.calibration import Batch, batch_samples, decoder_mask, real_tokens, take, token_mask
 from moonshot.models.in_turn import InTurn
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss, naming_sample
@@ -76,6 +76,8 @@ class ChainReplay:
             self._gradients = block_gradients(self._chain, batches, self._pruned, self._calls, offload)
         if gradients or dense:
             self._dense = [offload.store(hidden.read()) for hidden in self._pruned]
+        self._wants_moments = gradients and dense
+        self._moment: Tensor | None = None  # of the block whose turn it is
 
     def observe(self, index: int, statistics: LayerStatistics) -> None:
         """Run a block, still dense and `placed`, on every batch and hand what its layers see to `statistics`."""
@@ -89,6 +91,7 @@ class ChainReplay:
                     self._chain.run(index, self._pruned[b].read(), self._calls[b][index])
                 masks = token_mask(batch), decoder_mask(batch)
                 statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, *masks)
+        self._moment = self._summed_moment(index) if self._wants_moments else None
         if self._gradients:
             self._gradients[index] = []
 
@@ -112,6 +115,16 @@ class ChainReplay:
 
     def dense_output(self, index: int, b: int) -> Tensor:
         return as_read(self._dense[b].read())
+
+    def output_moment(self, index: int) -> Tensor | None:
+        return self._moment
+
+    def _summed_moment(self, index: int) -> Tensor | None:
+        moment = None
+        for gradient, batch in zip(self._gradients[index], self.batches, strict=True):
+            rows = real_tokens(gradient.read(), batch).flatten(0, -2).double()
+            moment = rows.T @ rows if moment is None else moment.addmm_(rows.T, rows)
+        return moment
 
     @torch.no_grad()
     def advance(self, index: int) -> None:

@@ -237,6 +237,9 @@ class GraphReplay:
     def dense_output(self, index: int, b: int) -> Tensor:
         return as_read(self._dense_outputs[b].read())
 
+    def output_moment(self, index: int) -> Tensor | None:
+        return None  # parts return anything, in any layout
+
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Run the part as it is now, for the inputs of those after it."""

@@ -34,5 +34,12 @@ class Replay(Protocol):
     def dense_output(self, index: int, b: int) -> Tensor:
         """As `output`, of the dense part in the dense model; for a replay that was made with `dense`."""
 
+    def output_moment(self, index: int) -> Tensor | None:
+        """The sum of `g g'` over the loss gradients g at what tokens make part `index` return, (channels, channels).
+
+        Of a part observed before, in the dense model, without padded tokens, in float64; for a replay that was made
+        with `dense`. None where there are no gradients, or where it is not known which axis has the channels.
+        """
+
     def advance(self, index: int) -> None:
         """Run part `index` as it is now, for the inputs of those after it."""

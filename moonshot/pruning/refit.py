@@ -22,8 +22,8 @@ from moonshot.models.calibration import (
     CalibrationError,
     batch_samples,
     count_samples,
+    real_tokens,
     split,
-    token_mask,
 )
 from moonshot.models.expert_view import ExpertView
 from moonshot.models.ranks import Ranks
@@ -43,6 +43,8 @@ class Refit:
     steps: of an epoch, which share its samples.
     lr: what a step changes in a tensor at most, about, as a fraction of the root mean square of its nonzero values; it
     decays along a cosine.
+    fisher: where the objective has gradients, the share of the squared error that is measured by what the loss makes of
+    it: by the mean of `g g'` over the loss gradients g at what the part returns. In the rest all channels count alike.
     share: of the samples that is set aside, to stop early and to see whether the part got better.
     stages: how often a part is pruned and fitted, at most. Its nonzeros fall by the same factor each time, up to what
     the pattern asks for (patterns.stages), so that the later masks are chosen among weights that were fitted.
@@ -51,16 +53,19 @@ class Refit:
     epochs: int = 12
     steps: int = 12
     lr: float = 0.02
+    fisher: float = 0.9
     share: float = 0.25
     stages: int = 2
 
     def __post_init__(self) -> None:
         for name in ("epochs", "steps", "stages"):
             check_count(name, getattr(self, name))
-        for name in ("lr", "share"):
+        for name in ("lr", "fisher", "share"):
             check_number(name, getattr(self, name))
         if not 0 < self.lr < math.inf:
             raise ArgumentError(f"lr must be positive, got {self.lr!r}")
+        if not 0 <= self.fisher < 1:
+            raise ArgumentError(f"fisher must be at least 0 and below 1, got {self.fisher!r}")
         if not 0 < self.share < 1:
             raise ArgumentError(f"share must be between 0 and 1, got {self.share!r}")
 
@@ -213,8 +218,9 @@ class _Data:
         wanted = refit.share * sum(self._samples)
         while len(self.fitted) > 1 and sum(self._samples[b] for b in self.aside) < wanted:
             self.aside.append(self.fitted.pop())
+        self._metric = _metric(_over_ranks(replay.output_moment(index), ranks), refit.fisher)
         energies = [
-            float(self._real(replay.dense_output(index, b), b).double().square().sum())
+            float(self._measured(replay.dense_output(index, b), b).double().square().sum())
             for b in range(len(replay.batches))
         ]
         self._energy = [energy for of_rank in ranks.gather(energies) for energy in of_rank]
@@ -250,16 +256,41 @@ class _Data:
 
     def _difference(self, b: int) -> Tensor:
         dense = self._replay.dense_output(self._index, b)
-        return self._real(self._replay.output(self._index, b) - dense, b)
+        return self._measured(self._replay.output(self._index, b) - dense, b)
 
-    def _real(self, output: Tensor, b: int) -> Tensor:
-        """An output without padded tokens."""
-        mask = token_mask(self._replay.batches[b])
-        return output if mask is None or output.shape[:2] != mask.shape else output[mask]
+    def _measured(self, output: Tensor, b: int) -> Tensor:
+        """An output without padded tokens, in coordinates in which all channels count alike."""
+        tokens = real_tokens(output, self._replay.batches[b])
+        if self._metric is None:
+            return tokens
+        self._metric = self._metric.to(tokens)
+        return tokens @ self._metric
 
     @staticmethod
     def _total(values: list[Any], batches: list[int]) -> Any:
         return sum(values[b] for b in batches)
+
+
+def _over_ranks(moment: Tensor | None, ranks: Ranks) -> Tensor | None:
+    """The sum of what ranks have of a matrix, if any has something."""
+    sizes = [size for size in ranks.gather(None if moment is None else len(moment)) if size is not None]
+    if not sizes:
+        return None
+    moment = torch.zeros((sizes[0], sizes[0]), dtype=torch.float64) if moment is None else moment
+    ranks.sum_([moment])
+    return moment
+
+
+def _metric(moment: Tensor | None, share: float) -> Tensor | None:
+    """L with `L L' = (1 - share) I + share F`, F being a moment (channels, channels) scaled to a mean diagonal of 1.
+
+    None for the identity, also where no gradient was anything but zero.
+    """
+    if moment is None or not share or not (scale := float(moment.diagonal().mean())) > 0:
+        return None
+    mixed = moment * (share / scale)
+    mixed.diagonal().add_(1 - share)
+    return torch.linalg.cholesky(mixed)
 
 
 @contextmanager
