@@ -1,7 +1,7 @@
 """Whether a Llama runs faster with zeros by OpenVINO, as optimum-intel exports it: one of 90 % beside the dense one.
 
     pip install "optimum-intel[openvino]"    # in an environment of its own, without moonshot
-    python benchmarks/openvino_llama.py [--zeros 0.9] [--runs 30] [--blocks 6]
+    python benchmarks/openvino_llama.py [--zeros 0.9] [--runs 30] [--blocks 6] [--weights float32 int8]
 
 A random Llama, and the same with the smallest weights of every layer in its blocks at zero, by OVModelForCausalLM, in
 float32 and with its weights in int8, OpenVINO's sparse weights decompression on for the one with zeros. The median of
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--zeros", type=float, default=0.9)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--weights", nargs="+", default=["float32", "int8"])
     arguments = parser.parse_args()
     print(
         ", ".join(f"{name} {version(name)}" for name in ("optimum-intel", "openvino", "transformers", "torch"))
@@ -37,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folders = saved(Path(place), arguments.blocks, arguments.zeros)
         print("| weights | tokens | dense, ms | time over dense | middle half |\n|---|---|---|---|---|")
-        for precision in ("float32", "int8"):
+        for precision in arguments.weights:
             models = [exported(folder, precision) for folder in folders]
             for tokens in (1, 64):
                 times = [[seconds(model, tokens) for model in models] for _ in range(arguments.runs + 4)][4:]

@@ -75,6 +75,27 @@ def test_block_gradients_are_those_of_one_backward_pass():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "objective, expected",
+    [
+        # on trial, then for what its layers read, and then for what the next block reads
+        (ms.Reconstruction(), [3, 3, 2]),
+        # before the last two: to the loss, back from it, and for gradients, when the first block's layers read the same
+        (ms.Fisher(), [4, 6, 5]),
+    ],
+)
+def test_blocks_run_no_more_often_than_they_must(monkeypatch, objective, expected):
+    runs, run = [0, 0, 0], Chain.run
+
+    def counted(chain, index, *arguments):
+        runs[index] += 1
+        return run(chain, index, *arguments)
+
+    monkeypatch.setattr(Chain, "run", counted)
+    ms.prune(decoder(num_hidden_layers=3), tokens(), "2:4", objective=objective, solver=ms.Wanda())
+    assert runs == expected
+
+
 def test_statistics_of_the_first_block_are_those_of_the_dense_model():
     model, ids = decoder(), tokens(4)
     name = "model.layers.0.self_attn.q_proj"

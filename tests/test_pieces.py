@@ -56,7 +56,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_whole(family, name):
     loss, gradient = chain._leave(BATCHES[name], hidden)
     for size in (1, 5):
         found, at_pieces = in_pieces(chain._leave, BATCHES[name], hidden, size)
-        assert found == pytest.approx(loss, rel=1e-5)
+        assert float(found) == pytest.approx(float(loss), rel=1e-5)
         torch.testing.assert_close(at_pieces, gradient, rtol=1e-4, atol=1e-7)
 
 

@@ -10,7 +10,15 @@ from torch.utils._pytree import tree_map
 
 from moonshot.models.calibration import Batch, logits_at_once
 from moonshot.models.layers import layers_of
-from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of, model_loss, predicts_the_next_token
+from moonshot.models.losses import (
+    Loss,
+    check_loss,
+    check_scalar,
+    gradients_of,
+    loss_of,
+    model_loss,
+    predicts_the_next_token,
+)
 from moonshot.models.modules import ModelError, patched
 from moonshot.models.pieces import can_be_taken_apart, in_pieces, is_text
 from moonshot.models.precision import as_read, tensors_outside
@@ -99,8 +107,14 @@ class Chain:
     def leave(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
         """The loss of one batch from the last block's output, and its gradient there.
 
-        Where that can be done, of some tokens at a time, so that their logits are about LOGITS numbers.
+        Where that can be done, of some tokens at a time, so that their logits are about LOGITS numbers. Raises
+        LossNotFiniteError.
         """
+        loss, gradient = self._left(batch, hidden)
+        return check_loss(loss), gradient
+
+    def _left(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`leave`, without asking the device whether the loss is finite."""
         size = max(logits_at_once(self.model) // len(hidden), 1)
         if self.loss is model_loss and predicts_the_next_token(self.model) and is_text(batch, hidden):
             if size < hidden.shape[1] and self._can_be_taken_apart is None:
@@ -109,7 +123,8 @@ class Chain:
                 return in_pieces(self._leave, batch, hidden, size)
         return self._leave(batch, hidden)
 
-    def _leave(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
+    def _leave(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """`_left`, all tokens at once."""
         leaf = as_read(hidden.detach()).requires_grad_()
 
         def replace(_hidden, *args, **kwargs):
@@ -117,11 +132,11 @@ class Chain:
 
         with patched(self.blocks, [replace] * len(self.blocks)):
             loss = loss_of(self.loss, self.model, batch)
-            check_loss(loss)
+            check_scalar(loss)
             (gradient,) = gradients_of(loss, [leaf])
         if gradient is None:
             raise ModelError("the loss does not depend on what the last block returns")
-        return float(loss.detach()), gradient
+        return loss.detach(), gradient
 
     def run(self, index: int, hidden: Tensor, call: Call) -> Tensor:
         """One block alone. It may change in place what it reads, so it reads copies."""

@@ -86,9 +86,10 @@ class ChainReplay:
             batch = self.batches[b]
             dense_inputs, deltas = self._differentiate(index, b, statistics.layers)
             if statistics.layers:
-                inputs: Seen = {}
-                with torch.no_grad(), recording(statistics.layers, inputs):
-                    self._chain.run(index, self._pruned[b].read(), self._calls[b][index])
+                inputs: Seen = dense_inputs if index == 0 else {}  # nothing before it is pruned
+                if not inputs:
+                    with torch.no_grad(), recording(statistics.layers, inputs):
+                        self._chain.run(index, self._pruned[b].read(), self._calls[b][index])
                 masks = token_mask(batch), decoder_mask(batch)
                 statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, *masks)
         self._moment = self._summed_moment(index) if self._wants_moments else None
@@ -128,7 +129,9 @@ class ChainReplay:
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Run the block as it is now, for the inputs of the next one."""
+        """Run the block as it is now, for the inputs of the next one, if there is one."""
+        if index == len(self.parts) - 1:
+            return
         for b in in_turn(self._pruned):
             self._pruned[b].replace(as_stored(self.output(index, b), self._dtype))
 

@@ -202,10 +202,11 @@ class GraphReplay:
             dense_inputs, deltas = self._differentiate(index, b, layers)
             self._arguments.append(self._reach(index, b))
             if layers:
-                args, kwargs = _to_read(self._arguments[b])
-                inputs: Seen = {}
-                with torch.no_grad(), recording(layers, inputs):
-                    part(*args, **kwargs)
+                inputs: Seen = dense_inputs if index == 0 else {}  # nothing before it is pruned
+                if not inputs:
+                    args, kwargs = _to_read(self._arguments[b])
+                    with torch.no_grad(), recording(layers, inputs):
+                        part(*args, **kwargs)
                 masks = token_mask(batch), decoder_mask(batch)
                 statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, *masks)
 
@@ -242,7 +243,9 @@ class GraphReplay:
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Run the part as it is now, for the inputs of those after it."""
+        """Run the part as it is now, for the inputs of those after it, if there are any."""
+        if index == len(self.parts) - 1:
+            return
         _, part = self.parts[index]
         for b, arguments in enumerate(self._arguments):
             args, kwargs = _to_read(arguments)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
+from math import isfinite
 from typing import Any
 from zlib import crc32
 
@@ -105,14 +106,22 @@ def naming_sample(batch: int, samples: int, alone: Callable[[int], Any]) -> Iter
         raise
 
 
-def check_loss(loss: Any) -> None:
-    """Raises ModelError for a loss that is no scalar, LossNotFiniteError for one that is not finite."""
+def check_scalar(loss: Any) -> None:
+    """Raises ModelError for a loss that is no scalar."""
     if not isinstance(loss, Tensor):
         raise ModelError(f"the loss must be a scalar tensor, got {type(loss).__name__}")
-    if loss.ndim or not bool(torch.isfinite(loss)):
-        kind = ModelError if loss.ndim else LossNotFiniteError
+    if loss.ndim:
+        raise ModelError(f"the loss must be a finite scalar, got {loss.detach()}")
+
+
+def check_loss(loss: Any) -> float:
+    """The value of a loss. Raises ModelError for one that is no scalar, LossNotFiniteError if it is not finite."""
+    check_scalar(loss)
+    value = float(loss.detach())
+    if not isfinite(value):
         largest = " in float16, which holds 65504 at most" if loss.dtype == torch.float16 else ""
-        raise kind(f"the loss must be a finite scalar, got {loss.detach()}{largest}")
+        raise LossNotFiniteError(f"the loss must be a finite scalar, got {value}{largest}")
+    return value
 
 
 @torch.no_grad()

@@ -35,20 +35,21 @@ def is_text(batch: Batch, hidden: Tensor) -> bool:
 
 def pieces(batch: Batch, size: int) -> Iterator[Piece]:
     """A text in pieces of so many targets a sample, the last of fewer; those without any are left out."""
-    is_target = _targets(batch)
-    for first in range(0, is_target.shape[1] - 1, size):
+    at_token = _targets(batch).sum(0).tolist()
+    for first in range(0, len(at_token) - 1, size):
         tokens = slice(first, first + size + 1)
-        targets = int(is_target[:, first + 1 : tokens.stop].sum())
+        targets = sum(at_token[first + 1 : tokens.stop])
         if targets:
             yield Piece(tokens, {name: value[:, tokens] for name, value in batch.items()}, targets)
 
 
 def in_pieces(
-    leave: Callable[[Batch, Tensor], tuple[float, Tensor]], batch: Batch, hidden: Tensor, size: int
-) -> tuple[float, Tensor]:
+    leave: Callable[[Batch, Tensor], tuple[Tensor, Tensor]], batch: Batch, hidden: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
     """The mean loss over a text's targets, and its gradient, from those of its pieces (`pieces`)."""
     found = list(pieces(batch, size))
-    total, loss, gradient = sum(piece.targets for piece in found), 0.0, torch.zeros_like(hidden)
+    total, gradient = sum(piece.targets for piece in found), torch.zeros_like(hidden)
+    loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for piece in found:
         of_piece, at_piece = leave(piece.batch, hidden[:, piece.tokens])
         loss += of_piece * piece.targets / total
@@ -57,7 +58,7 @@ def in_pieces(
 
 
 def can_be_taken_apart(
-    leave: Callable[[Batch, Tensor], tuple[float, Tensor]], batch: Batch, hidden: Tensor
+    leave: Callable[[Batch, Tensor], tuple[Tensor, Tensor]], batch: Batch, hidden: Tensor
 ) -> bool:
     """Whether `in_pieces` gives the loss and the gradient that `leave` gives, tried on some tokens of one text."""
     is_target = _targets(batch)[0]
@@ -70,7 +71,7 @@ def can_be_taken_apart(
     except (TypeError, IndexError, AttributeError, RuntimeError, ValueError, ZeroDivisionError):
         return False  # whatever a model does with a text that is cut short
     error = (found.float() - gradient.float()).norm()
-    return abs(whole - loss) <= 1e-2 * abs(whole) and bool(error <= 2e-2 * gradient.float().norm())
+    return bool((whole - loss).abs() <= 1e-2 * whole.abs()) and bool(error <= 2e-2 * gradient.float().norm())
 
 
 def _targets(batch: Batch) -> Tensor:
