@@ -315,7 +315,7 @@ def test_only_an_objective_with_gradients_weighs_errors_by_them():
         ms.prune(model, tokens(16), 0.5, refit=refit, solver=ms.Magnitude(), objective=objective)
         return model
 
-    assert same(fitted(ms.Reconstruction(), 0.9), fitted(ms.Reconstruction(), 0))
+    assert same(fitted(ms.Reconstruction(), 0.5), fitted(ms.Reconstruction(), 0))
     assert same(fitted(ms.Fisher(), 0), fitted(ms.Reconstruction(), 0))  # magnitude's masks are the same
     assert not same(fitted(ms.Fisher(), 0.9), fitted(ms.Fisher(), 0))
 

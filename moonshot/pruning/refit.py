@@ -53,7 +53,7 @@ class Refit:
     epochs: int = 12
     steps: int = 12
     lr: float = 0.02
-    fisher: float = 0.9
+    fisher: float = 0.5
     share: float = 0.25
     stages: int = 2
 
