@@ -1,6 +1,7 @@
 """Smaller models: whole columns pruned and cut out of the shipped Llama and ViT, beside the same by magnitude.
 
     python benchmarks/shrink.py [--columns 0.25 0.5] [--samples 64] [--runs 15] [--methods ...] [--models ...]
+    python benchmarks/shrink.py --models Llama --only o_proj   # groups of attention heads alone
 
 For each model the share of parameters that is left, the time of a forward pass of the smaller model over that of the
 dense one (both in turns, the median of their ratios), and the held-out perplexity or accuracy.
@@ -37,6 +38,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--models", nargs="+", default=["Llama", "ViT"])
+    parser.add_argument(
+        "--only", default="", help="the end of the names of the layers whose columns are pruned"
+    )
     arguments = parser.parse_args()
     print("| model | columns | parameters | forward | " + " | ".join(arguments.methods) + " | dense |")
     print("|---" * (5 + len(arguments.methods)) + "|")
@@ -47,15 +51,18 @@ def main() -> None:
             values = []
             for solver, objective in map(METHODS.get, arguments.methods):
                 pruned = copy.deepcopy(model)
-                ms.prune(
-                    pruned, calibration, ms.column_patterns(pruned, share), solver=solver, objective=objective
-                )
+                patterns = {
+                    layer: pattern
+                    for layer, pattern in ms.column_patterns(pruned, share).items()
+                    if layer.endswith(arguments.only)
+                }
+                ms.prune(pruned, calibration, patterns, solver=solver, objective=objective)
                 small = ms.shrink(pruned)
                 values.append(measure(small))
             sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (small, model)]
             ratio = statistics.median(ratios(small, model, inputs, arguments.runs))
             cells = [
-                name,
+                f"{name}, {arguments.only} alone" if arguments.only else name,
                 f"{100 * share:g} %",
                 f"{100 * sizes[0] / sizes[1]:.1f} %",
                 f"{ratio:.2f}",

@@ -1,6 +1,8 @@
 """The errors a user can make: each module has its own, and all are a MoonshotError."""
 
+from difflib import get_close_matches
 from numbers import Real
+from pathlib import Path
 
 
 class MoonshotError(ValueError):
@@ -13,6 +15,23 @@ class ArgumentError(MoonshotError):
 
 class ArgumentTypeError(ArgumentError, TypeError):
     """An argument of a kind that cannot be used."""
+
+
+def meant_path(path: str | Path) -> str:
+    """A question, to end the message about a path that is not there, whether one that is nearly called so was meant."""
+    found = _nearest(Path(path))
+    return "" if found is None else f"; did you mean {found}?"
+
+
+def _nearest(path: Path) -> Path | None:
+    """The path that is there with the names most like these, one after the other; None where one is like nothing."""
+    if path.exists():
+        return path
+    folder = _nearest(path.parent)
+    if folder is None or not folder.is_dir():
+        return None
+    close = get_close_matches(path.name, [each.name for each in folder.iterdir()], 1)
+    return folder / close[0] if close else None
 
 
 def check_count(name: str, value: object) -> None:

@@ -24,6 +24,7 @@ PLACES = [3, 40, pytest.param("device", marks=pytest.mark.gpu)]  # threads in a 
 _BEFORE = """
 #include <atomic>
 #include <barrier>
+#include <cmath>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -94,7 +95,13 @@ def compiled(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
         code, library = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
         code.write_text(_BEFORE + source + _AFTER + entries)
         strict = ["-std=c++20", "-O1", "-Wall", "-Wno-sign-compare", "-Werror"]
-        command = [COMPILER, *strict, "-shared", "-fPIC", "-pthread", *options, str(code), "-o", str(library)]
+        shared = [
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            "-Wl,-Bsymbolic",
+        ]  # no kernel is taken for a function of libc's
+        command = [COMPILER, *strict, *shared, *options, str(code), "-o", str(library)]
         subprocess.run(command, check=True)
         return ctypes.CDLL(str(library))
 

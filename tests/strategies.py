@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import numpy as np
+import torch
 
 from moonshot.layer.problem import Problem
 from moonshot.linalg import RowHessian
@@ -113,3 +114,12 @@ def extreme_layers():
 
 DEGENERATE = degenerate_layers()
 EXTREME = extreme_layers()
+
+
+def on_torch(problem):
+    """The problem with torch arrays inside, as it is on a device without CuPy; these are on the CPU."""
+    hessian = problem.hessian
+    problem.centre, hessian.A = torch.tensor(problem.centre), torch.tensor(hessian.A)
+    if hessian.factors is not None:
+        hessian._factors = torch.tensor(hessian.factors)
+    return problem

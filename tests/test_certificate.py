@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moonshot as ms
-from moonshot.bounds import certificate
+from moonshot.bounds import certificate, relaxation
 from moonshot.bounds.relaxation import relaxation_bound
 from moonshot.layer.patterns import NM, PatternError, Unstructured, as_pattern
 from moonshot.layer.problem import Problem
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
-from strategies import DEGENERATE, layers, random_layer
+from strategies import DEGENERATE, layers, on_torch, random_layer
 from test_relaxation import optimum
 
 few = settings(max_examples=25)
@@ -77,6 +77,23 @@ def test_tensors_are_not_searched_and_their_bound_is_true_too():
     for pattern in ("2:4", 0.5):
         best = optimum(layer, as_pattern(pattern))
         assert 0.1 * best < ms.lower_bound(tensors, pattern) <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("columns", "moved"), [(8, True), (72, False)])
+def test_what_is_on_a_device_is_bounded_there_if_it_is_large_and_as_on_the_cpu_if_it_is_small(
+    columns, moved, monkeypatch
+):
+    monkeypatch.setattr(relaxation, "_AFFORDABLE", 0)
+    layer = random_layer(0, 3, columns, 2, 1e2)
+    expected = ms.lower_bound(layer.problem, "2:4")
+    problem, seen = on_torch(layer.problem), []
+    monkeypatch.setattr(
+        certificate,
+        "relaxation_bound",
+        lambda problem, *rest: seen.append(type(problem.centre)) or relaxation_bound(problem, *rest),
+    )
+    assert ms.lower_bound(problem, "2:4") == pytest.approx(expected, rel=1e-9 if moved else 1e-2)
+    assert seen == ([] if moved else [torch.Tensor])
 
 
 def test_arrays_of_other_kinds(backend):

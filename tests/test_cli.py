@@ -131,7 +131,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(monkeypatch, tmp_path, capsys,
 
 
 def test_a_bug_is_a_traceback(monkeypatch):
-    def broken():
+    def broken(**_):
         raise TypeError("unsupported operand")
 
     monkeypatch.setattr(cli, "app", broken)
@@ -385,8 +385,8 @@ def test_torchs_threads_sleep_unless_they_are_told_otherwise(monkeypatch, given,
     if given is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
     seen = []
-    monkeypatch.setattr(cli, "app", lambda: seen.append(os.environ["OMP_WAIT_POLICY"]))
-    cli.main()
+    monkeypatch.setattr(cli, "app", lambda **_: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    assert run(monkeypatch) == 0
     assert seen == [policy]
 
 
@@ -404,9 +404,7 @@ def test_a_run_that_was_cut_short_goes_on(monkeypatch, tmp_path, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(pruning_run, "solve", interrupted)
         assert run(patch, "prune", DEMO / "model", *options) == 130
-    said = (
-        f"nothing was saved, but {tmp_path / 'answers'} has the answers of 2 layers: the same command continues"
-    )
+    said = f"nothing was saved, but {tmp_path / 'answers'} has the answers of 2 layers, from which the same command"
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["answers"]
     assert len(list((tmp_path / "answers").glob("*.safetensors"))) == 2

@@ -83,7 +83,7 @@ def test_patterns_need_no_quotes_and_the_command_line_comes_first(monkeypatch, t
         ("pattern: [2:4, 1:4]", "line 1: pattern is one value, not a list"),
         ("targets: [[a]]", "has more inside"),
         ("targets: {a: b}", "has more inside"),
-        ("nsamples: many", "line 1: nsamples:"),
+        ("nsamples: many", "line 1: nsamples: input should be a valid integer, got 'many'"),
         ("refit: perhaps", "line 1: refit:"),
         ("unfit: leave", "line 1: unfit:"),
         ("seed: 1\nseed: 2", "line 2: seed is there twice"),
@@ -102,12 +102,13 @@ def test_a_mistake_in_the_file_is_named_with_its_line(monkeypatch, tmp_path, cap
 @pytest.mark.parametrize("text", ["", "# nothing\n"])
 def test_an_empty_file_says_nothing(monkeypatch, tmp_path, capsys, text):
     assert run(monkeypatch, "prune", "model", *config(tmp_path, text), "--save", tmp_path / "out") == 2
-    assert "Missing option '--data'" in capsys.readouterr().err
+    assert "missing option '--data'" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there(monkeypatch, tmp_path, capsys):
-    assert run(monkeypatch, "eval", "--config", tmp_path / "run.yaml") == 1
-    assert "No such file" in capsys.readouterr().err
+    (tmp_path / "run.yaml").touch()
+    assert run(monkeypatch, "eval", "--config", tmp_path / "rum.yml") == 1
+    assert f"No such file or directory; did you mean {tmp_path / 'run.yaml'}?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["model", "resnet"])
@@ -169,11 +170,25 @@ def test_what_the_arguments_show_is_said_before_the_model_is_looked_for(
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["prun"], "Did you mean 'prune'?"), (["prune", "m", "--patern", "x"], "--pattern")],
+    [
+        (["prun"], "no such command 'prun'. Did you mean 'prune'?"),
+        (["prune", "m", "--patern", "x"], "no such option: --patern, did you mean --pattern?"),
+        (["prune"], "missing argument 'model'"),
+        (["prune", "m", "--nsamples"], "--nsamples"),
+        (["prune", "m", "--nsamples", "x"], "--nsamples: input should be a valid integer, got 'x'"),
+        (["prune", "m", "--unfit", "x"], "--unfit: 'x' is not one of 'error', 'skip'"),
+        (["eval", "m", "x"], "unexpected extra argument"),
+    ],
 )
-def test_commands_and_flags_are_met_with_the_nearest(monkeypatch, capsys, arguments, words):
+def test_words_that_cannot_be_read_are_said_in_one_line(monkeypatch, capsys, arguments, words):
     assert run(monkeypatch, *arguments) == 2
-    assert words in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moonshot: ") and words in line
+
+
+def test_without_a_command_there_is_help(monkeypatch, capsys):
+    assert run(monkeypatch) == 0
+    assert "compare" in capsys.readouterr().out
 
 
 def test_a_shell_completes_solvers():
@@ -206,7 +221,7 @@ def test_progress_between_layers_is_told(monkeypatch, tmp_path, capsys, model):
 
 
 def test_only_our_own_warnings_are_shown(monkeypatch, capsys):
-    def warning():
+    def warning(**_):
         for module in ("torch.nn", "moonshot.pruning.checkpoint"):
             warnings.warn_explicit(f"a file of {module} is\ndamaged", UserWarning, "file.py", 1, module)
 

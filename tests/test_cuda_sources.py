@@ -7,16 +7,21 @@ from pathlib import Path
 import pytest
 
 import moonshot
-from moonshot.linalg import cuda, lowrank_cuda, smallest_cuda
-from moonshot.solvers import sparsegpt_cuda
+from moonshot.linalg import conjugate_cuda, cuda, lowrank_cuda, smallest_cuda
+from moonshot.solvers import obs_cuda, sparsegpt_cuda
 
 DEVICES = ("80", "90")  # A100, H100
 OPTIONS = {
+    conjugate_cuda.SOURCE: [
+        conjugate_cuda.options("float32", shared=True),
+        conjugate_cuda.options("float64", shared=False),
+    ],
     lowrank_cuda.SOURCE: [
-        lowrank_cuda.options("float32", "float32"),
-        lowrank_cuda.options("float32", "float64"),
+        lowrank_cuda.options("float32", "float32", scaled=True),
+        lowrank_cuda.options("float32", "float64", scaled=False),
     ],
     smallest_cuda.SOURCE: [smallest_cuda.options("float32", few=4), smallest_cuda.options("float64", few=64)],
+    obs_cuda.SOURCE: [obs_cuda.options()],
     sparsegpt_cuda.SOURCE: [sparsegpt_cuda.options("float32", 16), sparsegpt_cuda.options("float64", 0)],
 }
 

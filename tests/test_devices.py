@@ -235,7 +235,7 @@ def test_the_command_line_passes_them_on(monkeypatch, tmp_path):
     monkeypatch.setattr("moonshot.app.prune.pruning.prune", prune)
     monkeypatch.setattr("moonshot.app.arguments.as_device", lambda name: GPU if name == "cuda" else None)
     monkeypatch.setattr("moonshot.pruning.recipe.as_device", lambda name: None)
-    monkeypatch.setattr("moonshot.app.prune.PruneCommand._plan", lambda *_: None)
+    monkeypatch.setattr("moonshot.app.resources.Resources._plan", lambda *_: None)
     monkeypatch.setattr("moonshot.app.arguments.planning.check_supported", lambda *_: None)
     argv = ["moonshot", "prune", str(source), *arguments(tmp_path, device="cuda", precision="float32")]
     monkeypatch.setattr("sys.argv", argv)

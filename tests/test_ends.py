@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -59,13 +60,24 @@ def test_a_signal_cleans_up_and_says_what_there_is(monkeypatch, tmp_path, capsys
     at_layer(monkeypatch, 3, lambda: signal.raise_signal(getattr(signal, sent)))
     answers = tmp_path / "answers"
     assert run(monkeypatch, *arguments, "--checkpoint", answers) == code
-    said = f"moonshot: {word} (nothing was saved, but {answers} has the answers of 2 layers: the same command continues"
+    said = (
+        f"moonshot: {word} (nothing was saved, but {answers} has the answers of 2 layers, from which the same "
+    )
+    said += (
+        f"command continues: {shlex.join(['moonshot', *map(str, arguments), '--checkpoint', str(answers)])})"
+    )
     assert said in capsys.readouterr().err
     assert names(tmp_path) == ["answers"]
     assert {number: signal.getsignal(number) for number in before} == before
     monkeypatch.undo()
     assert run(monkeypatch, *arguments, "--checkpoint", answers) == 0
     assert names(tmp_path) == ["out"] and "(2 from the checkpoint)" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_without_a_checkpoint_hears_of_it(monkeypatch, tmp_path, capsys, arguments):
+    at_layer(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
+    assert run(monkeypatch, *arguments) == 130
+    assert "interrupted (nothing was saved; with --checkpoint FOLDER" in capsys.readouterr().err
 
 
 def test_a_hang_up_that_is_ignored_stays_so(monkeypatch, tmp_path, arguments):
@@ -311,6 +323,6 @@ def test_a_tokenizer_of_another_model(monkeypatch, tmp_path, capsys, arguments):
 
 
 def test_running_out_of_memory_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "app", partial(bytes, 2**62))
+    monkeypatch.setattr(cli, "app", partial("{0:>{1}}".format, "x", 2**62))
     assert run(monkeypatch) == 1
     assert capsys.readouterr().err == "moonshot: out of memory\n"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import moonshot as ms
+from moonshot.errors import meant_path
 from strategies import random_layer
 from test_imports import FILES, dotted
 
@@ -68,6 +69,17 @@ def test_an_option_of_any_value_is_refused_by_name_or_gives_an_answer(kind, opti
         else:
             if kind is not ms.Refit:
                 assert isfinite(ms.solve(random_layer(0, 2, 8, 2).problem, "2:4", made).value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("modle", "model"), ("modle/wieghts.txt", "model/weights.txt"), ("model/nothing", None), ("x/y", None)],
+)
+def test_a_path_that_is_nearly_there(tmp_path, wrong, meant):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights.txt").touch()
+    asked = "" if meant is None else f"; did you mean {tmp_path / meant}?"
+    assert meant_path(tmp_path / wrong) == asked
 
 
 def test_a_wrong_kind_is_a_type_error_too():

@@ -1,11 +1,9 @@
 """Exact is enumeration, only faster: values against all masks, bounds against the optimum."""
 
 from itertools import combinations, product
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +13,7 @@ from moonshot.layer.patterns import NM, Unstructured
 from moonshot.layer.problem import Problem, Result, Status
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.solvers import ADMM, Exact, Magnitude, NotSupportedError, SparseGPT, Wanda, solve
-from strategies import DEGENERATE, Layer, layers, random_layer, with_condition
+from strategies import DEGENERATE, Layer, layers, on_torch, random_layer, with_condition
 
 seeds = st.integers(0, 2**32 - 1)
 LIMITS = {Status.NODE_LIMIT, Status.TIME_LIMIT}
@@ -282,8 +280,16 @@ def test_what_is_not_supported_is_said():
     with pytest.raises(NotSupportedError, match="a row has 65 columns.* 64 at most: use ADMM"):
         solve(random_layer(0, 1, 65, 0).problem, 0.5, Exact())
     assert solve(random_layer(0, 1, 64, 0, 2).problem, 0.1, Exact()).status is Status.OPTIMAL
-    elsewhere = SimpleNamespace(centre=torch.zeros(2, 2), shape=(2, 2))
-    assert "branch and bound runs on the CPU" in Exact().unsupported(elsewhere, NM(1, 2))
+
+
+def test_what_is_on_a_device_is_searched_on_the_cpu():
+    layer = random_layer(0, 3, 8, 2)
+    expected = solve(layer.problem, "2:4", Exact())
+    answer = Exact().compute(Exact().init(on_torch(layer.problem)), NM(2, 4))
+    assert answer.note == "searched on the CPU" and expected.note == ""
+    assert answer.bound == expected.bound and answer.status is Status.OPTIMAL
+    np.testing.assert_array_equal(answer.mask.numpy(), expected.mask)
+    np.testing.assert_array_equal(answer.weight.numpy(), expected.weight)
 
 
 def test_a_hessian_without_an_inverse_is_refused():

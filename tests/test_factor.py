@@ -91,11 +91,14 @@ def test_inverse_of_a_positive_definite_matrix(backend):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_is_positive_definite(backend, dtype):
+def test_is_positive_definite(backend, dtype, monkeypatch):
     sound = np.diag([1.0, 2.0])
     turn = np.array([[1.0, 1.0], [-1.0, 1.0]])  # makes every entry count
     assert is_positive_definite(backend.array(sound, dtype)) is True
     assert is_positive_definite(backend.array(turn @ sound @ turn.T, dtype)) is True
+    monkeypatch.setattr(
+        factor, "smallest_pivot", None
+    )  # nobody asks for it: on a device that is a copy to the host
     for last in (-1, 0, np.nan):
         assert is_positive_definite(backend.array(np.diag([1, last]), dtype)) is False
 

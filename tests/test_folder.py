@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import shutil
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -14,10 +16,13 @@ from safetensors.torch import load_file, save_file
 
 import moonshot as ms
 from moonshot.files import draft as drafts
+from moonshot.files.card import model_card
 from moonshot.files.folder import opened, save
 from moonshot.files.load import is_image_classifier, load, load_classifier
 from moonshot.files.source import FolderError
+from moonshot.models.evaluation import Perplexity
 from moonshot.pruning.lock import LockedError
+from moonshot.pruning.report import Evaluation
 from tests.models import DEMO, SIZES, decoder, model_folder, tokens
 
 
@@ -253,6 +258,31 @@ def test_what_a_folder_came_with_goes_along_and_nothing_else(folder, tmp_path):
     assert card.data.license == "llama3.2" and card.data.base_model is None
     assert card.data.pipeline_tag == "text-generation" and "2:4" in card.data.tags
     assert "50.00 % of the weights of 14 layers became zero" in card.text and "as much space" in card.text
+
+
+def test_the_card_does_not_say_what_folders_are_called(folder):
+    data = f"{folder}::train"
+    command = [
+        "moonshot",
+        "prune",
+        "meta-llama/Llama",
+        f"--data={data}",
+        "--save",
+        "my/out",
+        "--pattern",
+        "2:4",
+    ]
+    about = deepcopy(report())
+    about.recipe.update(
+        command=shlex.join([*command, "--eval", "/my/text.txt"]), model="meta-llama/Llama", data=data
+    )
+    about.evaluations = [Evaluation("/my/text.txt", "perplexity", Perplexity(2.0, 4, 1), Perplexity(3.0, 4, 1))]
+    card = model_card(about, None)
+    assert (
+        "moonshot prune meta-llama/Llama --data=dense::train --save out --pattern 2:4 --eval text.txt" in card
+    )
+    assert "| model | meta-llama/Llama |" in card and f"| data | {folder.name}::train |" in card
+    assert "\ntext.txt: perplexity" in card and str(folder.parent) not in card and "/my" not in card
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "README.md", "generation_config.json", "LICENSE"])

@@ -5,7 +5,7 @@ import pytest
 
 import cuda_on_host
 from moonshot.linalg import lowrank, lowrank_cuda
-from moonshot.linalg.backend import like, native
+from moonshot.linalg.backend import like, native, on_host
 
 rng = np.random.default_rng(0)
 FACTORS, X, COEFFICIENTS = rng.normal(size=(3, 4, 7)), rng.normal(size=(4, 7)), rng.normal(size=(3, 4))
@@ -26,7 +26,14 @@ def test_products(backend, dtype, tolerance):
     expected = [
         (lowrank.project, (FACTORS, X), np.einsum("kij,ij->ki", FACTORS, X)),
         (lowrank.apply, (FACTORS, X), np.einsum("kij,kil,il->ij", FACTORS, FACTORS, X)),
+        (lowrank.project, (FACTORS, X, SCALE), np.einsum("kij,ij->ki", scaled, X)),
         (lowrank.apply, (FACTORS, X, SCALE), np.einsum("kij,kil,il->ij", scaled, scaled, X)),
+        (
+            lowrank.add_applied,
+            (X.copy(), FACTORS, X, SCALE),
+            X + np.einsum("kij,kil,il->ij", scaled, scaled, X),
+        ),
+        (lowrank.diagonals, (X[0], FACTORS, SCALE), X[0] + np.sum(scaled**2, axis=0)),
     ]
     for function, arguments, value in expected:
         result = computed(backend, function, *arguments, dtype=dtype)
@@ -52,18 +59,24 @@ def test_coefficients_are_refreshed_in_place(backend):
     np.testing.assert_allclose(backend.numpy(pull), np.einsum("kij,ik->ij", scaled, expected), atol=1e-11)
 
 
+@pytest.mark.parametrize("scale", [None, SCALE], ids=["plain", "scaled"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("threads", [1, 3, 16])
-def test_kernels(monkeypatch, threads, dtype):
-    cuda_on_host.arrays_at(threads, monkeypatch)
-    factors = FACTORS.astype(dtype)  # float32 as they are stored, all else float64
-    np.testing.assert_allclose(
-        lowrank_cuda.project(factors, X), np.einsum("kij,ij->ki", factors, X), rtol=1e-12
-    )
-    combined = np.einsum("kij,ki->ij", factors, COEFFICIENTS)
-    np.testing.assert_allclose(lowrank_cuda.combine(factors, COEFFICIENTS), combined, rtol=1e-12, atol=1e-13)
-    view = np.asfortranarray(X)
-    np.testing.assert_array_equal(lowrank_cuda.project(factors, view), lowrank_cuda.project(factors, X))
+@pytest.mark.parametrize("place", [1, 3, *cuda_on_host.PLACES[2:]])
+def test_kernels(monkeypatch, place, dtype, scale):
+    convert = cuda_on_host.arrays_at(place, monkeypatch)
+    stored = FACTORS.astype(dtype)  # float32 as they are stored, all else float64
+    factors = stored.astype("float64") * (1 if scale is None else SCALE)
+    unit = None if scale is None else convert(scale)
+    view = convert(X.T.copy()).T
+    projected = on_host(lowrank_cuda.project(convert(stored), view, unit))
+    np.testing.assert_allclose(projected, np.einsum("kij,ij->ki", factors, X), rtol=1e-12)
+    y = convert(X.copy())
+    lowrank_cuda.add_combined(y, convert(stored), convert(COEFFICIENTS), unit)
+    combined = X + np.einsum("kij,ki->ij", factors, COEFFICIENTS)
+    np.testing.assert_allclose(on_host(y), combined, rtol=1e-12, atol=1e-13)
+    y = convert(X.copy())
+    lowrank_cuda.add_diagonal(y, convert(stored), unit)
+    np.testing.assert_allclose(on_host(y), X + np.sum(factors**2, axis=0), rtol=1e-12)
 
 
 def test_factors_in_another_dtype(backend):

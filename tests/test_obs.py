@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cuda_on_host
 from moonshot.layer.columns import Columns
 from moonshot.layer.patterns import NM, Unstructured
-from moonshot.solvers import OBS, NotSupportedError, obs_batched, obs_columns, obs_kernels, solve
+from moonshot.linalg.backend import on_host
+from moonshot.solvers import OBS, NotSupportedError, obs_batched, obs_columns, obs_cuda, obs_kernels, solve
 from moonshot.solvers.obs import _refit, _share_out, _Trace
 from strategies import DEGENERATE, Layer, layers, random_layer
 
@@ -303,6 +305,78 @@ def test_the_solver_on_the_kernels_for_devices(n, pattern):
     batched, plain = solve(problem, pattern, OBS(), state=state), solve(problem, pattern, OBS())
     np.testing.assert_array_equal(batched.mask, plain.mask)
     np.testing.assert_allclose(batched.weight, plain.weight, rtol=1e-8, atol=1e-10)
+
+
+@pytest.fixture(params=cuda_on_host.PLACES)
+def on_cuda(request, monkeypatch):
+    """What a function of obs_cuda returns, in NumPy arrays: on the CPU with so many threads in a block, or on a device.
+
+    Its blocks are small, and its work space is for two rows at a time.
+    """
+    convert = cuda_on_host.arrays_at(request.param, monkeypatch)
+    monkeypatch.setattr(obs_cuda, "_BLOCK", 8)
+    monkeypatch.setattr(obs_cuda, "_TILE", 16)
+    monkeypatch.setattr(obs_cuda, "_ROWS", 2)
+    monkeypatch.setattr("moonshot.linalg.cuda.free_memory", lambda array: 2**30)
+
+    def run(function, arrays, *numbers):
+        moved = [convert(x) if isinstance(x, np.ndarray) else x for x in arrays]
+        return [on_host(x) for x in getattr(obs_cuda, function)(*moved, *numbers)]
+
+    return run
+
+
+@pytest.mark.parametrize("quota", [0, 1, 3])
+@pytest.mark.parametrize("n", [0, 3, 11])
+def test_trace_on_cuda(on_cuda, n, quota):
+    """All weights go, or so many of every four."""
+    state = OBS().init(random_layer(n, 3, 28 if quota else 27, n, 1e3).problem)
+    d = state.centre.shape[1]
+    groups, quotas = (np.arange(d) // 4, np.full(d // 4, quota)) if quota else (np.zeros(d, int), np.array([d]))
+    arrays = (state.inverse, state.columns, state.centre)
+    expected = obs_kernels.trace(*arrays, groups, quotas)
+    order, increments, done = on_cuda("trace", arrays, groups, quotas)
+    np.testing.assert_array_equal(order, expected[0])
+    np.testing.assert_allclose(increments, expected[1], rtol=1e-7)
+    np.testing.assert_array_equal(done, expected[2])
+
+
+def test_a_trace_on_cuda_says_where_it_lost_digits(on_cuda):
+    state = OBS().init(drifting_layer().problem)
+    arrays = (state.inverse, state.columns, state.centre, np.zeros(12, int), np.array([12]))
+    expected = obs_kernels.trace(*arrays)
+    order, _, done = on_cuda("trace", arrays[:3], *arrays[3:])
+    assert (done == expected[2]).all() and (done < 12).all()
+    for row, trusted in enumerate(done):
+        np.testing.assert_array_equal(order[row, :trusted], expected[0][row, :trusted])
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("n", [0, 3, 11])
+def test_restricted_solutions_on_cuda(on_cuda, n, sign):
+    layer = random_layer(n, 4, 22, n, 1e3)
+    state = OBS().init(layer.problem)
+    shared, factors = (state.inverse, state.columns) if sign < 0 else (layer.A, state.factors)
+    chosen = np.random.default_rng(0).random((4, 22)) < [[0.9], [0.4], [0], [1]]
+    arrays = (shared, factors, sign, layer.weight, chosen)
+    expected = obs_kernels.solve_restricted(*arrays)
+    for left, right in zip(expected, on_cuda("solve_restricted", arrays), strict=True):
+        np.testing.assert_allclose(right, left, rtol=1e-8, atol=1e-9)
+    indefinite = shared - 2 * np.diag(np.diag(shared)) * (np.arange(22) == 7)
+    x, pivots = on_cuda("solve_restricted", (indefinite, factors[:0], sign, layer.weight, chosen))
+    np.testing.assert_array_equal(pivots <= 0, chosen[:, 7])
+    assert not x[chosen[:, 7]].any()
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NM(2, 4)], ids=str)
+def test_the_solver_on_cuda(pattern, monkeypatch):
+    cuda_on_host.arrays_at(3, monkeypatch)
+    monkeypatch.setattr("moonshot.linalg.cuda.free_memory", lambda array: 2**30)
+    problem = random_layer(1, 4, 16, 3, 1e4).problem
+    state = replace(OBS().init(problem), kernels=obs_cuda)
+    found, plain = solve(problem, pattern, OBS(), state=state), solve(problem, pattern, OBS())
+    np.testing.assert_array_equal(found.mask, plain.mask)
+    np.testing.assert_allclose(found.weight, plain.weight, rtol=1e-8, atol=1e-10)
 
 
 @settings(max_examples=10)

@@ -1,5 +1,6 @@
 """Several processes that prune one model together: the same model as one gives, and what becomes of failures."""
 
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from moonshot.models.calibration import as_batches
 from moonshot.models.ranks import RankError, owners, shares
 from tests.models import DEMO, JOINT, decoder, model_folder, network, tokens, weights
 from tests.processes import Workers
+from tests.test_cli import run
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5))
@@ -364,9 +366,12 @@ def test_the_command_line_under_torchrun(workers, tmp_path, monkeypatch):
     work = ["prune", source, "--data", DEMO / "calibration.txt", "--nsamples", "6", "--seqlen", "32"]
     work += ["--pattern", "2:4", "--solver", "sparsegpt"]
     saved, alone = tmp_path / "together" / "pruned", tmp_path / "alone"
-    first, other = commands(workers, *work, "--save", saved, "--checkpoint", tmp_path / "answers")
+    measured = ["--eval", DEMO / "heldout.txt"]
+    first, other = commands(workers, *work, *measured, "--save", saved, "--checkpoint", tmp_path / "answers")
     assert first[0] == other[0] == 0 and other[1:] == ("", "")
     assert f"saved: {saved}" in first[1] and "14 layers" in first[1]
+    (evaluation,) = json.loads((saved / "report.json").read_text())["evaluations"]
+    assert f"{evaluation['dense']['value']:.2f}" in first[1] and evaluation["dense"] != evaluation["pruned"]
     assert [path.name for path in saved.parent.iterdir()] == ["pruned"]  # nothing is left of the others' copies
     monkeypatch.setattr("sys.argv", ["moonshot", *map(str, work), "--save", str(alone)])
     with pytest.raises(SystemExit):
@@ -376,3 +381,14 @@ def test_the_command_line_under_torchrun(workers, tmp_path, monkeypatch):
     first, other = commands(workers, *work, "--save", saved)
     assert first[0] == other[0] == 1 and other[1:] == ("", "")
     assert first[1] == "" and f"{saved} exists" in first[2] and first[2].count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"), [(0, "moonshot: eval runs in one process: start it without torchrun"), (1, "")]
+)
+def test_what_does_not_share_its_work_is_refused(monkeypatch, capsys, rank, said):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    assert run(monkeypatch, "eval", "model", "--data", "c4") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(said) and error.count("\n") == bool(said)

@@ -5,7 +5,6 @@ from itertools import combinations, pairwise, product
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
@@ -15,7 +14,7 @@ from moonshot.bounds.minorant import first_minorant, proven_minorant, raised_min
 from moonshot.layer.patterns import NM, Unstructured, as_pattern
 from moonshot.layer.problem import Problem
 from moonshot.linalg import RowHessian
-from strategies import DEGENERATE, Layer, layers, random_layer
+from strategies import DEGENERATE, Layer, layers, on_torch, random_layer
 
 few = settings(max_examples=25)
 
@@ -266,10 +265,7 @@ def test_arrays_of_other_kinds(backend):
 def test_the_path_of_arrays_on_a_device_gives_the_same(n, monkeypatch):
     monkeypatch.setattr(relaxation, "_AFFORDABLE", 0)
     layer = random_layer(0, 3, 8, n, 1e2)
-    tensors = layer.problem
-    tensors.centre, tensors.hessian.A = torch.tensor(tensors.centre), torch.tensor(layer.A)
-    if n:
-        tensors.hessian._factors = torch.tensor(tensors.hessian.factors)
+    tensors = on_torch(layer.problem)
     for pattern in ("2:4", 0.6):
         bound = relaxed(layer.problem, pattern, iterations=300)
         assert relaxed(tensors, pattern, iterations=300) == pytest.approx(bound, rel=3e-3)

@@ -14,7 +14,7 @@ from moonshot.layer.patterns import NM, Unstructured
 from moonshot.layer.problem import Problem, Status
 from moonshot.linalg import NotPositiveDefiniteError, RowHessian
 from moonshot.solvers import ADMM, Answer, Magnitude, SparseGPT, Swaps, solve, swaps, swaps_kernels
-from strategies import DEGENERATE, Layer, layers, random_layer
+from strategies import DEGENERATE, Layer, layers, on_torch, random_layer
 
 INNERS = [Magnitude(), SparseGPT(), ADMM()]
 each_inner = pytest.mark.parametrize("inner", INNERS, ids=lambda inner: inner.name)
@@ -353,10 +353,18 @@ def test_what_is_not_supported_is_said_in_words():
     refusing = Fixed(None, reason="missing a mask")
     assert Swaps(refusing).unsupported(problem, pattern) == "missing a mask"
     assert "prunes equal groups of consecutive weights" in Swaps(Magnitude()).unsupported(problem, object())
-    elsewhere = SimpleNamespace(
-        centre=torch.zeros(2, 8), shape=(2, 8)
-    )  # as an array on a device is: not NumPy's
-    assert "swaps run on the CPU" in Swaps(Magnitude()).unsupported(elsewhere, pattern)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=str)
+def test_what_is_on_a_device_is_exchanged_on_the_cpu(pattern):
+    layer = random_layer(0, 3, 8, 2)
+    expected = solve(layer.problem, pattern, Swaps(Magnitude()))
+    problem = on_torch(layer.problem)
+    solver = Swaps(Magnitude())
+    answer = solver.compute(solver.init(problem), pattern)
+    assert answer.note == "exchanged on the CPU" and expected.note == ""
+    np.testing.assert_array_equal(answer.mask.numpy(), expected.mask)
+    np.testing.assert_array_equal(answer.weight.numpy(), expected.weight)
 
 
 @pytest.mark.parametrize("inner", [ADMM, "ADMM", None])

@@ -59,9 +59,14 @@ def test_only_a_smaller_model_is_said_to_be_faster(monkeypatch, tmp_path, capsys
     assert run(monkeypatch, "targets", tmp_path / "small", "--measure") == 0
     assert re.search(r"transformers: \d+\.\d\d of the dense model's time", capsys.readouterr().out)
     (model / "config.json").unlink()
-    assert run(monkeypatch, "targets", tmp_path / "small", "--measure") == 1
-    assert run(monkeypatch, "targets", model) == 1
-    assert "is no folder that moonshot prune saved" in capsys.readouterr().err
+    for arguments, words in (
+        (["small", "--measure"], "(--dense names the dense model)"),
+        (["dense"], "is no folder that moonshot prune saved"),
+        (["smal"], f"no such folder: {tmp_path / 'smal'}; did you mean {tmp_path / 'small'}?"),
+    ):
+        assert run(monkeypatch, "targets", tmp_path / arguments[0], *arguments[1:]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
 
 
 def test_plain_zeros_gain_nothing_where_they_are_multiplied(saved, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moonshot.app.launch import processes_here
-from moonshot.errors import ArgumentError
+from moonshot.errors import ArgumentError, meant_path
 from moonshot.files import plan as planning
 from moonshot.files.draft import check_apart
 from moonshot.files.hub import Push
@@ -138,7 +138,9 @@ class PruneArguments:
         ):
             raise ArgumentError(f"--html is a file whose name ends with .html, got {self.html}")
         if not self._html_inside and not self.html.parent.is_dir():
-            raise ArgumentError(f"--html {self.html}: there is no folder {self.html.parent}")
+            raise ArgumentError(
+                f"--html {self.html}: there is no folder {self.html.parent}{meant_path(self.html.parent)}"
+            )
 
     def _check_checkpoint(self) -> None:
         """Raises CheckpointError for a folder with something else, or answers that cannot be those of this command."""
@@ -185,19 +187,20 @@ class PruneArguments:
             self.solver,
             {name: views[name].problem_shape for name in patterns},
             {name: self._choices() or [pattern] for name, pattern in patterns.items()},
-            "gradients" in self._terms().needed,
-            self._device,
+            "gradients" in self.terms.needed,
+            self.used_device,
         )
         return patterns
 
     def _choices(self) -> list[Pattern]:
         return [as_pattern(choice) for choice in self.choices or ()]
 
-    def _terms(self) -> Objective:
+    @property
+    def terms(self) -> Objective:
         """The objective, or one with all terms of those that "auto" tries."""
         return DEFAULT_OBJECTIVE if isinstance(self.objective, str) else self.objective
 
     @property
-    def _device(self) -> torch.device:
+    def used_device(self) -> torch.device:
         """Where parts run and are solved."""
         return as_device(self.device) or torch.device("cpu")

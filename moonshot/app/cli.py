@@ -22,11 +22,11 @@ from moonshot.app.terminal import (
     say,
     unbroken_output,
 )
+from moonshot.app.usage import UsageError, usage_mistake
 from moonshot.app.variadic import Variadic
 from moonshot.errors import ArgumentError, MoonshotError
 
 app = typer.Typer(
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Prune trained networks in one shot, and say how good the answer is.",
 )
@@ -40,8 +40,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -50,6 +51,12 @@ def common(
     ] = False,
 ) -> None:
     """Options of all commands."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+    elif context.invoked_subcommand != "prune":
+        from moonshot.app.launch import refuse_several
+
+        refuse_several(context.invoked_subcommand)
 
 
 @app.command()
@@ -62,13 +69,16 @@ def demo(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the model is small, and here
     from moonshot.app.compare import show
     from moonshot.app.demo import IDEAS, setting
+    from moonshot.app.progress import progress
 
     with console.status("loading"):
         begin = setting(samples=24)
     console.print(str(begin), highlight=False)
-    with console.status("pruning") as status:
+    with progress(console) as steps:
         comparison = begin.compare(
-            seeds=range(seed, seed + seeds), on_progress=lambda what, _: status.update(f"pruning: {what}")
+            seeds=range(seed, seed + seeds),
+            on_run=lambda run, total: steps.done(str(run), total),
+            on_progress=steps.doing if console.is_terminal else None,
         )
     show(comparison, console, IDEAS)
     save.mkdir(parents=True, exist_ok=True)
@@ -308,8 +318,9 @@ def targets(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on standard error and exit code 1, a bug a traceback.
+    """Run the command line; a user's mistake is one line on standard error, a bug a traceback.
 
+    The exit code of a mistake is 2 where it is in the words of the command, 1 otherwise.
     What a plug-in raises is a bug in it, whatever it raises, but for a MoonshotError.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads sleep too: see moonshot.threads
@@ -319,7 +330,10 @@ def main() -> None:
     with unbroken_output():
         try:
             with ending_cleanly(), quiet_libraries():
-                app()
+                sys.exit(app(standalone_mode=False) or 0)
+        except UsageError as error:
+            _complain(usage_mistake(error), error)
+            sys.exit(2)
         except (MoonshotError, OSError, ImportError, MemoryError) as error:
             if debug or (from_own_code(error) and not isinstance(error, MoonshotError)):
                 raise

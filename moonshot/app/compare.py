@@ -91,6 +91,10 @@ class CompareCommand:
             if self.save is not None and not isinstance(error, LockedError):
                 done = len(list(self.save.glob("runs/*.json")))
                 error.add_note(f"({self.save} has {done} runs: the same command continues from there)")
+            elif self.save is None and isinstance(error, SystemExit):
+                error.add_note(
+                    "(nothing was saved; with --save FOLDER an interrupted comparison goes on where it was)"
+                )
             raise
 
     def _text(self, source: Source) -> tuple[Callable[[int], Tensor], Measure, str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import typer
 
-from moonshot.errors import MoonshotError
+from moonshot.app.usage import value_mistake
+from moonshot.errors import MoonshotError, meant_path
 from moonshot.extras import from_extra
 
 _NOT_IN_A_FILE = {"config", "help"}
@@ -79,7 +80,7 @@ def _entries(file: Path) -> list[tuple[str, str | list[str] | None, int]]:
     try:
         root = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError(f"--config {file}: {error.strerror or error}") from error
+        raise ConfigError(f"--config {file}: {error.strerror or error}{meant_path(file)}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as YAML: {error or 'too deep'}") from error
     if root is None:
@@ -115,5 +116,5 @@ def _fitting(context: typer.Context, parameter: Any, value: Any, place: str) -> 
     try:
         parameter.process_value(context, value)
     except typer.BadParameter as error:
-        raise ConfigError(f"{place}: {error.message}") from error
+        raise ConfigError(f"{place}: {value_mistake(error)}") from error
     return value

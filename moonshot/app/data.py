@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from rich.console import Console
 from torch import Tensor
 
+from moonshot.app.terminal import one_line, say
 from moonshot.errors import ArgumentError
 from moonshot.files import protocols
 from moonshot.files.load import Source
@@ -110,3 +112,10 @@ def pictures(data: str, seqlen: int | None, column: str | None = None) -> Pictur
     if data in protocols.PROTOCOLS:
         raise ArgumentError(f"{data} is text, and the model is an image classifier: give images")
     return find_pictures(data)
+
+
+def say_skipped(console: Console, skipped: list[str], images: bool) -> None:
+    """Name what of the data could not be read, if there is anything."""
+    if skipped:
+        names = ", ".join(map(one_line, skipped))
+        say(console, f"{len(skipped)} {'broken images' if images else 'files'} skipped: {names}")

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from moonshot.app.data import say_skipped
 from moonshot.app.measure import HeldOut, check_memory, dense_source, saying_what_memory_it_takes
-from moonshot.app.prune import print_skipped
 from moonshot.app.tasks import Harness, TaskResult
 from moonshot.app.terminal import say
 from moonshot.errors import ArgumentError, MoonshotError
@@ -55,7 +55,7 @@ class EvalCommand:
         own = _Measured(source, held_out, harness)
         own.say(console)
         if held_out is not None:
-            print_skipped(console, held_out.skipped, source.is_image_classifier)
+            say_skipped(console, held_out.skipped, source.is_image_classifier)
         dense = None
         try:
             if (base := dense_source(source)) is not None:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import distributed as dist
 
-from moonshot.errors import MoonshotError
+from moonshot.errors import ArgumentError, MoonshotError
 from moonshot.models.ranks import Ranks, current, joined
 
 
@@ -36,6 +36,17 @@ def launched() -> Iterator[Ranks]:
         raise SystemExit(1) from None
     finally:
         dist.destroy_process_group()
+
+
+def refuse_several(command: str) -> None:
+    """Raises ArgumentError in the first of several processes that torchrun started, and ends the others quietly."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if os.environ.get("RANK", "0") != "0":
+        raise SystemExit(1)
+    raise ArgumentError(
+        f"{command} runs in one process: start it without torchrun, which shares the work of prune alone"
+    )
 
 
 def processes_here() -> int:

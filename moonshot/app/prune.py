@@ -1,48 +1,36 @@
 """`moonshot prune`: a model from a folder or hub name to a pruned folder."""
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
 from moonshot import pruning
 from moonshot.app.arguments import PruneArguments
 from moonshot.app.config import saved_text
-from moonshot.app.data import calibration_windows, pictures
-from moonshot.app.launch import console_of, launched, processes_here
+from moonshot.app.data import calibration_windows, pictures, say_skipped
+from moonshot.app.launch import console_of, launched
 from moonshot.app.measure import HeldOut
+from moonshot.app.on_disk import OnDisk
 from moonshot.app.progress import progress
+from moonshot.app.resources import Resources
 from moonshot.app.terminal import one_line, say
 from moonshot.errors import MoonshotError
-from moonshot.files import plan as planning
 from moonshot.files.draft import check_free
 from moonshot.files.folder import Opened, opened
 from moonshot.files.hub import Push
 from moonshot.files.load import Source
-from moonshot.files.plan import Plan
 from moonshot.files.protocols import PROTOCOLS
 from moonshot.layer.patterns import Pattern
-from moonshot.models.calibration import as_batches, tokens_at_once
 from moonshot.models.evaluation import Accuracy, Perplexity, accuracy, perplexity
 from moonshot.models.images import ImageBatches
 from moonshot.models.ranks import Ranks
 from moonshot.models.shrink import shrink
-from moonshot.models.targets import listed
 from moonshot.models.units import column_patterns
-from moonshot.pruning import checkpoint
-from moonshot.pruning.auto import CANDIDATES
-from moonshot.pruning.checkpoint import CheckpointError
-from moonshot.pruning.fingerprint import digest
 from moonshot.pruning.html import save_html
-from moonshot.pruning.lock import LockedError
-from moonshot.pruning.refit import Refit
 from moonshot.pruning.report import Evaluation, Report
 
 SETTINGS = "run.yaml"  # in a saved folder: the options that repeat the run
@@ -75,10 +63,11 @@ class PruneCommand(PruneArguments):
 
     def _run(self, ranks: Ranks, console: Console) -> None:
         self._check()
-        self._read_from  # noqa: B018 - before anything is read
-        if ranks.broadcast(ranks.is_first and self._is_done()):
+        on_disk = OnDisk(self)
+        on_disk.read_from  # noqa: B018 - before anything is read
+        if ranks.broadcast(ranks.is_first and on_disk.is_done()):
             if ranks.is_first and not self.dry_run:
-                self._remove_checkpoint()
+                on_disk.remove_checkpoint()
             say(console, f"done already: {self.save}")
             if self.push is not None and ranks.is_first and not self.dry_run:
                 # what is on the hub already is from this command
@@ -94,15 +83,15 @@ class PruneCommand(PruneArguments):
         skeleton = source.skeleton()
         layers = self._check_layers(skeleton)
         calibration, skipped = self._calibration(source, skeleton)
-        print_skipped(console, skipped, source.is_image_classifier)
+        say_skipped(console, skipped, source.is_image_classifier)
         held_out = self._held_out(source, console)
         if self.dry_run:
-            self._say_what_it_would_do(source, skeleton, layers, calibration, console)
+            Resources(self).say_what_it_would_do(source, skeleton, layers, calibration, console)
             return
-        with self._saying_what_there_is():
-            self._prune(source, calibration, held_out, skipped, ranks, console)
+        with on_disk.saying_what_there_is():
+            self._prune(source, calibration, held_out, skipped, on_disk.read_from, ranks, console)
             if ranks.is_first:
-                self._remove_checkpoint()
+                on_disk.remove_checkpoint()
         say(console, f"saved: {self.save}")
         if self.html is not None:
             say(console, f"report: {self.html}")
@@ -123,14 +112,15 @@ class PruneCommand(PruneArguments):
         calibration: Any,
         held_out: list[HeldOut],
         skipped: list[str],
+        read_from: str,
         ranks: Ranks,
         console: Console,
     ) -> None:
         """From the opened model to the saved one. Ranks but the first have copies beside it that are not saved."""
+        resources = Resources(self)
         place = self.save if ranks.is_first else self.save.with_name(f".{self.save.name}.rank{ranks.index}")
-        with opened(source, place, overwrite=self.overwrite, on_gpu=self._fits_on_gpu(source)) as work:
-            plan = self._plan(work.model, calibration)
-            scratch = self._scratch(plan, work, ranks, console)
+        with opened(source, place, overwrite=self.overwrite, on_gpu=resources.fits_on_gpu(source)) as work:
+            scratch = resources.scratch(work, calibration, ranks, console)
             if scratch is not None and held_out:
                 say(console, "the model does not fit into memory: measure it afterwards, by moonshot eval")
                 held_out = []
@@ -141,9 +131,7 @@ class PruneCommand(PruneArguments):
             report = self._pruned(work, calibration, scratch, console)
             if not ranks.is_first:
                 return
-            report.recipe.update(
-                model=self.model, data=self.data, command=self.command, read_from=self._read_from
-            )
+            report.recipe.update(model=self.model, data=self.data, command=self.command, read_from=read_from)
             if source.is_image_classifier:
                 report.recipe["broken_images"] = len(skipped)
             after = self._measured(work.model, calibration, held_out)
@@ -207,134 +195,6 @@ class PruneCommand(PruneArguments):
             error.add_note("(--eval none prunes without measuring)")
             raise
 
-    def _is_done(self) -> bool:
-        """Whether this command has saved its model already, and was ended before it said so.
-
-        Only with a checkpoint is the same command meant to go on; with --overwrite only where that is still there.
-        """
-        if self.checkpoint is None or (self.overwrite and not self.checkpoint.exists()):
-            return False
-        return self._is_saved()
-
-    @cached_property
-    def _read_from(self) -> str:
-        """A digest of which local files the model, all data and --config were at the start, each with its last change.
-
-        What has a hub's or a dataset's name is not looked at.
-        """
-        ours = [path.resolve() for path in (self.save, self.checkpoint) if path is not None]
-        found = []
-        data = map(Path, [self.data, *(self.held_out or ())])
-        for place in (Path(self.model), *data, *([self.config] if self.config else [])):
-            for path in sorted(filter(Path.is_file, [place, *place.rglob("*")])):
-                there, about = path.resolve(), path.stat()
-                if not any(there.is_relative_to(folder) for folder in ours):
-                    found.append((str(there), about.st_size, about.st_mtime_ns, about.st_ctime_ns))
-        return digest(found)
-
-    def _is_saved(self) -> bool:
-        """Whether --save has what this command gives, from the files that are there now."""
-        try:
-            recipe = json.loads((self.save / "recipe.json").read_text(encoding="utf-8"))
-            same = recipe["command"] == self.command and recipe["read_from"] == self._read_from
-            return bool(self.command) and same
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-
-    def _remove_checkpoint(self) -> None:
-        if self.checkpoint is not None:
-            checkpoint.remove(self.checkpoint)
-
-    @contextmanager
-    def _saying_what_there_is(self) -> Iterator[None]:
-        """Whatever ends the run says what there is of it."""
-        try:
-            yield
-        except BaseException as error:
-            answers = 0 if self.checkpoint is None else len(list(self.checkpoint.glob("*.safetensors")))
-            if self._is_saved():
-                error.add_note(f"({self.save} is saved)")
-            elif answers and not isinstance(error, CheckpointError | LockedError):  # which are about the folder
-                error.add_note(
-                    f"(nothing was saved, but {self.checkpoint} has the answers of {answers} layers: the same command "
-                    "continues from there)"
-                )
-            raise
-
-    def _fits_on_gpu(self, source: Source) -> bool:
-        """Whether the model can be on the GPU as a whole: it may take half, unless a GPU was asked for by name.
-
-        Otherwise it stays on the CPU, and moves there part by part.
-        """
-        if self.device != "auto" or self._device.type == "cpu":
-            return False
-        size = sum((source.folder / name).stat().st_size for name in source.check_files())
-        return 2 * size < planning.free_memory(self._device, self.memory)
-
-    def _needs_disk(self, plan: Plan) -> bool:
-        """Whether what can be offloaded goes to disk, for lack of memory. Raises ResourceError as the plan does."""
-        device, on_host = self._device, torch.device("cpu")
-        if device.type == "cpu":
-            return plan.needs_offload(planning.free_memory(on_host, self.memory) // processes_here())
-        plan.needs_offload(planning.free_memory(device, self.memory))
-        return plan.offloaded > planning.free_memory(on_host) // processes_here()
-
-    def _plan(self, model: nn.Module, calibration: Any) -> Plan | None:
-        """What pruning will take, where that can be said."""
-        auto = self.objective == "auto"
-        return planning.plan(
-            model,
-            as_batches(calibration, tokens_at_once(model)),
-            objective=self._terms(),
-            solver=self.solver,
-            pattern=self.pattern,
-            targets=self.targets,
-            ignore=self.ignore,
-            factors=self.factors,
-            trials=len(CANDIDATES) if auto else 0,
-            refit=Refit() if self.refit else None,
-            device=self._device,
-        )
-
-    def _scratch(self, plan: Plan | None, source: Opened, ranks: Ranks, console: Console) -> Path | None:
-        """Say what pruning will take; the folder to offload to where it does not fit into memory, None where it does.
-
-        Raises ResourceError where there is not enough memory or disk.
-        """
-        if plan is None:
-            return None
-        say(console, f"{plan}{f', by one process where {ranks.count} share the work' * (ranks.count > 1)}")
-        on_disk = self._needs_disk(plan)
-        needed = {source.draft: source.unwritten + plan.offloaded * on_disk}
-        if self.checkpoint is not None and ranks.is_first:
-            weights = sum(parameter.nbytes for parameter in source.model.parameters())
-            needed[self.checkpoint] = weights * (1 + self.refit)
-        planning.check_disk(needed)
-        return source.draft if on_disk else None
-
-    def _say_what_it_would_do(
-        self,
-        source: Source,
-        skeleton: nn.Module,
-        layers: Mapping[str, Pattern],
-        calibration: Any,
-        console: Console,
-    ) -> None:
-        """The plan, from shapes alone. Raises ResourceError where there is not enough memory or disk."""
-        if layers:
-            say(console, f"{len(layers)} layers in blocks would be pruned to {self.pattern}: {listed(layers)}")
-        if not layers or source.is_image_classifier:
-            say(console, "which layers outside of blocks would be pruned is found out when it runs")
-        plan = self._plan(skeleton, calibration)
-        needed = sum((source.folder / name).stat().st_size for name in source.check_files())
-        if plan is None:
-            say(console, "what it will take can only be said of a language model")
-        else:
-            say(console, str(plan))
-            needed += plan.offloaded * self._needs_disk(plan)
-        planning.check_disk({self.save.parent: needed})
-        say(console, f"it would be saved to {self.save}; nothing was done: leave out --dry-run to prune")
-
     def _pruned(self, source: Opened, calibration: Any, scratch: Path | None, console: Console) -> Report:
         """Prune the opened model, its zeros allocated first if that was asked for."""
         recipe: dict[str, Any] = dict(
@@ -348,7 +208,7 @@ class PruneCommand(PruneArguments):
             unfit=self.unfit,
             scratch=scratch,
             adapter=self.adapter,
-            device=None if self._device.type == "cpu" else self._device,
+            device=None if self.used_device.type == "cpu" else self.used_device,
             precision=self.precision,
         )
         allocation = None
@@ -358,7 +218,7 @@ class PruneCommand(PruneArguments):
                     source.model,
                     calibration,
                     self.pattern,  # type: ignore[arg-type]
-                    objective=self._terms(),
+                    objective=self.terms,
                     patterns=self.choices,
                     refit=self.refit,
                     on_step=steps.done,
@@ -390,13 +250,6 @@ class PruneCommand(PruneArguments):
 
 def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def print_skipped(console: Console, skipped: list[str], images: bool) -> None:
-    """Name what of the data could not be read, if there is anything."""
-    if skipped:
-        names = ", ".join(map(one_line, skipped))
-        say(console, f"{len(skipped)} {'broken images' if images else 'files'} skipped: {names}")
 
 
 def _listed(figures: Mapping[str, Perplexity | Accuracy]) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from moonshot.app.terminal import say, visible
+from moonshot.app.measure import dense_source
+from moonshot.app.terminal import say
 from moonshot.files.compact import compact_size, load_any, weights_size
 from moonshot.files.load import Source
-from moonshot.files.source import CONTENTS, FolderError, is_hub_name
+from moonshot.files.source import CONTENTS, FolderError, check_folder
 from moonshot.models.semi_structured import semi_structured_layers, to_semi_structured
 
 _RUNS, _WARM = 15, 3
@@ -32,11 +32,15 @@ class Target:
     speed: str
     how: str
 
+    def __str__(self) -> str:
+        return f"{self.name}\n    size: {self.size}\n    speed: {self.speed}\n    how: {self.how}"
+
 
 class SavedModel:
     """A folder that moonshot prune saved. Raises FolderError for any other."""
 
     def __init__(self, folder: Path):
+        check_folder(folder)
         self.folder = folder
         try:
             report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -93,14 +97,14 @@ class SavedModel:
         dense: the dense model's folder or hub name; the one that was pruned unless given.
         """
         source = Source(str(self.folder))
-        other = Source(dense or self._dense())
+        other = Source(dense) if dense else self._dense(source)
         model, first = load_any(source).eval(), other.load().eval()
         device = next(first.parameters()).device
         inputs = _inputs(source, device)
         where = (
             torch.cuda.get_device_name(device)
             if device.type == "cuda"
-            else f"{torch.get_num_threads()} threads"
+            else f"threads: {torch.get_num_threads()}"
         )
         lines = [f"transformers: {_ratio(model.to(device), first, inputs)} ({where})"]
         if not semi_structured_layers(model):
@@ -111,29 +115,23 @@ class SavedModel:
         to_semi_structured(model.half())
         return [*lines, f"sparse tensor cores: {_ratio(model, half, inputs)} in float16 ({where})"]
 
-    def _dense(self) -> str:
-        name = str(self.recipe.get("model", ""))
-        if not name or not (Path(name).is_dir() or is_hub_name(name)):
-            raise FolderError(
-                f"{self.folder} was pruned from {name!r}, which is not here: name the dense model by --dense"
-            )
-        return name
-
-
-def table(targets: list[Target]) -> Table:
-    """What is printed."""
-    shown = Table()
-    for column in ("target", "size", "speed", "how"):
-        shown.add_column(column, overflow="fold")
-    for each in targets:
-        shown.add_row(*map(visible, (each.name, each.size, each.speed, each.how)))
-    return shown
+    def _dense(self, source: Source) -> Source:
+        """The model that was pruned. Raises FolderError where it is not on this machine."""
+        try:
+            found = dense_source(source)
+        except FolderError as error:
+            error.add_note("(--dense names the dense model)")
+            raise
+        if found is None:
+            raise FolderError(f"{self.folder} does not say what it was pruned from: name that by --dense")
+        return found
 
 
 def say_targets(folder: Path, measure: bool, dense: str | None, console: Console) -> None:
-    """Print the table, and below it what was measured, if that was asked for."""
+    """Print what each target gains, and below it what was measured, if that was asked for."""
     saved = SavedModel(folder)
-    console.print(table(saved.targets()), markup=False)
+    for target in saved.targets():
+        say(console, str(target))
     for line in saved.measured(dense) if measure else ():
         say(console, line)
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from moonshot.errors import ArgumentError
+from moonshot.errors import ArgumentError, meant_path
 from moonshot.extras import from_extra
 
 
@@ -43,6 +43,7 @@ class Harness:
         if include_path is not None and not include_path.is_dir():
             raise ArgumentError(
                 f"--include-path {include_path} is no folder: give one with YAML files of tasks"
+                f"{meant_path(include_path)}"
             )
         with from_extra("eval"), _silent():
             import lm_eval

@@ -48,6 +48,11 @@ def relaxation_bound(problem: Problem, size: int, zeros: int, iterations: int) -
     return problem.constant + max(0.0, *values)
 
 
+def row_by_row(shape: tuple[int, int]) -> bool:
+    """Whether every row of a layer (m, d) has a D of its own."""
+    return shape[0] * shape[1] ** 3 <= _AFFORDABLE
+
+
 def _matrix(problem: Problem, rows: int, i: int) -> Array:
     """What row i of D is held against: H_i, or A where fewer rows of D than of weights share it."""
     hessian = problem.hessian
@@ -64,7 +69,7 @@ def _ascend(problem: Problem, size: int, zeros: int, iterations: int) -> tuple[A
     z the share of each weight that is kept. The first part's proximal map is `c + H^-1 D (q - c)`, whatever D is.
     """
     m, columns = problem.shape
-    rows, dtype = (m, "float64") if m * columns**3 <= _AFFORDABLE else (1, problem.dtype)
+    rows, dtype = (m, "float64") if row_by_row(problem.shape) else (1, problem.dtype)
     c, solve = as_dtype(problem.centre, dtype), _solver(problem.hessian, dtype)
     xp = namespace(c)
     matrix = partial(_matrix, problem, rows)

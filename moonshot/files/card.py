@@ -1,10 +1,13 @@
 """What a pruned model's folder says of itself: to whoever opens it, and to the hub."""
 
+import shlex
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from moonshot.files.load import Source
 from moonshot.files.source import is_hub_name
-from moonshot.pruning.report import Report
+from moonshot.pruning.report import Evaluation, Report
 
 _TERMS = (
     "license",
@@ -12,7 +15,7 @@ _TERMS = (
     "license_link",
     "language",
 )  # what a dense model's card says of the pruned one
-
+_PLACES = ("--save", "--html", "--checkpoint")  # options whose values are paths that need not be there yet
 
 _MASK = "A layer's mask is `weight != 0`; `report.json` has the figures of every layer."
 _ZEROS = (
@@ -33,6 +36,7 @@ def model_card(report: Report, source: Source | None, compact: bool = False) -> 
     """A README.md with front matter.
 
     source: where the dense model is from, where that is known. compact: whether it is saved without its zeros.
+    Whoever sees it does not learn what the folders of this machine are called: of a path it has the last part.
     """
     from huggingface_hub import ModelCardData
 
@@ -53,12 +57,14 @@ def model_card(report: Report, source: Source | None, compact: bool = False) -> 
         "",
         _SHRUNK if "shrink" in recipe else _COMPACT if compact else _ZEROS,
     ]
-    lines += [part for evaluation in report.evaluations for part in ("", f"{evaluation}.")]
+    lines += [part for evaluation in report.evaluations for part in ("", f"{_public(evaluation)}.")]
     if "command" in recipe:
-        lines += ["", "    " + str(recipe["command"])]
+        lines += ["", "    " + _command(str(recipe["command"]))]
     lines += ["", "| recipe | |", "|---|---|"]
     lines += [
-        f"| {name} | {_cell(value)} |" for name, value in recipe.items() if name not in ("command", "read_from")
+        f"| {name} | {_cell(_last_part(value) if name in ('model', 'data') else value)} |"
+        for name, value in recipe.items()
+        if name not in ("command", "read_from")
     ]
     lines += [
         "",
@@ -76,6 +82,29 @@ def _terms(source: Source) -> dict[str, Any]:
     except Exception:  # no card, or one that cannot be read: neither is needed
         return {}
     return {name: found[name] for name in _TERMS if isinstance(found.get(name), str | list)}
+
+
+def _command(text: str) -> str:
+    words = shlex.split(text)
+    return shlex.join(
+        _last_part(word, before in _PLACES) for before, word in zip(["", *words], words, strict=False)
+    )
+
+
+def _last_part(word: Any, is_path: bool = False) -> str:
+    """The last part of a word that is a path, or an option with one; all of any other, such as a name on the hub.
+
+    is_path: whether it is one for sure.
+    """
+    flag, equals, value = str(word).partition("=") if str(word).startswith("--") else ("", "", str(word))
+    name, colon, rest = value.partition(":")  # of a dataset, a configuration and a split
+    if "/" in name and (is_path or flag in _PLACES or not is_hub_name(name)):
+        name = Path(name).name
+    return f"{flag}{equals}{name}{colon}{rest}"
+
+
+def _public(evaluation: Evaluation) -> Evaluation:
+    return replace(evaluation, data=_last_part(evaluation.data))
 
 
 def _cell(value: Any) -> str:

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from moonshot.files.draft import check_apart, drafted, saving
 from moonshot.files.load import Source, quiet
 from moonshot.files.mapped import DTYPE_NAMES, DTYPES
-from moonshot.files.source import CONTENTS, INDEX, FolderError, check_weights, is_inside, reading, weight_files
+from moonshot.files.source import (
+    CONTENTS,
+    INDEX,
+    FolderError,
+    check_folder,
+    check_weights,
+    is_inside,
+    reading,
+    weight_files,
+)
 from moonshot.files.tensors import Entry, write_tensors
 
 _VERSION = 1
@@ -37,7 +46,8 @@ def compact_folder(folder: str | Path, destination: str | Path, *, overwrite: bo
     Raises FolderError for what is no saved folder, FileExistsError, or OSError with what to do.
     """
     source, final = Path(folder), Path(destination)
-    names = weight_files(source) if source.is_dir() else []
+    check_folder(source)
+    names = weight_files(source)
     if not names or not (source / "report.json").is_file():
         raise FolderError(
             f"{source} is no folder that moonshot prune saved with its weights in safetensors files"
@@ -198,6 +208,7 @@ def _originals(keys: list[str], contents: dict[str, Any]) -> list[str]:
 
 def _contents(folder: Path) -> dict[str, Any]:
     """What compact.json says, of files that are whole."""
+    check_folder(folder)
     try:
         contents: dict[str, Any] = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
         files = {name: (about["weights"], about["sha256"]) for name, about in contents["files"].items()}

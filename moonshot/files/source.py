@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from moonshot.errors import MoonshotError
+from moonshot.errors import MoonshotError, meant_path
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONTENTS = "compact.json"  # of a folder without its zeros (files.compact)
@@ -58,13 +58,18 @@ def find_folder(name: str) -> Path:
     path = Path(name)
     if not name:
         raise FolderError("the model has no name: give a folder or a hub name")
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise FolderError(f"{name} is a file: give the folder that it is in")
-    if not is_hub_name(name):
-        raise FolderError(f"no such folder: {name}")
-    return _downloaded(name)
+    if is_hub_name(name):
+        return _downloaded(name)
+    check_folder(path)
+    return path
+
+
+def check_folder(path: Path) -> None:
+    """Raises FolderError for a path that is no folder."""
+    if path.is_file():
+        raise FolderError(f"{path} is a file: give the folder that it is in")
+    if not path.is_dir():
+        raise FolderError(f"no such folder: {path}{meant_path(path)}")
 
 
 def is_hub_name(name: str) -> bool:
@@ -87,7 +92,9 @@ def _downloaded(name: str) -> Path:
         raise
     except Exception as error:  # of the network, of the hub, of the disk
         reason = " ".join(str(error).split())
-        raise FolderError(f"no such folder: {name}, and it cannot be had from the hub: {reason}") from error
+        raise FolderError(
+            f"no such folder: {name}, and it cannot be had from the hub: {reason}{meant_path(name)}"
+        ) from error
     return folder
 
 

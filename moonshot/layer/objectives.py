@@ -24,7 +24,8 @@ from moonshot.layer.assembly import (
     total_shared,
 )
 from moonshot.layer.problem import Deviation, Problem, check_weight
-from moonshot.linalg.backend import Array, all_finite, computing_on, namespace, native
+from moonshot.linalg import half_products
+from moonshot.linalg.backend import Array, all_finite, computing_on, is_numpy, namespace, native
 
 OBSERVATIONS = ("inputs", "output_gradients", "gradients")
 
@@ -44,17 +45,57 @@ class Observation:
 
     def require(self, name: str, dimensions: int, term: "Objective") -> Array:
         """One observation as it is computed on, checked; ValueError where it is missing or unusable."""
+        array = native(self._seen(name, dimensions, term), name)
+        _check_finite(name, array)
+        return array
+
+    def gram(self, term: "Objective", importance: str | None = None) -> Array:
+        """`sum_t s_t x_t x_t'` over the tokens, (d, d), in float32 or better; x_t the inputs.
+
+        importance: the observation (tokens, m) whose mean square for each token is s_t; None for s_t = 1.
+
+        Whether arrays on a device are finite is asked once, of the whole sum (`check_gram`).
+        """
+        names = ("inputs",) if importance is None else ("inputs", importance)
+        arrays = [self._seen(name, 2, term) for name in names]
+        if len({len(array) for array in arrays}) > 1:
+            raise ArgumentError(
+                f"inputs have {len(arrays[0])} tokens, {importance} {len(arrays[1])}: they must agree"
+            )
+        if half_products.possible(*arrays):
+            return native(half_products.gram(*arrays))
+        x, *gradients = map(native, arrays)
+        if is_numpy(x):
+            for name, array in zip(names, (x, *gradients), strict=True):
+                _check_finite(name, array)
+        xp = namespace(x)
+        for gradient in gradients:
+            x = x * xp.sqrt(xp.mean(gradient**2, axis=1))[:, None]
+        return x.T @ x  # symmetric, of which NumPy computes one triangle
+
+    def _seen(self, name: str, dimensions: int, term: "Objective") -> Array:
+        """One observation, in bfloat16 if it can be multiplied so; ValueError if it is missing or of another shape."""
         value = getattr(self, name)
         if value is None:
             raise ArgumentError(f"{term.name} needs {name}: pass {name}=...")
-        array = native(value, name)
+        array = value if half_products.possible(value) else native(value, name)
         if array.ndim != dimensions:
             raise ArgumentError(f"{name} must have {dimensions} dimensions, got {tuple(array.shape)}")
         if array.shape[0] == 0:
             raise ArgumentError(f"{name} is empty: give more calibration data")
-        if not all_finite(array):
-            raise ArgumentError(f"{name} holds NaN or infinity: look at the calibration data and model")
         return array
+
+
+def _check_finite(name: str, array: Array) -> None:
+    if not all_finite(array):
+        raise ArgumentError(f"{name} holds NaN or infinity: look at the calibration data and model")
+
+
+def check_gram(statistic: Array) -> Array:
+    """The sum of some `Observation.gram`. ValueError where the inputs were not finite, if that has not been asked."""
+    if not is_numpy(statistic):
+        _check_finite("inputs", statistic)
+    return statistic
 
 
 class Objective:
@@ -207,10 +248,10 @@ class Reconstruction(Objective):
     additive: ClassVar[bool] = True
 
     def accumulate(self, statistic: Array | None, observation: Observation) -> Array:
-        return _add(statistic, _gram(observation.require("inputs", 2, self)))
+        return _add(statistic, observation.gram(self))
 
     def quadratic(self, statistic: Array, weight: Array) -> Quadratic:
-        return Quadratic(shared=statistic)
+        return Quadratic(shared=check_gram(statistic))
 
 
 @dataclass(frozen=True)
@@ -252,18 +293,10 @@ class TokenFisher(Objective):
     additive: ClassVar[bool] = True
 
     def accumulate(self, statistic: Array | None, observation: Observation) -> Array:
-        inputs = observation.require("inputs", 2, self)
-        gradients = observation.require("output_gradients", 2, self)
-        if len(inputs) != len(gradients):
-            raise ArgumentError(
-                f"inputs have {len(inputs)} tokens, output_gradients {len(gradients)}: they must agree"
-            )
-        xp = namespace(inputs)
-        importance = xp.sqrt(xp.mean(gradients**2, axis=1))
-        return _add(statistic, _gram(inputs * importance[:, None]))
+        return _add(statistic, observation.gram(self, "output_gradients"))
 
     def quadratic(self, statistic: Array, weight: Array) -> Quadratic:
-        return Quadratic(shared=statistic)
+        return Quadratic(shared=check_gram(statistic))
 
 
 def quadratics_of(
@@ -325,10 +358,6 @@ def _summands(objective: Objective) -> tuple[tuple[float, Objective], ...]:
     return tuple(
         (factor * weight, term) for factor, summand in objective.summands for weight, term in _summands(summand)
     )
-
-
-def _gram(x: Array) -> Array:
-    return x.T @ x  # symmetric, of which NumPy computes one triangle
 
 
 def _add(statistic: Array | None, update: Array) -> Array:

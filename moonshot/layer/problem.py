@@ -12,8 +12,10 @@ from moonshot.linalg.backend import (
     computing_on,
     contiguous,
     dtype_name,
+    is_numpy,
     namespace,
     native,
+    on_host,
 )
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import project
@@ -102,11 +104,13 @@ class Deviation:
 class AtZero:
     """F(0), whose product with A is made when it is first asked for, and A let go of then.
 
-    known: the rest of it. shared: A, or None for nothing more. centre: (m, d).
+    known: the rest of it. shared: A, or None for nothing more. centre: (m, d). weight: an array of the caller's, of the
+    kind and on the device where this is computed.
     """
 
-    def __init__(self, known: float, shared: Array | None, centre: Array):
+    def __init__(self, known: float, shared: Array | None, centre: Array, weight: Array):
         self._known, self._shared, self._centre = known, shared, centre
+        self._kind = weight[:0] + 0  # a copy, which does not hold on to the weight
 
     @property
     def limit(self) -> float:
@@ -120,7 +124,7 @@ class AtZero:
     def value(self) -> float:
         """F(0)"""
         if self._shared is not None:
-            with computing_on(self._shared):
+            with computing_on(self._kind):
                 self._known += max(Deviation(self._centre).loss(self._shared, None), 0.0)
             self._shared = None
         return self._known
@@ -159,14 +163,14 @@ class Problem:
             )
         self.weight = weight
         self.hessian = hessian
-        self.centre = self._matrix(weight if centre is None else centre, "weight")
         self.constant = constant
         self.terms = terms
         self.damping = damping
         self.ridge = ridge
-        diagonal = namespace(hessian.A).linalg.diagonal(hessian.A)
-        _check_size(self.centre, "the weight")
-        _check_size(diagonal, "the Hessian's diagonal")
+        with computing_on(weight):
+            self.centre = self._matrix(weight if centre is None else centre, "weight")
+            _check_size(self.centre, "the weight")
+            _check_size(namespace(hessian.A).linalg.diagonal(hessian.A), "the Hessian's diagonal")
 
     def _matrix(self, array: Array, name: str) -> Array:
         matrix = check_weight(array, name)
@@ -192,8 +196,9 @@ class Problem:
 
     def value(self, V: Array) -> float:
         """F(V), in float64."""
-        difference = as_dtype(native(V, "V"), "float64") - self.centre
-        return max(Deviation(difference).loss(self.hessian.A, self._factors), 0.0) + self.constant
+        with computing_on(self.weight):
+            difference = as_dtype(native(V, "V"), "float64") - self.centre
+            return max(Deviation(difference).loss(self.hessian.A, self._factors), 0.0) + self.constant
 
     @property
     def _factors(self) -> Array | None:
@@ -203,23 +208,33 @@ class Problem:
 
     def graded(self, V: Array) -> tuple[float, list[float]]:
         """F(V) and the loss of each term, in float64, with no product more than the losses take."""
-        v = as_dtype(native(V, "V"), "float64")
-        centres = {id(term.centre): term.centre for term in self.terms}
-        deviations = {key: Deviation(v - centre) for key, centre in centres.items()}
-        losses = [term.loss_of(deviations[id(term.centre)]) for term in self.terms]
-        moved = deviations.get(id(self.centre))  # that of terms which are all about the weight
-        value = (
-            self.value(v)
-            if self.ridge is None
-            else self._sum_of_terms(losses, moved or Deviation(v - native(self.weight, "weight")))
-        )
-        return value, [max(loss, 0.0) for loss in losses]
+        with computing_on(self.weight):
+            v = as_dtype(native(V, "V"), "float64")
+            centres = {id(term.centre): term.centre for term in self.terms}
+            deviations = {key: Deviation(v - centre) for key, centre in centres.items()}
+            losses = [term.loss_of(deviations[id(term.centre)]) for term in self.terms]
+            moved = deviations.get(id(self.centre))  # that of terms which are all about the weight
+            value = (
+                self.value(v)
+                if self.ridge is None
+                else self._sum_of_terms(losses, moved or Deviation(v - native(self.weight, "weight")))
+            )
+            return value, [max(loss, 0.0) for loss in losses]
 
     def _sum_of_terms(self, losses: list[float], moved: Deviation) -> float:
         """F of a V with these losses, moved from the weight by so much."""
         assert self.ridge is not None
         terms = sum(term.weight * loss for term, loss in zip(self.terms, losses, strict=True))
         return terms + self.ridge * moved.squared_norm
+
+    def on_cpu(self) -> "Problem":
+        """The same problem in NumPy arrays, without its terms, to be solved on the CPU; itself if it is there."""
+        if is_numpy(self.centre):
+            return self
+        factors = self.hessian.factors
+        stacked = None if factors is None else on_host(factors).transpose(1, 2, 0)
+        centre = on_host(self.centre)
+        return Problem(centre, RowHessian(on_host(self.hessian.A), stacked), constant=self.constant)
 
     def zero_value(self) -> float:
         """F(0), the unit of `Result.relative`."""
@@ -228,11 +243,13 @@ class Problem:
     @cached_property
     def at_zero(self) -> AtZero:
         """F(0) for when it is asked for."""
-        if self.ridge is None:
-            known = self.constant + Deviation(self.centre).loss(None, self._factors)
-            return AtZero(known, self.hessian.A, self.centre)
-        losses = [1.0 if term.at_zero > 0 else 0.0 for term in self.terms]
-        return AtZero(self._sum_of_terms(losses, Deviation(-native(self.weight, "weight"))), None, self.centre)
+        with computing_on(self.weight):
+            if self.ridge is None:
+                known = self.constant + Deviation(self.centre).loss(None, self._factors)
+                return AtZero(known, self.hessian.A, self.centre, self.weight)
+            losses = [1.0 if term.at_zero > 0 else 0.0 for term in self.terms]
+            known = self._sum_of_terms(losses, Deviation(-native(self.weight, "weight")))
+            return AtZero(known, None, self.centre, self.weight)
 
 
 def check_weight(array: Array, name: str = "weight") -> Array:
@@ -268,6 +285,7 @@ class Result:
     seconds: wall-clock time of `init` (if it was not given a state) and `compute`.
     bound: a proven lower bound of F over all weights with the pattern, in units of `value`, if one was asked for or
     the solver proved one.
+    note: what the solver says of how it found the answer, such as that it did so on the CPU; empty for nothing.
     """
 
     weight: Array
@@ -281,6 +299,7 @@ class Result:
     pattern: str
     iterations: int = field(default=1)
     bound: float | None = None
+    note: str = ""
 
     @property
     def relative(self) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import scipy  # whose linalg is imported where it is first used
 
 from moonshot.errors import ArgumentError, ArgumentTypeError
+from moonshot.linalg.streams import beside_torch
 
 Array = Any  # a NumPy, CuPy or torch array
 
@@ -87,7 +88,8 @@ def computing_on(array: Array) -> Iterator[None]:
     """Inside, new arrays are on the device of `array`, and products have all the digits of their dtype.
 
     CuPy makes arrays on its current device, wherever those are that it computes with; torch rounds float32 where
-    autocast or TF32 is on. What overflows is looked for in the results, so NumPy does not warn of it.
+    autocast or TF32 is on. For a CUDA torch tensor CuPy shares torch's stream and memory (`streams.beside_torch`).
+    What overflows is looked for in the results, so NumPy does not warn of it.
     """
     with ExitStack() as stack:
         stack.enter_context(np.errstate(over="ignore", divide="ignore", invalid="ignore"))
@@ -102,7 +104,7 @@ def computing_on(array: Array) -> Iterator[None]:
             if array.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(array.device))
                 if cupy := _cupy():
-                    stack.enter_context(cupy.cuda.Device(array.device.index))
+                    stack.enter_context(beside_torch(cupy, array.device))
         yield
 
 

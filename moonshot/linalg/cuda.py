@@ -19,6 +19,11 @@ def _shared_memory(device: int) -> int:
     return cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
 
 
+def free_memory(array: Any) -> int:
+    """Bytes that are free on the device of a CuPy array."""
+    return array.device.mem_info[0]
+
+
 def launch(
     path: str,
     options: tuple[str, ...],

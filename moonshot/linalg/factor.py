@@ -20,6 +20,7 @@ from moonshot.linalg.backend import (
     is_cupy,
     is_numpy,
     namespace,
+    on_host,
     triangular_solve,
 )
 
@@ -75,20 +76,25 @@ def inverse(a: Array) -> Array:
 
 def cholesky(a: Array, what: str) -> Array:
     """Lower Cholesky factor of one symmetric matrix or a batch; NotPositiveDefiniteError says `what`."""
-    xp = namespace(a)
-    try:
-        with _refusing(a):
-            lower = xp.linalg.cholesky(a)
-        pivots = xp.linalg.diagonal(lower)
-        definite = bool(xp.all(xp.isfinite(lower)) & xp.all(pivots > 0))  # not every backend raises
-    except Exception as error:  # each backend has its own LinAlgError
-        if "LinAlgError" not in type(error).__name__:
-            raise
-        definite = False
+    lower, definite = _cholesky(a)
     if definite:
         return lower
     matrices = as_dtype(a, "float64").reshape(-1, *a.shape[-2:])
     raise NotPositiveDefiniteError(what, min(smallest_pivot(matrix) for matrix in matrices))
+
+
+def _cholesky(a: Array) -> tuple[Array, bool]:
+    """The lower factor of one symmetric matrix or a batch, and whether it is one: all are positive definite."""
+    xp = namespace(a)
+    try:
+        with _refusing(a):
+            lower = xp.linalg.cholesky(a)
+    except Exception as error:  # each backend has its own LinAlgError
+        if "LinAlgError" not in type(error).__name__:
+            raise
+        return a, False
+    pivots = xp.linalg.diagonal(lower)
+    return lower, bool(xp.all(xp.isfinite(lower)) & xp.all(pivots > 0))  # not every backend raises
 
 
 def _refusing(a: Array) -> AbstractContextManager:
@@ -108,16 +114,12 @@ def is_positive_definite(a: Array) -> bool:
         lower, info = potrf(a.T, lower=1, clean=0, overwrite_a=1)
         pivots = np.diag(lower)
         return info == 0 and bool((np.isfinite(pivots) & (pivots > 0)).all())
-    try:
-        cholesky(a, "the matrix")
-    except NotPositiveDefiniteError:
-        return False
-    return True
+    return _cholesky(a)[1]
 
 
 def smallest_pivot(a: Array) -> float:
     """The smallest pivot of `a` (d, d) under elimination that stops at the first one not positive."""
-    host = np.array(a if is_numpy(a) else a.tolist(), dtype=np.float64)
+    host = np.array(on_host(a), dtype=np.float64)
     lower, info = scipy.linalg.lapack.dpotrf(host, lower=1, clean=1)
     if info <= 0:
         return float(np.min(np.diag(lower)) ** 2)

@@ -154,25 +154,27 @@ class RowHessian:
 
     def matvec(self, V: Array) -> Array:
         """`H_i v_i` for every row of V (m, d)."""
-        v = self._checked(V)
-        return like(self._matvec(v), V)
+        with computing_on(self._kind):
+            return like(self._matvec(self._checked(V)), V)
 
     def quadratic(self, V: Array) -> Array:
         """`v_i' H_i v_i` for every row of V (m, d), shape (m,); never negative."""
-        v = self._checked(V)
-        xp = namespace(v)
-        value = xp.sum((v @ self.A) * v, axis=1)
-        if self.factors is not None:
-            value = value + xp.sum(project(self.factors, v) ** 2, axis=0)
-        return like(xp.maximum(value, xp.zeros_like(value)), V)
+        with computing_on(self._kind):
+            v = self._checked(V)
+            xp = namespace(v)
+            value = xp.sum((v @ self.A) * v, axis=1)
+            if self.factors is not None:
+                value = value + xp.sum(project(self.factors, v) ** 2, axis=0)
+            return like(xp.maximum(value, xp.zeros_like(value)), V)
 
     def diagonal(self) -> Array:
         """Diagonals of the H_i: (m, d), or (1, d) where all rows share them."""
-        xp = namespace(self.A)
-        diagonal = xp.linalg.diagonal(self.A)[None, :]
-        if self.factors is not None:
-            diagonal = diagonal + xp.sum(as_dtype(self.factors, "float64") ** 2, axis=0)
-        return like(diagonal, self._kind)
+        with computing_on(self._kind):
+            xp = namespace(self.A)
+            diagonal = xp.linalg.diagonal(self.A)[None, :]
+            if self.factors is not None:
+                diagonal = diagonal + xp.sum(as_dtype(self.factors, "float64") ** 2, axis=0)
+            return like(diagonal, self._kind)
 
     def solve(self, B: Array) -> Array:
         """X (m, d) with `H_i x_i = b_i` for every row of B (m, d).
@@ -180,7 +182,10 @@ class RowHessian:
         Woodbury on the factors of A, then iterative refinement on H itself until the residual no longer
         shrinks, which makes the backward error small for ill-conditioned A too.
         """
-        b = self._checked(B)
+        with computing_on(self._kind):
+            return like(self._solve(self._checked(B)), B)
+
+    def _solve(self, b: Array) -> Array:
         xp = namespace(b)
         apply_inverse = self._woodbury()
         best = apply_inverse(b)
@@ -199,7 +204,7 @@ class RowHessian:
         reach = self._trace() * xp.max(xp.abs(best), axis=1) + xp.max(xp.abs(b), axis=1)
         for i in xp.nonzero(error > _LOST * reach)[0].tolist():  # Woodbury lost its digits in these rows
             best[i] = self._dense_solve(i, b[i])
-        return like(best, B)
+        return best
 
     def _trace(self) -> Array:
         """Traces of the H_i, (m,) or a scalar: bounds of their norms."""
@@ -233,23 +238,23 @@ class RowHessian:
 
     def inverse_diagonal(self) -> Array:
         """Diagonals of the H_i^-1: (m, d), or (1, d) where all rows share them."""
-        xp = namespace(self.A)
-        diagonal = xp.sum(self.inverse_factor**2, axis=0)[None, :]
-        if (update := self.inverse_update()) is not None:
-            diagonal = diagonal - xp.sum(update**2, axis=0)
-            if float(xp.min(diagonal)) <= 0:
-                raise NotPositiveDefiniteError(
-                    "a row's Hessian, to working precision,", float(xp.min(diagonal))
-                )
-        return like(diagonal, self._kind)
+        with computing_on(self._kind):
+            xp = namespace(self.A)
+            diagonal = xp.sum(self.inverse_factor**2, axis=0)[None, :]
+            if (update := self.inverse_update()) is not None:
+                diagonal = diagonal - xp.sum(update**2, axis=0)
+                if (smallest := float(xp.min(diagonal))) <= 0:
+                    raise NotPositiveDefiniteError("a row's Hessian, to working precision,", smallest)
+            return like(diagonal, self._kind)
 
     def row(self, i: int) -> Array:
         """H_i as a dense (d, d) matrix: the twin that tests compare with."""
-        dense = self.A
-        if self.factors is not None:
-            u = as_dtype(self.factors[:, i, :], "float64")
-            dense = dense + u.T @ u
-        return like(dense, self._kind)
+        with computing_on(self._kind):
+            dense = self.A
+            if self.factors is not None:
+                u = as_dtype(self.factors[:, i, :], "float64")
+                dense = dense + u.T @ u
+            return like(dense, self._kind)
 
     def _checked(self, V: Array) -> Array:
         v = native(V, "V")

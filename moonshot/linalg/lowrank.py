@@ -1,29 +1,50 @@
 """Products with every row's factors: `U_i' x_i` and `U_i U_i' x_i`, for factors stored (n, m, d)."""
 
-from moonshot.linalg.backend import Array, as_dtype, dtype_name, is_cupy, is_numpy, namespace
+from moonshot.linalg.backend import (
+    Array,
+    as_dtype,
+    contiguous,
+    dtype_name,
+    is_cupy,
+    is_numpy,
+    namespace,
+    zeros_like_shape,
+)
 
 
-def project(factors: Array, x: Array) -> Array:
-    """`U_i' x_i` for every row, (n, m), in the dtype of x; x: (m, d)."""
+def project(factors: Array, x: Array, scale: Array | None = None) -> Array:
+    """`U_i' S x_i` for every row, (n, m), in the dtype of x; x: (m, d); S = diag(scale), (d,), None for I."""
+    if is_cupy(factors):
+        from moonshot.linalg import lowrank_cuda
+
+        return lowrank_cuda.project(factors, x, scale)
+    x = x if scale is None else x * scale
     if is_numpy(factors):
         from moonshot.linalg import kernels
 
         return kernels.project(factors, x)
-    if is_cupy(factors):
-        from moonshot.linalg import lowrank_cuda
-
-        return lowrank_cuda.project(factors, x)
     return (_by_row(factors, x) @ x[:, :, None])[:, :, 0].T
 
 
 def apply(factors: Array, x: Array, scale: Array | None = None) -> Array:
     """`S U_i U_i' S x_i` for every row, (m, d), in the dtype of x; x: (m, d); S = diag(scale), (d,), None for I."""
-    scale = namespace(x).ones_like(x[0]) if scale is None else scale
     if is_numpy(factors):
         from moonshot.linalg import kernels
 
-        return kernels.apply(factors, x, scale)
-    return _combine(factors, project(factors, x * scale)) * scale
+        return kernels.apply(factors, x, namespace(x).ones_like(x[0]) if scale is None else scale)
+    return _combine(factors, project(factors, x, scale), scale)
+
+
+def add_applied(y: Array, factors: Array, x: Array, scale: Array) -> Array:
+    """`y_i + S U_i U_i' S x_i` for every row, (m, d). y may be overwritten."""
+    if is_cupy(factors):
+        from moonshot.linalg import lowrank_cuda
+
+        y = contiguous(y)
+        lowrank_cuda.add_combined(y, factors, project(factors, x, scale), scale)
+    else:
+        y += apply(factors, x, scale)
+    return y
 
 
 def refresh(factors: Array, x: Array, scale: Array, inverses: Array, coefficients: Array) -> Array:
@@ -36,9 +57,9 @@ def refresh(factors: Array, x: Array, scale: Array, inverses: Array, coefficient
 
         return kernels.refresh(factors, x, scale, inverses, coefficients)
     xp = namespace(x)
-    change = xp.permute_dims(project(factors, x * scale), (1, 0)) - coefficients
+    change = xp.permute_dims(project(factors, x, scale), (1, 0)) - coefficients
     coefficients += (inverses @ change[:, :, None])[:, :, 0]
-    return _combine(factors, xp.permute_dims(coefficients, (1, 0))) * scale
+    return _combine(factors, xp.permute_dims(coefficients, (1, 0)), scale)
 
 
 def correct(y: Array, factors: Array, inverses: Array) -> Array:
@@ -56,13 +77,27 @@ def correct(y: Array, factors: Array, inverses: Array) -> Array:
     return y - _combine(factors, xp.permute_dims((inverses @ projected)[:, :, 0], (1, 0)))
 
 
-def _combine(factors: Array, coefficients: Array) -> Array:
-    """`U_i c_i` for every row, (m, d); coefficients: (n, m)."""
+def diagonals(shared: Array, factors: Array, scale: Array) -> Array:
+    """Diagonals of `A + S U_i U_i' S`, (m, d), in the dtype of that of A, shared (d,); S = diag(scale), (d,)."""
     if is_cupy(factors):
         from moonshot.linalg import lowrank_cuda
 
-        return lowrank_cuda.combine(factors, coefficients)
-    return (coefficients.T[:, None, :] @ _by_row(factors, coefficients))[:, 0]
+        out = zeros_like_shape(shared, factors.shape[1:]) + shared
+        lowrank_cuda.add_diagonal(out, factors, scale)
+        return out
+    return sum(((u * scale) ** 2 for u in factors), start=shared[None, :])
+
+
+def _combine(factors: Array, coefficients: Array, scale: Array | None = None) -> Array:
+    """`S U_i c_i` for every row, (m, d); coefficients: (n, m)."""
+    if is_cupy(factors):
+        from moonshot.linalg import lowrank_cuda
+
+        out = zeros_like_shape(coefficients, factors.shape[1:])
+        lowrank_cuda.add_combined(out, factors, coefficients, scale)
+        return out
+    combined = (coefficients.T[:, None, :] @ _by_row(factors, coefficients))[:, 0]
+    return combined if scale is None else combined * scale
 
 
 def _by_row(factors: Array, x: Array) -> Array:

@@ -9,31 +9,36 @@ SOURCE = "linalg/lowrank.cu"
 _THREADS = 256
 
 
-def project(factors, x):
-    """`U_i' x_i` for every row, (n, m); factors: (n, m, d); x: (m, d)."""
+def project(factors, x, scale=None):
+    """`U_i' S x_i` for every row, (n, m); factors: (n, m, d); x: (m, d); S = diag(scale), (d,), None for I."""
     n, m, d = factors.shape
     xp = array_api_compat.array_namespace(x)
     out = xp.empty((n, m), dtype=x.dtype)
-    _launch("project", n * m, (factors, x, out), (m, d), x.dtype.itemsize * _THREADS)
+    _launch("project", n * m, (factors, x), scale, out, (m, d), x.dtype.itemsize * _THREADS)
     return out
 
 
-def combine(factors, coefficients):
-    """`U_i c_i` for every row, (m, d); factors: (n, m, d); coefficients: (n, m)."""
+def add_combined(y, factors, coefficients, scale=None):
+    """Add `S U_i c_i` to every row of y (m, d), in place; factors: (n, m, d); coefficients: (n, m)."""
     n, m, d = factors.shape
-    xp = array_api_compat.array_namespace(coefficients)
-    out = xp.empty((m, d), dtype=coefficients.dtype)
-    _launch("combine", m, (factors, coefficients, out), (n, m, d), 0)
-    return out
+    _launch("combine", m, (factors, coefficients), scale, y, (n, m, d))
 
 
-def _launch(name: str, blocks: int, arrays, sizes: tuple[int, ...], shared: int) -> None:
-    xp = array_api_compat.array_namespace(*arrays)
-    arguments = [xp.asarray(array, order="C") for array in arrays] + [np.int32(size) for size in sizes]
-    compiled = options(str(arrays[0].dtype), str(arrays[1].dtype))
-    cuda.launch(SOURCE, compiled, name, blocks, _THREADS, tuple(arguments), shared)
+def add_diagonal(y, factors, scale=None):
+    """Add the diagonal of `S U_i U_i' S` to every row of y (m, d), in place; factors: (n, m, d)."""
+    n, m, d = factors.shape
+    _launch("diagonal", m, (factors,), scale, y, (n, m, d))
 
 
-def options(factors: str, dtype: str) -> tuple[str, ...]:
-    """What the source is compiled with: the factors' dtype, and that of all else."""
-    return (f"-DFACTOR={cuda.real(factors)}", f"-DREAL={cuda.real(dtype)}")
+def _launch(name: str, blocks: int, arrays, scale, out, sizes: tuple[int, ...], shared: int = 0) -> None:
+    """Run a kernel on arrays, scale, `out`, which is changed in place and must be in C order, and sizes."""
+    xp = array_api_compat.array_namespace(out)
+    assert out.flags.c_contiguous
+    arguments = [xp.asarray(array, order="C") for array in (*arrays, out if scale is None else scale)]
+    compiled = options(str(arrays[0].dtype), str(out.dtype), scale is not None)
+    cuda.launch(SOURCE, compiled, name, blocks, _THREADS, (*arguments, out, *map(np.int32, sizes)), shared)
+
+
+def options(factors: str, dtype: str, scaled: bool) -> tuple[str, ...]:
+    """What the source is compiled with: the factors' dtype, that of all else, and whether there is a scale."""
+    return (f"-DFACTOR={cuda.real(factors)}", f"-DREAL={cuda.real(dtype)}", f"-DSCALED={int(scaled)}")

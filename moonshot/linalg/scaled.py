@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from moonshot.linalg.backend import Array, as_dtype, contiguous, dtype_name, namespace, unit
+from moonshot.linalg.backend import Array, as_dtype, contiguous, dtype_name, is_cupy, namespace, unit
 from moonshot.linalg.factor import rescaled
 from moonshot.linalg.hessian import RowHessian
-from moonshot.linalg.lowrank import apply
+from moonshot.linalg.lowrank import add_applied, diagonals
 
 _HARDLY = 3e-5  # of the loss; the steps after it are several times as many, for some 1e-4 of the loss
 
@@ -37,33 +37,46 @@ class ScaledQuadratic:
         factors = None
         if hessian.factors is not None:
             factors = as_dtype(hessian.factors, dtype_name(centre))
-            pull = pull + apply(factors, target, units)
+            pull = add_applied(pull, factors, target, units)
         return cls(scale, target, pull, shared, factors, units)
 
     def rows(self, rows: Array) -> "ScaledQuadratic":
         """The quadratic of some rows; rows: their indices."""
         factors = None if self.factors is None else contiguous(self.factors[:, rows])
-        return ScaledQuadratic(self.scale, self.target[rows], self.pull[rows], self.shared, factors, self.units)
+        found = ScaledQuadratic(
+            self.scale, self.target[rows], self.pull[rows], self.shared, factors, self.units
+        )
+        if self.factors is not None:
+            found.__dict__["diagonal"] = self.diagonal[rows]
+        return found
 
     def matvec(self, x: Array) -> Array:
         """`H_i x_i` for every row, (m, d)."""
         product = x @ self.shared
-        if self.factors is not None:
-            product = product + apply(self.factors, x, self.units)
-        return product
+        return product if self.factors is None else add_applied(product, self.factors, x, self.units)
 
     @cached_property
     def diagonal(self) -> Array:
         """Diagonals of the H_i: (m, d), or (1, d) where all rows share them."""
-        shared = namespace(self.shared).linalg.diagonal(self.shared)[None, :]
-        return (
-            shared if self.factors is None else sum(((u * self.units) ** 2 for u in self.factors), start=shared)
-        )
+        shared = namespace(self.shared).linalg.diagonal(self.shared)
+        return shared[None, :] if self.factors is None else diagonals(shared, self.factors, self.units)
 
     def loss(self, x: Array) -> float:
         """The quadratic at x (m, d)."""
         difference = x - self.target
         return float(namespace(x).sum(difference * self.matvec(difference)))
+
+    def is_below(self, x: Array, others: list[Array]) -> bool:
+        """Whether the quadratic at x (m, d) is below that at each of the others by more than it may be off by."""
+        least, most = zip(*map(self._bounds, (x, *others)), strict=True)
+        return most[0] < min(least[1:])
+
+    def _bounds(self, x: Array) -> tuple[float, float]:
+        """What the quadratic at x may be once rounding is allowed for: `|H_i|` is at most the trace of H_i."""
+        xp, value = namespace(x), self.loss(x)
+        size = float(xp.sum(xp.sum((x - self.target) ** 2, axis=1) * xp.sum(self.diagonal, axis=1)))
+        rounding = xp.finfo(x.dtype).eps * size
+        return value - rounding, value + rounding
 
     def refit(self, x: Array, mask: Array, steps: int) -> Array:
         """Minimise over the support of each row, by conjugate gradients from x, which is zero outside the mask.
@@ -71,6 +84,13 @@ class ScaledQuadratic:
         A row ends when its residual is small against its first, or is rounding; in float32 also when a step gains
         hardly more of its loss than the numbers can tell.
         """
+        hardly = _HARDLY if dtype_name(x) == "float32" else 0.0
+        if is_cupy(x):
+            from moonshot.linalg import conjugate_cuda
+
+            return conjugate_cuda.refit(
+                self.matvec, self.pull, self.target, self.diagonal, x, mask, steps, hardly
+            )
         xp = namespace(x)
         keep = xp.astype(mask, x.dtype)
         precondition = keep / self.diagonal
@@ -78,7 +98,6 @@ class ScaledQuadratic:
         direction = residual * precondition
         rho = xp.sum(residual * direction, axis=1)
         eps = xp.finfo(x.dtype).eps
-        hardly = _HARDLY if dtype_name(x) == "float32" else 0.0
         tiny = eps**1.5 * rho + eps**2 * xp.sum(self.pull**2 * precondition, axis=1)
         loss = xp.sum((self.target - x) * self.pull - x * residual, axis=1)
         for _ in range(steps):

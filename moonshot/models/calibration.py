@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moonshot.errors import ArgumentTypeError, MoonshotError
+from moonshot.errors import ArgumentTypeError, MoonshotError, meant_path
 from moonshot.extras import from_extra
 from moonshot.models.batch_tree import has_position_axes, leaves, map_tensors, samples_of, take_samples
 from moonshot.models.ranks import Ranks
@@ -269,10 +269,12 @@ def open_dataset(data: str) -> Any:
         return load_split(name, split or "train", configuration or None)
     except ConnectionError as error:
         raise CalibrationError(
-            f"{data!r} is no file or folder, and as a dataset it cannot be reached: {error}"
+            f"{data!r} is no file or folder, and as a dataset it cannot be reached: {error}{meant_path(name)}"
         ) from error
     except OSError as error:
-        raise CalibrationError(f"{data!r} is no file, folder or loadable dataset: {error}") from error
+        raise CalibrationError(
+            f"{data!r} is no file, folder or loadable dataset: {error}{meant_path(name)}"
+        ) from error
 
 
 def load_split(name: str, split: str, configuration: str | None = None, file: str | None = None) -> Any:
@@ -293,7 +295,7 @@ def load_split(name: str, split: str, configuration: str | None = None, file: st
     except MemoryError:
         raise
     except Exception as error:  # the library has no common base class for what it raises
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise (ConnectionError if isinstance(error, ConnectionError) else OSError)(first) from error
 
 

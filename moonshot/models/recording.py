@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from moonshot.linalg import half_products
 from moonshot.models.expert_view import ExpertView
 from moonshot.models.experts import Record, watching_experts
 from moonshot.models.layer_view import LayerView
@@ -44,7 +45,7 @@ def watching(layers: dict[str, LayerView], record: Record) -> Iterator[None]:
 
 @contextmanager
 def recording(layers: dict[str, LayerView], inputs: Seen, outputs: Seen | None = None) -> Iterator[None]:
-    """Append what every layer reads, and returns, to `inputs` and `outputs` at each call, in float32 or better.
+    """Append what every layer reads, and returns, to `inputs` and `outputs` at each call, `as_observed`.
 
     Both stay what they were where the model goes on to change them in place. Layers that read the same tensor have one
     copy of it.
@@ -55,7 +56,7 @@ def recording(layers: dict[str, LayerView], inputs: Seen, outputs: Seen | None =
 
     def record(name: str, x: Tensor, output: Tensor) -> Tensor:
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
-        _, copy = copies.setdefault(key, (x, widened(x.detach())))
+        _, copy = copies.setdefault(key, (x, as_observed(x.detach())))
         inputs.setdefault(name, []).append(copy)
         if outputs is None:
             return output
@@ -66,6 +67,11 @@ def recording(layers: dict[str, LayerView], inputs: Seen, outputs: Seen | None =
 
     with watching(layers, record):
         yield
+
+
+def as_observed(tensor: Tensor) -> Tensor:
+    """A copy for the statistics: in float32 or better, but where half precision can be multiplied as exactly."""
+    return tensor.clone() if half_products.possible(tensor) else widened(tensor)
 
 
 def output_gradients(results: Any, gradients: list[Tensor | None], outputs: Seen) -> Seen:
@@ -82,7 +88,7 @@ def output_gradients(results: Any, gradients: list[Tensor | None], outputs: Seen
     found = torch.autograd.grad(tops, [output for _, output in calls], seeds, allow_unused=True)
     deltas: Seen = {}
     for (name, output), delta in zip(calls, found, strict=True):
-        deltas.setdefault(name, []).append(torch.zeros_like(output) if delta is None else widened(delta))
+        deltas.setdefault(name, []).append(torch.zeros_like(output) if delta is None else as_observed(delta))
     return deltas
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moonshot.layer.objectives import Objective, Observation
+from moonshot.linalg import half_products
 from moonshot.linalg.backend import computing_on, native
 from moonshot.models.layer_view import LayerView
 from moonshot.models.modules import ModelError
@@ -129,9 +130,9 @@ class LayerStatistics:
         E over the signs of the sum over factors f of (f . v)^2 is the sum over samples of (g_s . v)^2.
         """
         if name not in self._gradients:
-            self._gradients[name] = torch.zeros(
-                (self._factors, view.groups, *view.shape), dtype=x.dtype, device=x.device
-            )
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            shape = (self._factors, view.groups, *view.shape)
+            self._gradients[name] = torch.zeros(shape, dtype=dtype, device=x.device)
         folded, rest = divmod(len(x), samples)  # other dimensions that the model has folded into the first
         if rest:
             raise ModelError(
@@ -149,7 +150,11 @@ class LayerStatistics:
                 for s in range(len(read)):
                     sample = self._seen + (chunk.samples.start + s) // folded
                     into = self._gradients[name][sample % self._factors, group]
-                    into.addmm_(at[s].T, read[s], alpha=float(self._signs[sample]))
+                    sign = float(self._signs[sample])
+                    if half_products.possible(at, read):
+                        into.add_(half_products.product(at[s].T, read[s]), alpha=sign)
+                    else:
+                        into.addmm_(at[s].T, read[s], alpha=sign)
 
     def add_up(self, ranks: Ranks, owners: Mapping[str, int]) -> None:
         """Add what the other ranks have observed. owners: {layer: the rank that alone will ask for it}.

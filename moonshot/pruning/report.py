@@ -19,7 +19,7 @@ class LayerReport:
     damping: the ridge that was needed, as a fraction of the Hessians' mean diagonal.
     status, seconds: how the solver ended, and its time.
     gap: how far the objective is from the optimum at most, (value - bound) / value, if bounds were asked for.
-    note: what the answer rests on, where that is little.
+    note: what the answer rests on, where that is little, and what the solver says of how it found it.
     zero_survivors: how many weights are zero although the mask would let them be something else.
     """
 

@@ -237,7 +237,7 @@ class PruningRun:
                     status=str(result.status),
                     seconds=result.seconds,
                     gap=result.gap,
-                    note=_note(name, layer, statistics) or _outweighed(result.terms),
+                    note="; ".join(filter(None, (_said(name, layer, statistics, result.terms), result.note))),
                     zero_survivors=result.zero_survivors,
                 ),
             )
@@ -257,6 +257,11 @@ def _stored_or(
     if not checkpoint or name not in done:
         return solve(name)
     return [LayerAnswer(*checkpoint.answer(name, dense, part.layers[name].problem_shape))]
+
+
+def _said(name: str, layer: LayerView, statistics: LayerStatistics, terms: dict[str, float]) -> str:
+    """What is to be said of a layer whose answer rests on little."""
+    return _note(name, layer, statistics) or _outweighed(terms)
 
 
 def _note(name: str, layer: LayerView, statistics: LayerStatistics) -> str:

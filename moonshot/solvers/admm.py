@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from moonshot.errors import ArgumentError, check_count, check_number
 from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem, Status
-from moonshot.linalg.backend import Array, namespace, squares
+from moonshot.linalg.backend import namespace, squares
 from moonshot.linalg.cache import FirstFewCache
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.linalg.shifted import ShiftedInverse
 from moonshot.solvers.admm_steps import move, reflected
-from moonshot.solvers.base import Answer
+from moonshot.solvers.base import Answer, lowest
 
 _WINDOW = 5  # iterations over which the weights must rest: the first may move none
 _LARGEST = 1e12  # rho, at which nothing moves any more
@@ -22,7 +22,7 @@ _LARGEST = 1e12  # rho, at which nothing moves any more
 class _State:
     """The problem in units of the weights' saliency (`RowHessian.saliency_scale`)."""
 
-    centre: Array  # (m, d), in its own units
+    problem: Problem  # in its own units
     quadratic: ScaledQuadratic
     inverse: FirstFewCache  # of the shifted matrix, and the factors' grams in it
 
@@ -77,7 +77,7 @@ class ADMM:
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
         quadratic = ScaledQuadratic.of(hessian, problem.centre, hessian.saliency_scale)
-        return _State(problem.centre, quadratic, FirstFewCache(hessian.shifted_inverse))
+        return _State(problem, quadratic, FirstFewCache(hessian.shifted_inverse))
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         quadratic = state.quadratic
@@ -99,9 +99,14 @@ class ADMM:
             larger = min(rho * self.growth, _LARGEST)
             rho, shrink = larger, rho / larger
         weight = quadratic.refit(point * mask, mask, self.refits)
-        plain = pattern.keep(squares(state.centre))
-        losses = [quadratic.loss(target * start) for start in (first, plain)]
-        start = plain if losses[1] < losses[0] else first
-        if not quadratic.loss(weight) <= min(losses):  # nor a number, where float32 is too short
-            weight, mask = quadratic.refit(target * start, start, self.refits), start
-        return Answer(weight / quadratic.scale, mask, status, done, start=target * start / quadratic.scale)
+        problem = state.problem
+        masks = first, pattern.keep(squares(problem.centre))
+        answer, start = (weight / quadratic.scale, mask), problem.centre * first
+        if not quadratic.is_below(weight, [target * mask for mask in masks]):
+            starts = [(problem.centre * mask, mask) for mask in masks]
+            refitted = [
+                (quadratic.refit(target * mask, mask, self.refits) / quadratic.scale, mask) for mask in masks
+            ]
+            start, _ = lowest(problem, starts)
+            answer = lowest(problem, [answer, *refitted, *starts])
+        return Answer(*answer, status, done, start=start)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,6 +39,7 @@ class Answer:
     status, iterations: how the method ended, and after how many iterations.
     start: (m, d), where the method began, if it promises never to do worse.
     bound: a lower bound of F over all weights with the pattern, if the method proves one.
+    note: what is to be said of how it was found, such as where.
     """
 
     weight: Array
@@ -46,6 +48,7 @@ class Answer:
     iterations: int = 1
     start: Array | None = None
     bound: float | None = None
+    note: str = ""
 
 
 @runtime_checkable
@@ -68,6 +71,19 @@ class Solver(Protocol):
 
     def compute(self, state: Any, pattern: Pattern) -> Answer:
         """The answer for one pattern."""
+
+
+def lowest(problem: Problem, answers: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Of weights and their masks, both (m, d), the pair with the lowest F in float64, the first of equals.
+
+    F of what is not finite counts as infinite.
+    """
+
+    def value(answer: tuple[Array, Array]) -> float:
+        found = problem.value(answer[0])
+        return found if math.isfinite(found) else math.inf
+
+    return min(answers, key=value)
 
 
 def solve(
@@ -160,6 +176,7 @@ def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, boun
         pattern=str(pattern),
         iterations=answer.iterations,
         bound=proven,
+        note=answer.note,
     )
 
 

@@ -10,14 +10,14 @@ from moonshot.bounds.branching import COLUMNS, Rows, branch
 from moonshot.errors import ArgumentError, check_count, check_number
 from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem
-from moonshot.linalg.backend import Array, is_numpy, native
+from moonshot.linalg.backend import Array, asarray_like, is_numpy, native
 from moonshot.solvers.base import Answer
 
 
 @dataclass(frozen=True)
 class _State:
     rows: Rows
-    constant: float
+    problem: Problem
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Exact:
     with the value within a relative 1e-9 of the bound, or as close as rounding in float64 lets the ill-conditioned
     be told apart; NODE_LIMIT and TIME_LIMIT that it was stopped, with the gap that `Result.gap` has. Rows have 64
     columns at most; time grows exponentially with them. Without `seconds` the same problem gives the same answer.
+    A layer on a device is copied to the CPU and searched there, which the result's note says.
 
     Source: Furnival and Wilson, Regressions by Leaps and Bounds (Technometrics 16, 1974), for the search; the
     bounds are proved in docs/solvers/exact.md.
@@ -54,8 +55,6 @@ class Exact:
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         if reason := lacks_groups(pattern, problem.shape, "branch and bound"):
             return reason
-        if not is_numpy(problem.centre):
-            return "branch and bound runs on the CPU: move the weight and the Hessian there"
         columns = problem.shape[1]
         if columns > COLUMNS:
             return (
@@ -65,7 +64,7 @@ class Exact:
         return None
 
     def init(self, problem: Problem) -> _State:
-        return _State(Rows.of(problem), problem.constant)
+        return _State(Rows.of(problem.on_cpu()), problem)
 
     def compute(self, state: _State, pattern: Any) -> Answer:
         rows = state.rows
@@ -73,7 +72,10 @@ class Exact:
         found = branch(rows, size, zeros, self.nodes, self.seconds)
         triples = zip(range(len(found.pruned)), rows.centre, found.pruned, strict=True)
         weight = np.stack([_refit(native(rows.hessian.row(i)), c, pruned) for i, c, pruned in triples])
-        return Answer(weight, ~found.pruned, found.status, found.nodes, bound=found.bound + state.constant)
+        centre, bound = state.problem.centre, found.bound + state.problem.constant
+        weight, mask = (asarray_like(array, centre) for array in (weight, ~found.pruned))
+        note = "" if is_numpy(centre) else "searched on the CPU"
+        return Answer(weight, mask, found.status, found.nodes, bound=bound, note=note)
 
 
 def _refit(h: Array, c: Array, pruned: Array) -> Array:

@@ -7,7 +7,7 @@ from moonshot.layer.patterns import Pattern, equal_groups
 from moonshot.layer.problem import Problem, Status, check_weight
 from moonshot.linalg.backend import Array, as_dtype, namespace, native, squares
 from moonshot.linalg.scaled import ScaledQuadratic
-from moonshot.solvers.base import Answer
+from moonshot.solvers.base import Answer, lowest
 
 _FIRST, _LONGER, _SHORTER = 4.0, 1.25, 0.7  # the first step size, and its factors after success and failure
 
@@ -114,16 +114,14 @@ class IHT:
                 break
             if len(moves) < len(rows):
                 rows, quadratic, point = rows[moves], quadratic.rows(moves), point.rows(moves)
-        weight, start = x / state.quadratic.scale, start / state.quadratic.scale
-        if problem.value(start) < problem.value(weight):
-            weight, mask = start, started  # float32 can lose the last digits of a descent
-        plain = pattern.keep(squares(problem.centre))
-        if problem.value(problem.centre * plain) < problem.value(weight):
-            quadratic = state.quadratic
-            weight, mask = (
-                quadratic.refit(quadratic.target * plain, plain, self.refits) / quadratic.scale,
-                plain,
-            )
+        quadratic, centre = state.quadratic, problem.centre
+        start, plain = start / quadratic.scale, pattern.keep(squares(centre))
+        weight, mask = lowest(  # float32 can lose the last digits of a descent
+            problem, [(x / quadratic.scale, mask), (start, started), (centre * plain, plain)]
+        )
+        if mask is plain:
+            refitted = quadratic.refit(quadratic.target * plain, plain, self.refits) / quadratic.scale
+            weight, mask = lowest(problem, [(refitted, plain), (weight, plain)])
         return Answer(weight, mask, status, done, start=start)
 
 

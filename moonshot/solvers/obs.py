@@ -15,6 +15,7 @@ from moonshot.linalg.backend import (
     as_dtype,
     asarray_like,
     contiguous,
+    is_cupy,
     is_numpy,
     namespace,
     native,
@@ -24,6 +25,7 @@ from moonshot.linalg.backend import (
 from moonshot.linalg.factor import NotPositiveDefiniteError, inverse_factor
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import apply
+from moonshot.solvers import obs_batched, obs_cuda
 from moonshot.solvers.base import Answer
 from moonshot.solvers.obs_batched import LOST
 from moonshot.solvers.obs_columns import without_columns
@@ -101,15 +103,11 @@ class OBS:
 
     def init(self, problem: Problem) -> _State:
         hessian, centre = problem.hessian, contiguous(as_dtype(problem.centre, "float64"))
-        if is_numpy(centre):
-            from moonshot.solvers import obs_kernels as kernels
-        else:
-            from moonshot.solvers import obs_batched as kernels  # type: ignore[no-redef]
         r = hessian.inverse_factor
         factors, columns = hessian.factors, hessian.inverse_update()
         if factors is None or columns is None:
             factors = columns = zeros_like_shape(r, (0, *problem.shape))
-        return _State(kernels, problem.dtype, hessian, centre, factors, r.T @ r, columns)
+        return _State(_kernels(centre), problem.dtype, hessian, centre, factors, r.T @ r, columns)
 
     def compute(self, state: _State, pattern: Any) -> Answer:
         m, d = state.centre.shape
@@ -130,6 +128,15 @@ class OBS:
         rows = asarray_like(np.arange(m), order)[:, None]
         keep[rows, order] = asarray_like(np.arange(order.shape[1]) >= counts[:, None], order)
         return Answer(as_dtype(_refit(state, keep), state.dtype), keep)
+
+
+def _kernels(array: Array) -> ModuleType:
+    """The inner loops for this kind of array."""
+    if is_numpy(array):
+        from moonshot.solvers import obs_kernels
+
+        return obs_kernels
+    return obs_cuda if is_cupy(array) else obs_batched
 
 
 def _eliminate(state: _State, groups: np.ndarray, quotas: np.ndarray) -> tuple[Array, Array]:

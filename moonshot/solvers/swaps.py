@@ -9,7 +9,15 @@ import numpy as np
 from moonshot.errors import ArgumentError, ArgumentTypeError, check_number
 from moonshot.layer.patterns import Pattern, lacks_groups
 from moonshot.layer.problem import Problem, Status
-from moonshot.linalg.backend import Array, as_dtype, contiguous, is_numpy, triangular_solve
+from moonshot.linalg.backend import (
+    Array,
+    as_dtype,
+    asarray_like,
+    contiguous,
+    is_numpy,
+    on_host,
+    triangular_solve,
+)
 from moonshot.linalg.factor import cholesky
 from moonshot.solvers.base import Answer, Solver
 
@@ -43,7 +51,8 @@ class Swaps:
     or 128 MiB where that is more. The first tableau of a row costs up to d^3 multiply-adds, a round over all pairs some
     d^2.
 
-    Raises NotPositiveDefiniteError where a row's Hessian is not. NumPy arrays and torch tensors on the CPU only.
+    Raises NotPositiveDefiniteError where a row's Hessian is not. Of a layer on a device the inner solver's answer is
+    found there; it is copied to the CPU and exchanged there, which the result's note says.
 
     Source: swaps as in Beck and Eldar (arXiv 1203.4580) and Hazimeh and Mazumder (arXiv 1803.01454); chains as in
     Kernighan and Lin (1970); the tableau is that of the sweep operator (Goodnight, 1979). See docs/solvers/swaps.md.
@@ -70,8 +79,6 @@ class Swaps:
             return reason
         if reason := lacks_groups(pattern, problem.shape, "exchanging weights"):
             return reason
-        if not is_numpy(problem.centre):
-            return "swaps run on the CPU: move the weight and the Hessian there"
         return None
 
     def working_memory(self, shape: tuple[int, int]) -> int:
@@ -88,20 +95,22 @@ class Swaps:
     def compute(self, state: _State, pattern: Any) -> Answer:
         problem, answer = state.problem, self.inner.compute(state.inner, pattern)
         size, _ = pattern.groups(problem.shape)
-        layer = _Layer(
-            problem, size, answer.mask, limit=math.ceil(min(self.moves * problem.shape[1], _UNLIMITED))
-        )
+        limit = math.ceil(min(self.moves * problem.shape[1], _UNLIMITED))
+        here = problem.on_cpu()
+        layer = _Layer(here, size, on_host(answer.mask), limit)
         rows = np.arange(problem.shape[0])
         while len(rows):
             layer.exchange(rows)
             rows = np.flatnonzero(~layer.settled & (layer.moves < layer.limit))
             if not len(rows) and size > problem.shape[1]:  # the budget is the layer's
                 rows = layer.trade()
+        note = "" if is_numpy(problem.centre) else "exchanged on the CPU"
         weight = as_dtype(layer.weight, problem.dtype)
-        if problem.value(weight) > problem.value(answer.weight):
-            return replace(answer, start=answer.weight)
+        if here.value(weight) > here.value(on_host(answer.weight)):
+            return replace(answer, start=answer.weight, note=note)
         status = Status.CONVERGED if layer.settled.all() else Status.ITERATION_LIMIT
-        return Answer(weight, layer.mask, status, int(layer.moves.sum()), start=answer.weight)
+        weight, mask = (asarray_like(array, problem.centre) for array in (weight, layer.mask))
+        return Answer(weight, mask, status, int(layer.moves.sum()), start=answer.weight, note=note)
 
 
 class _Layer:
