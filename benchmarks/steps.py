@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, help="64 windows or 384 images unless given")
     parser.add_argument("--budgets", nargs="+", default=[])
-    parser.add_argument("--settings", nargs="+", default=[""])
+    parser.add_argument("--settings", nargs="*", default=[""], help="none: without refits")
     parser.add_argument("--folder", type=Path, default=DEMO)
     arguments = parser.parse_args()
     for name in arguments.models:
