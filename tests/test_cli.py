@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification
 
 import moonshot
-from moonshot.app import cli
+from moonshot.app import cli, demo
 from moonshot.errors import MoonshotError
 from moonshot.files import plan as planning
 from moonshot.models.offload import Offload
@@ -337,6 +337,15 @@ def test_compare_counts_every_method(monkeypatch, tmp_path):
     assert result.dense < values["ADMM"] < values["SparseGPT"] < values["magnitude"]
     result.plot(tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_says_how_far_it_is(monkeypatch, tmp_path, capsys):
+    setting, compare = demo.setting, demo.Setting.compare
+    one = {"magnitude": demo.METHODS["magnitude"]}
+    monkeypatch.setattr(demo, "setting", lambda samples: setting(samples, 32, 2))
+    monkeypatch.setattr(demo.Setting, "compare", lambda self, **more: compare(self, ["2:4"], one, **more))
+    assert run(monkeypatch, "demo", "--save", tmp_path) == 0
+    assert "1 of 1: magnitude, 2:4" in capsys.readouterr().out and (tmp_path / "demo.png").exists()
 
 
 def test_prune_says_what_it_takes_and_keeps_on_disk_what_does_not_fit(monkeypatch, tmp_path, capsys):
