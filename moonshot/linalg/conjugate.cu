@@ -6,28 +6,11 @@
 //
 // product, pull, target, x, residual, direction, mask: (m, d); rho, tiny, loss: (m). Right for any number of threads.
 
+#include "linalg/block.cuh"
+
 typedef REAL real;
 
 extern __shared__ real sums[]; // one for each thread
-
-#define EACH(j, count) for (int j = threadIdx.x; j < (count); j += blockDim.x)
-
-// The sum of each thread's number.
-__device__ real summed(real number)
-{
-    sums[threadIdx.x] = number;
-    __syncthreads();
-    for (int count = blockDim.x; count > 1;) { // the second half is added to the first
-        const int half = (count + 1) / 2;
-        if (threadIdx.x + half < count)
-            sums[threadIdx.x] += sums[threadIdx.x + half];
-        __syncthreads();
-        count = half;
-    }
-    const real sum = sums[0];
-    __syncthreads();
-    return sum;
-}
 
 // From the product with x: residual and first direction, `rho`, below which `tiny` the row rests, and its loss.
 extern "C" __global__ void start(const real *product, const real *pull, const real *target, const bool *mask,
@@ -46,7 +29,7 @@ extern "C" __global__ void start(const real *product, const real *pull, const re
         scale += pull[at] * pull[at] * inverse;
         rest += (target[at] - x[at]) * pull[at] - x[at] * r;
     }
-    first = summed(first), scale = summed(scale), rest = summed(rest);
+    first = summed(first, sums), scale = summed(scale, sums), rest = summed(rest, sums);
     if (threadIdx.x == 0) {
         rho[blockIdx.x] = first;
         tiny[blockIdx.x] = of_first * first + of_pull * scale;
@@ -68,7 +51,7 @@ extern "C" __global__ void advance(const real *product, const bool *mask, const 
     EACH(j, d)
         if (mask[row + j])
             sum += direction[row + j] * product[row + j];
-    const real curvature = summed(sum), length = curvature > 0 ? before / curvature : 0;
+    const real curvature = summed(sum, sums), length = curvature > 0 ? before / curvature : 0;
     sum = 0;
     EACH(j, d)
         if (mask[row + j]) {
@@ -77,7 +60,7 @@ extern "C" __global__ void advance(const real *product, const bool *mask, const 
             residual[row + j] = r;
             sum += r * (r / unit[j]);
         }
-    const real following = summed(sum), ratio = following / before;
+    const real following = summed(sum, sums), ratio = following / before;
     EACH(j, d)
         if (mask[row + j])
             direction[row + j] = residual[row + j] / unit[j] + ratio * direction[row + j];

@@ -1,5 +1,6 @@
 """CUDA kernels on CuPy arrays: NVRTC compiles them when they are first needed, and CuPy keeps them on disk."""
 
+import re
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -62,8 +63,9 @@ def _module(path: str, options: tuple[str, ...]) -> Any:
 
 
 def source(path: str) -> str:
-    """The text of a CUDA source of the package."""
-    return files("moonshot").joinpath(path).read_text(encoding="utf-8")
+    """The text of a CUDA source of the package, with that of sources of the package that it includes."""
+    text = files("moonshot").joinpath(path).read_text(encoding="utf-8")
+    return re.sub(r'^#include "(.+)"\n', lambda included: source(included[1]), text, flags=re.MULTILINE)
 
 
 def real(dtype: str) -> str:

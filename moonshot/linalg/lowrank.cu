@@ -6,12 +6,12 @@
 //
 // Right for any number of threads.
 
+#include "linalg/block.cuh"
+
 typedef FACTOR factor;
 typedef REAL real;
 
 extern __shared__ real sums[]; // one for each thread
-
-#define EACH(i, count) for (int i = threadIdx.x; i < (count); i += blockDim.x)
 
 __device__ real scaled(const real *scale, int j)
 {
@@ -26,17 +26,9 @@ extern "C" __global__ void project(const factor *factors, const real *x, const r
     real sum = 0;
     EACH(j, d)
         sum += u[j] * (row[j] * scaled(scale, j));
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    for (int count = blockDim.x; count > 1;) { // the second half is added to the first
-        const int half = (count + 1) / 2;
-        if (threadIdx.x + half < count)
-            sums[threadIdx.x] += sums[threadIdx.x + half];
-        __syncthreads();
-        count = half;
-    }
+    sum = summed(sum, sums);
     if (threadIdx.x == 0)
-        out[blockIdx.x] = sums[0];
+        out[blockIdx.x] = sum;
 }
 
 // Add S U_i c_i to out (m, d), c (n, m). One thread block for each row.

@@ -10,12 +10,12 @@
 // smallest lies. Then `mark` takes what is below the threshold and as many of those equal to it as are missing.
 // Right for any number of threads. Rows have their chunks one after the other.
 
+#include "linalg/block.cuh"
+
 typedef REAL real;
 typedef BITS bits;
 
 constexpr int digits = 256;
-
-#define EACH(i, count) for (int i = threadIdx.x; i < (count); i += blockDim.x)
 
 // A number's bits, so that numbers are ordered as these are.
 __device__ bits ordered(real score)

@@ -8,11 +8,11 @@
 //
 // Right for any number of threads up to 256.
 
+#include "linalg/block.cuh"
+
 constexpr int most = 256; // threads
 constexpr int side = 16;  // of a square of threads, each with (TILE / side)^2 entries of a tile
 constexpr int each = TILE / side;
-
-#define EACH(i, count) for (int i = threadIdx.x; i < (count); i += blockDim.x)
 
 // matrix[p][c] = source[where p][where c] + sign sum_q pending[q][where p] pending[q][where c], first <= p, c < size.
 // pitch, width: what is between rows of the matrices, and of pending. where: null for p and c themselves. The matrices
@@ -210,30 +210,12 @@ extern "C" __global__ void trace(const double *inverse, const double *columns, c
     }
 }
 
-// The sum of each thread's number.
-__device__ double summed(double number)
-{
-    __shared__ double sums[most];
-    sums[threadIdx.x] = number;
-    __syncthreads();
-    for (int count = blockDim.x; count > 1;) { // the second half is added to the first
-        const int half = (count + 1) / 2;
-        if (threadIdx.x + half < count)
-            sums[threadIdx.x] += sums[threadIdx.x + half];
-        __syncthreads();
-        count = half;
-    }
-    const double sum = sums[0];
-    __syncthreads();
-    return sum;
-}
-
 // x becomes the solution of a system (size, size), of which the upper triangle becomes the Cholesky factor's; returns
 // the smallest pivot, relative to the diagonal of whole (d, d). panel: (BLOCK, d).
 __device__ double cholesky_solve(double *matrix, double *x, double *panel, const double *whole, const int *where,
                                  int size, int d)
 {
-    __shared__ double coefficient[BLOCK];
+    __shared__ double coefficient[BLOCK], sums[most];
     double smallest = 1;
     for (int start = 0; start < size; start += BLOCK) {
         const int stop = start + BLOCK < size ? start + BLOCK : size;
@@ -265,7 +247,7 @@ __device__ double cholesky_solve(double *matrix, double *x, double *panel, const
         double sum = 0;
         EACH(c, size - j - 1)
             sum += upper[j + 1 + c] * x[j + 1 + c];
-        sum = summed(sum);
+        sum = summed(sum, sums);
         if (threadIdx.x == 0)
             x[j] = (x[j] - sum) / upper[j];
         __syncthreads();

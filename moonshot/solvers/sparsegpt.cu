@@ -7,12 +7,12 @@
 //
 // a, z, keep: (d, m); r: (d, d); p, t: (d, m, n); phi: (d, m); residual: (m, n). Right for any number of threads.
 
+#include "linalg/block.cuh"
+
 typedef REAL real;
 constexpr int rank = RANK;
 
 extern __shared__ real shared[];
-
-#define EACH(i, count) for (int i = threadIdx.x; i < (count); i += blockDim.x)
 
 // mu = t' r
 __device__ real best_step(const real *gain, const real *rest)
