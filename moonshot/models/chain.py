@@ -82,9 +82,14 @@ class ChainReplay:
     def observe(self, index: int, statistics: LayerStatistics) -> None:
         """Run a block, still dense and `placed`, on every batch and hand what its layers see to `statistics`."""
         gradients = self._gradients[index] if self._gradients else []
+        self._moment = None
         for b in in_turn(self._pruned, self._dense, gradients):
             batch = self.batches[b]
-            dense_inputs, deltas = self._differentiate(index, b, statistics.layers)
+            wanted = gradients and (statistics.layers or self._wants_moments)
+            gradient = widened(gradients[b].read()) if wanted else None
+            dense_inputs, deltas = self._differentiate(index, b, statistics.layers, gradient)
+            if gradient is not None and self._wants_moments:
+                self._moment = _with_moment(self._moment, real_tokens(gradient, batch))
             if statistics.layers:
                 inputs: Seen = dense_inputs if index == 0 else {}  # nothing before it is pruned
                 if not inputs:
@@ -92,24 +97,28 @@ class ChainReplay:
                         self._chain.run(index, self._pruned[b].read(), self._calls[b][index])
                 masks = token_mask(batch), decoder_mask(batch)
                 statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, *masks)
-        self._moment = self._summed_moment(index) if self._wants_moments else None
         if self._gradients:
             self._gradients[index] = []
 
-    def _differentiate(self, index: int, b: int, layers: dict[str, LayerView]) -> tuple[Seen, Seen]:
-        """Run the dense block on a batch: what its layers read, and the gradients at what they return."""
+    def _differentiate(
+        self, index: int, b: int, layers: dict[str, LayerView], gradient: Tensor | None
+    ) -> tuple[Seen, Seen]:
+        """Run the dense block on a batch: what its layers read, and the gradients at what they return.
+
+        gradient: that at what the block returns, if it is wanted.
+        """
         if not self._dense:
             return {}, {}
         inputs: Seen = {}
         outputs: Seen = {}
-        differentiated = bool(layers and self._gradients)
+        differentiated = bool(layers) and gradient is not None
         leaf = as_read(self._dense[b].read()).requires_grad_()
         with torch.set_grad_enabled(differentiated), recording(layers, inputs, outputs):
             output = self._chain.run(index, leaf, self._calls[b][index])
         self._dense[b].replace(as_stored(output.detach(), self._dtype))
         if not differentiated:
             return {}, {}
-        return inputs, output_gradients(output, [widened(self._gradients[index][b].read())], outputs)
+        return inputs, output_gradients(output, [gradient], outputs)
 
     def output(self, index: int, b: int) -> Tensor:
         return self._chain.run(index, self._pruned[b].read(), self._calls[b][index])
@@ -120,13 +129,6 @@ class ChainReplay:
     def output_moment(self, index: int) -> Tensor | None:
         return self._moment
 
-    def _summed_moment(self, index: int) -> Tensor | None:
-        moment = None
-        for gradient, batch in zip(self._gradients[index], self.batches, strict=True):
-            rows = real_tokens(gradient.read(), batch).flatten(0, -2).double()
-            moment = rows.T @ rows if moment is None else moment.addmm_(rows.T, rows)
-        return moment
-
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Run the block as it is now, for the inputs of the next one, if there is one."""
@@ -134,6 +136,12 @@ class ChainReplay:
             return
         for b in in_turn(self._pruned):
             self._pruned[b].replace(as_stored(self.output(index, b), self._dtype))
+
+
+def _with_moment(moment: Tensor | None, gradients: Tensor) -> Tensor:
+    """A sum of `g g'`, (channels, channels), with those of more tokens."""
+    rows = gradients.flatten(0, -2).double()
+    return rows.T @ rows if moment is None else moment.addmm_(rows.T, rows)
 
 
 def block_gradients(

@@ -30,16 +30,17 @@ class InTurn:
         with placed(here, self._come):
             self._coming.clear()
             for following in self._parts[index + 1 : index + 2]:
-                self._begin([parameter for parameter in following.parameters() if parameter not in set(here)])
+                self._begin(following, set(here))
             yield
 
-    def _begin(self, parameters: list[nn.Parameter]) -> None:
+    def _begin(self, part: nn.Module, here: set[Tensor]) -> None:
+        """Let a part's parameters come, but those that are here."""
         device = device_of_passes()
         if device is None or not _can_copy(device):
             return
         self._thread = self._thread or ThreadPoolExecutor(1)
-        for parameter in parameters:
-            if parameter.device != device:
+        for parameter in part.parameters():
+            if parameter not in here and parameter.device != device:
                 self._coming[parameter] = self._thread.submit(_copied, parameter.data, device)
 
     def _come(self, tensor: Tensor) -> Tensor | None:
