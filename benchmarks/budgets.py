@@ -1,7 +1,7 @@
 """Even and allocated budgets on the shipped models: accuracy or perplexity over seeds, solvers and objectives.
 
     python benchmarks/budgets.py [--models vit resnet llama] [--sparsities 0.9] [--solvers ADMM] [--objectives joint]
-                                 [--seeds 3] [--samples N] [--rounds 2] [--refit] [--plot docs/budgets.png]
+                                 [--seeds 3] [--samples N] [--rounds 2] [--plot docs/budgets.png]
 
 A seed chooses the calibration data, the samples set aside and the random signs. Prints every result and then a
 markdown table for each model; --plot draws what each layer got in the last allocation of each model.
@@ -12,7 +12,6 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 
 import moonshot as ms
@@ -71,7 +70,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, help="32 windows or 384 images unless given")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--refit", action="store_true", help="and each of them with a refit")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     for name in arguments.models:
@@ -92,12 +90,11 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
                 for sparsity in sparsities:
                     options = {"objective": objective, "solver": SOLVERS[solver], "seed": seed}
                     allocation = ms.allocate(model, data, sparsity, rounds=arguments.rounds, **options)
-                    budgets = (("even", sparsity), ("allocated", allocation))
-                    for (budget, pattern), refit in product(budgets, (False, True)[: 1 + arguments.refit]):
+                    for budget, pattern in (("even", sparsity), ("allocated", allocation)):
                         pruned = copy.deepcopy(model)
-                        ms.prune(pruned, data, pattern, refit=refit, **options)
+                        ms.prune(pruned, data, pattern, **options)
                         value = measure(pruned)
-                        method = f"{solver}, {kind}, {budget}{', refit' if refit else ''}"
+                        method = f"{solver}, {kind}, {budget}"
                         values.setdefault((method, sparsity), []).append(value)
                         print(
                             f"{time.perf_counter() - begin:5.0f} s  {name}, seed {seed}, {method} "
