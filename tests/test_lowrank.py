@@ -61,7 +61,7 @@ def test_coefficients_are_refreshed_in_place(backend):
 
 @pytest.mark.parametrize("scale", [None, SCALE], ids=["plain", "scaled"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("place", [1, 3, *cuda_on_host.PLACES[2:]])
+@pytest.mark.parametrize("place", [1, 3, 70, *cuda_on_host.PLACES[2:]])  # 70: two factors at a time
 def test_kernels(monkeypatch, place, dtype, scale):
     convert = cuda_on_host.arrays_at(place, monkeypatch)
     stored = FACTORS.astype(dtype)  # float32 as they are stored, all else float64
@@ -77,6 +77,16 @@ def test_kernels(monkeypatch, place, dtype, scale):
     y = convert(X.copy())
     lowrank_cuda.add_diagonal(y, convert(stored), unit)
     np.testing.assert_allclose(on_host(y), X + np.sum(factors**2, axis=0), rtol=1e-12)
+    y = convert(X.copy())
+    lowrank_cuda.add_applied(y, convert(stored), view, unit)
+    applied = np.einsum("kij,kil,il->ij", factors, factors, X)
+    np.testing.assert_allclose(on_host(y), X + applied, rtol=1e-12, atol=1e-12)
+    inverses, coefficients = convert(INVERSES), convert(COEFFICIENTS.T.copy())
+    pull = lowrank_cuda.refresh(convert(stored), view, unit, inverses, coefficients)
+    projected = np.einsum("kij,ij->ki", factors, X)
+    expected = COEFFICIENTS.T + np.einsum("ikl,li->ik", INVERSES, projected - COEFFICIENTS)
+    np.testing.assert_allclose(on_host(coefficients), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(on_host(pull), np.einsum("kij,ik->ij", factors, expected), atol=1e-11)
 
 
 def test_factors_in_another_dtype(backend):

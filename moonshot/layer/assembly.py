@@ -9,6 +9,7 @@ from moonshot.layer.problem import Deviation, Problem, Term
 from moonshot.linalg.backend import Array, as_dtype, eye_like, namespace, native
 from moonshot.linalg.factor import NotPositiveDefiniteError, eigenbasis
 from moonshot.linalg.hessian import RowHessian, asymmetry
+from moonshot.linalg.lowrank import by_factor, by_row
 
 _DAMPING_STEPS = 6
 _LEAST = 1e-300  # of a term's loss at zero, and one over the largest
@@ -89,7 +90,7 @@ def normalised(name: str, share: float, quadratic: Quadratic, weight: Array, zer
     scale = 1 / at_zero if at_zero > 0 else 0.0  # a term that is zero everywhere says nothing
     at_zero *= quadratic.coefficient
     if factors is not None:
-        factors = factors * sqrt(share * scale)
+        factors = by_row(by_factor(factors) * sqrt(share * scale))
         return Term(name, share, 1.0 / share, _scaled(shared, share * scale), factors, centre, at_zero)
     return Term(name, share, scale, shared, None, centre, at_zero)
 
@@ -131,7 +132,7 @@ def total_factors(terms: list[Term]) -> Array | None:
     factors = [term.factors for term in terms if term.factors is not None]
     if len(factors) < 2:
         return factors[0] if factors else None
-    return namespace(factors[0]).concat(factors, axis=2)
+    return by_row(namespace(factors[0]).concat(list(map(by_factor, factors)), axis=0))
 
 
 def mean_diagonal(shared: Array, factors: Array | None) -> float:
@@ -139,7 +140,7 @@ def mean_diagonal(shared: Array, factors: Array | None) -> float:
     xp = namespace(shared)
     mean = float(xp.mean(xp.linalg.diagonal(shared)))
     if factors is not None:
-        squares = sum(float(xp.sum(factors[:, :, k] ** 2)) for k in range(factors.shape[2]))
+        squares = sum(float(xp.sum(factor**2)) for factor in by_factor(factors))
         mean += squares / (factors.shape[0] * shared.shape[0])
     return mean
 

@@ -10,7 +10,6 @@ from moonshot.linalg.backend import (
     all_finite,
     as_dtype,
     computing_on,
-    contiguous,
     dtype_name,
     is_numpy,
     namespace,
@@ -18,7 +17,7 @@ from moonshot.linalg.backend import (
     on_host,
 )
 from moonshot.linalg.hessian import RowHessian
-from moonshot.linalg.lowrank import project
+from moonshot.linalg.lowrank import by_factor, by_row, project
 
 _LARGEST = 1e100  # of a weight and of a Hessian, and one over the smallest
 _FEW = 8  # times as many columns as rows, above which products are cheaper with A than with their own transpose
@@ -91,13 +90,11 @@ class Deviation:
 
     def loss(self, shared: Array | None, factors: Array | None) -> float:
         """`sum_i x_i' (S + F_i F_i') x_i`, S: (d, d), F: (m, d, n), either None for none."""
-        xp = namespace(self._x)
         loss = 0.0
         if shared is not None:
             loss += self._shared_loss(as_dtype(shared, "float64"))
         if factors is not None:
-            by_factor = contiguous(xp.permute_dims(factors, (2, 0, 1)))
-            loss += float(xp.sum(project(by_factor, self._x) ** 2))
+            loss += float(namespace(factors).sum(project(by_factor(factors), self._x) ** 2))
         return loss
 
 
@@ -203,8 +200,7 @@ class Problem:
     @property
     def _factors(self) -> Array | None:
         """The U_i, (m, d, n), without a copy."""
-        factors = self.hessian.factors
-        return None if factors is None else namespace(factors).permute_dims(factors, (1, 2, 0))
+        return None if self.hessian.factors is None else by_row(self.hessian.factors)
 
     def graded(self, V: Array) -> tuple[float, list[float]]:
         """F(V) and the loss of each term, in float64, with no product more than the losses take."""

@@ -26,7 +26,7 @@ from moonshot.linalg.factor import (
     inverse_factor,
     rescaled,
 )
-from moonshot.linalg.lowrank import apply, project
+from moonshot.linalg.lowrank import apply, by_factor, project
 from moonshot.linalg.products import half_product, half_product_by_factor
 
 _SYMMETRY = {"float32": 1e-4, "float64": 1e-9}  # largest |A - A'| accepted, relative to max |A|
@@ -83,7 +83,7 @@ class RowHessian:
             if factors.shape[2] > 0:
                 if type(factors) is not type(self.A):
                     raise ArgumentTypeError("A and U must be on the same device")
-                self._factors = contiguous(namespace(factors).permute_dims(factors, (2, 0, 1)))
+                self._factors = by_factor(factors)
         self._kind = A[:0]
 
     @property

@@ -11,7 +11,9 @@
 typedef FACTOR factor;
 typedef REAL real;
 
-extern __shared__ real sums[]; // one for each thread
+constexpr int lanes_at_most = 32;
+
+extern __shared__ real sums[]; // one for each thread, and one for each factor where `projected` is called
 
 __device__ real scaled(const real *scale, int j)
 {
@@ -41,6 +43,72 @@ extern "C" __global__ void combine(const factor *factors, const real *c, const r
             sum += factors[((size_t)k * m + blockIdx.x) * d + j] * c[(size_t)k * m + blockIdx.x];
         out[(size_t)blockIdx.x * d + j] += sum * scaled(scale, j);
     }
+}
+
+// out[k]: the products of all factors of this block's row with S x_i, in shared memory. Some lanes share a factor.
+__device__ void projected(const factor *factors, const real *x, const real *scale, real *out, int n, int m, int d)
+{
+    const int lanes = blockDim.x < lanes_at_most ? blockDim.x : lanes_at_most, together = blockDim.x / lanes;
+    const int lane = threadIdx.x % lanes, own = threadIdx.x / lanes;
+    const real *row = x + (size_t)blockIdx.x * d;
+    for (int first = 0; first < n; first += together) {
+        const int k = first + own;
+        const bool busy = own < together && k < n;
+        real sum = 0;
+        if (busy) {
+            const factor *u = factors + ((size_t)k * m + blockIdx.x) * d;
+            for (int j = lane; j < d; j += lanes)
+                sum += u[j] * (row[j] * scaled(scale, j));
+        }
+        sums[threadIdx.x] = sum;
+        __syncthreads();
+        if (busy && lane == 0) {
+            for (int other = 1; other < lanes; ++other)
+                sum += sums[threadIdx.x + other];
+            out[k] = sum;
+        }
+        __syncthreads();
+    }
+}
+
+// Element j of S U_i c, c in shared memory.
+__device__ real combined(const factor *factors, const real *c, const real *scale, int j, int n, int m, int d)
+{
+    real sum = 0;
+    for (int k = 0; k < n; ++k)
+        sum += factors[((size_t)k * m + blockIdx.x) * d + j] * c[k];
+    return sum * scaled(scale, j);
+}
+
+// Add S U_i U_i' S x_i to out (m, d), x (m, d). One thread block for each row.
+extern "C" __global__ void apply(const factor *factors, const real *x, const real *scale, real *out, int n, int m,
+                                 int d)
+{
+    real *c = sums + blockDim.x;
+    projected(factors, x, scale, c, n, m, d);
+    EACH(j, d)
+        out[(size_t)blockIdx.x * d + j] += combined(factors, c, scale, j, n, m, d);
+}
+
+// Add C_i^-1 (U_i' S x_i - c_i) to c (m, n), and put S U_i c_i into out (m, d); inverses (m, n, n) are the C_i^-1. One
+// thread block for each row.
+extern "C" __global__ void refresh(const factor *factors, const real *x, const real *inverses, real *c,
+                                   const real *scale, real *out, int n, int m, int d)
+{
+    real *change = sums + blockDim.x, *found = change + n, *own = c + (size_t)blockIdx.x * n;
+    projected(factors, x, scale, change, n, m, d);
+    EACH(k, n)
+        change[k] -= own[k];
+    __syncthreads();
+    EACH(k, n) {
+        real sum = own[k];
+        for (int q = 0; q < n; ++q)
+            sum += inverses[((size_t)blockIdx.x * n + k) * n + q] * change[q];
+        found[k] = own[k] = sum;
+    }
+    __syncthreads();
+    EACH(j, d)
+        out[(size_t)blockIdx.x * d + j] = combined(factors, found, scale, j, n, m, d);
 }
 
 // Add the diagonals of S U_i U_i' S to out (m, d). One thread block for each row.

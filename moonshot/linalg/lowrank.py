@@ -12,6 +12,16 @@ from moonshot.linalg.backend import (
 )
 
 
+def by_factor(factors: Array) -> Array:
+    """Factors (m, d, n) as they are stored, (n, m, d) in C order; a copy only where they lie otherwise."""
+    return contiguous(namespace(factors).permute_dims(factors, (2, 0, 1)))
+
+
+def by_row(factors: Array) -> Array:
+    """The view (m, d, n) of factors as they are stored."""
+    return namespace(factors).permute_dims(factors, (1, 2, 0))
+
+
 def project(factors: Array, x: Array, scale: Array | None = None) -> Array:
     """`U_i' S x_i` for every row, (n, m), in the dtype of x; x: (m, d); S = diag(scale), (d,), None for I."""
     if is_cupy(factors):
@@ -41,7 +51,7 @@ def add_applied(y: Array, factors: Array, x: Array, scale: Array) -> Array:
         from moonshot.linalg import lowrank_cuda
 
         y = contiguous(y)
-        lowrank_cuda.add_combined(y, factors, project(factors, x, scale), scale)
+        lowrank_cuda.add_applied(y, factors, x, scale)
     else:
         y += apply(factors, x, scale)
     return y
@@ -56,6 +66,10 @@ def refresh(factors: Array, x: Array, scale: Array, inverses: Array, coefficient
         from moonshot.linalg import kernels
 
         return kernels.refresh(factors, x, scale, inverses, coefficients)
+    if is_cupy(factors):
+        from moonshot.linalg import lowrank_cuda
+
+        return lowrank_cuda.refresh(factors, x, scale, inverses, coefficients)
     xp = namespace(x)
     change = xp.permute_dims(project(factors, x, scale), (1, 0)) - coefficients
     coefficients += (inverses @ change[:, :, None])[:, :, 0]

@@ -24,6 +24,23 @@ def add_combined(y, factors, coefficients, scale=None):
     _launch("combine", m, (factors, coefficients), scale, y, (n, m, d))
 
 
+def add_applied(y, factors, x, scale=None):
+    """Add `S U_i U_i' S x_i` to every row of y (m, d), in place; factors: (n, m, d); x: (m, d)."""
+    n, m, d = factors.shape
+    _launch("apply", m, (factors, x), scale, y, (n, m, d), y.dtype.itemsize * (_THREADS + n))
+
+
+def refresh(factors, x, scale, inverses, coefficients):
+    """`lowrank.refresh` in one launch; coefficients must be in C order."""
+    n, m, d = factors.shape
+    xp = array_api_compat.array_namespace(x)
+    assert coefficients.flags.c_contiguous
+    out = xp.empty_like(x, order="C")
+    shared = x.dtype.itemsize * (_THREADS + 2 * n)
+    _launch("refresh", m, (factors, x, inverses, coefficients), scale, out, (n, m, d), shared)
+    return out
+
+
 def add_diagonal(y, factors, scale=None):
     """Add the diagonal of `S U_i U_i' S` to every row of y (m, d), in place; factors: (n, m, d)."""
     n, m, d = factors.shape
