@@ -140,8 +140,8 @@ def mean_diagonal(shared: Array, factors: Array | None) -> float:
     xp = namespace(shared)
     mean = float(xp.mean(xp.linalg.diagonal(shared)))
     if factors is not None:
-        squares = sum(float(xp.sum(factor**2)) for factor in by_factor(factors))
-        mean += squares / (factors.shape[0] * shared.shape[0])
+        squares = xp.stack([xp.sum(factor**2) for factor in by_factor(factors)])
+        mean += float(xp.sum(as_dtype(squares, "float64"))) / (factors.shape[0] * shared.shape[0])
     return mean
 
 

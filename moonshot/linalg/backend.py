@@ -205,6 +205,10 @@ def add_multiple(y: Array, x: Array, factor: float) -> None:
         from moonshot.linalg import kernels
 
         kernels.add_multiple(y, x, y.dtype.type(factor))
+    elif is_cupy(y):
+        from moonshot.linalg import elementwise_cuda
+
+        elementwise_cuda.add_multiple(y, x, factor)
     else:
         y += factor * x
 
@@ -215,13 +219,12 @@ def eye_like(reference: Array, n: int) -> Array:
 
 
 def all_finite(array: Array) -> bool:
-    """Whether an array holds neither NaN nor infinity, without a temporary of its size."""
+    """Whether an array holds neither NaN nor infinity: a sum is not finite if a summand is not."""
     xp = namespace(array)
-    if is_numpy(array):  # a sum is not finite if a summand is not; the converse needs the full look
-        with np.errstate(all="ignore"):
-            if np.isfinite(np.sum(array)):
-                return True
-    return bool(xp.all(xp.isfinite(array)))
+    with np.errstate(all="ignore"):
+        if math.isfinite(float(xp.sum(array))):
+            return True
+    return bool(xp.all(xp.isfinite(array)))  # the sum of finite numbers may be infinite
 
 
 def smallest(scores: Array, k: int) -> Array:

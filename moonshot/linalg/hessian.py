@@ -1,7 +1,6 @@
 """RowHessian: one symmetric positive definite matrix per row of a layer, shared plus low rank."""
 
 from functools import cached_property
-from typing import Any
 
 from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.linalg.backend import (
@@ -9,7 +8,6 @@ from moonshot.linalg.backend import (
     all_finite,
     as_dtype,
     computing_on,
-    contiguous,
     dtype_name,
     is_numpy,
     like,
@@ -22,16 +20,14 @@ from moonshot.linalg.factor import (
     capacitance,
     capacitance_solve,
     cholesky,
-    gram,
     inverse_factor,
     rescaled,
 )
 from moonshot.linalg.lowrank import apply, by_factor, project
-from moonshot.linalg.products import half_product, half_product_by_factor
+from moonshot.linalg.products import half_product, half_product_by_factor, half_product_grams
 
 _SYMMETRY = {"float32": 1e-4, "float64": 1e-9}  # largest |A - A'| accepted, relative to max |A|
 _REFINEMENTS = 10
-_ROWS = 256  # whose factors are multiplied at once, and then no longer needed
 _LOST = 1e-12  # the backward error at which a row is solved densely
 _ALONE = 0.01  # the least share of A_jj in the squared saliency scale
 
@@ -143,14 +139,9 @@ class RowHessian:
         a.reshape(-1)[:: self.columns + 1] += shift
         r = inverse_factor(a)
         single = as_dtype(r, dtype)
-        return single.T @ single, self._grams(as_dtype(r / scale, dtype)) if grams else None
-
-    def _grams(self, r: Array) -> Array:
-        """`|R U_i|^2` for every row, (m, n, n); r: (d, d)."""
-        factors: Any = self.factors
-        starts = range(0, factors.shape[1], _ROWS)
-        parts = (as_dtype(factors[:, start : start + _ROWS], dtype_name(r)) for start in starts)
-        return namespace(r).concat([gram(half_product_by_factor(part, r)) for part in parts], axis=0)
+        return single.T @ single, half_product_grams(
+            self.factors, as_dtype(r / scale, dtype)
+        ) if grams else None
 
     def matvec(self, V: Array) -> Array:
         """`H_i v_i` for every row of V (m, d)."""

@@ -13,7 +13,7 @@ typedef REAL real;
 
 constexpr int lanes_at_most = 32;
 
-extern __shared__ real sums[]; // one for each thread, and one for each factor where `projected` is called
+extern __shared__ real sums[]; // one for each thread, and more where that is said
 
 __device__ real scaled(const real *scale, int j)
 {
@@ -45,7 +45,8 @@ extern "C" __global__ void combine(const factor *factors, const real *c, const r
     }
 }
 
-// out[k]: the products of all factors of this block's row with S x_i, in shared memory. Some lanes share a factor.
+// out[k]: the products of all factors of this block's row with S x_i, in shared memory beyond `sums`. Some lanes share
+// a factor.
 __device__ void projected(const factor *factors, const real *x, const real *scale, real *out, int n, int m, int d)
 {
     const int lanes = blockDim.x < lanes_at_most ? blockDim.x : lanes_at_most, together = blockDim.x / lanes;
@@ -109,6 +110,29 @@ extern "C" __global__ void refresh(const factor *factors, const real *x, const r
     __syncthreads();
     EACH(j, d)
         out[(size_t)blockIdx.x * d + j] = combined(factors, found, scale, j, n, m, d);
+}
+
+// out (m, n, n): P_i' P_i, p (d, m, n) being the P_i by column; of columns so many in shared memory at once.
+extern "C" __global__ void gram(const real *p, real *out, int tile, int n, int m, int d)
+{
+    real *total = sums, *columns = total + n * n;
+    EACH(e, n * n)
+        total[e] = 0;
+    for (int start = 0; start < d; start += tile) {
+        const int count = d - start < tile ? d - start : tile;
+        __syncthreads();
+        EACH(e, count * n)
+            columns[e] = p[((size_t)(start + e / n) * m + blockIdx.x) * n + e % n];
+        __syncthreads();
+        EACH(e, n * n) {
+            real sum = total[e];
+            for (int j = 0; j < count; ++j)
+                sum += columns[j * n + e / n] * columns[j * n + e % n];
+            total[e] = sum;
+        }
+    }
+    EACH(e, n * n)
+        out[(size_t)blockIdx.x * n * n + e] = total[e];
 }
 
 // Add the diagonals of S U_i U_i' S to out (m, d). One thread block for each row.

@@ -7,6 +7,7 @@ from moonshot.linalg import cuda
 
 SOURCE = "linalg/lowrank.cu"
 _THREADS = 256
+_COLUMNS = 32  # of a row that `gram` has in shared memory at once
 
 
 def project(factors, x, scale=None):
@@ -39,6 +40,25 @@ def refresh(factors, x, scale, inverses, coefficients):
     shared = x.dtype.itemsize * (_THREADS + 2 * n)
     _launch("refresh", m, (factors, x, inverses, coefficients), scale, out, (n, m, d), shared)
     return out
+
+
+def gram(p):
+    """`P_i' P_i` for every row, (m, n, n), of P by column: (d, m, n), in C order. Only what `gram_fits`."""
+    d, m, n = p.shape
+    out, dtype = array_api_compat.array_namespace(p).empty((m, n, n), dtype=p.dtype), str(p.dtype)
+    sizes = map(np.int32, (_COLUMNS, n, m, d))
+    shared = _gram_bytes(n, dtype)
+    cuda.launch(SOURCE, options(dtype, dtype, False), "gram", m, _THREADS, (p, out, *sizes), shared)
+    return out
+
+
+def gram_fits(rank: int, dtype: str, available: int) -> bool:
+    """Whether so many factors fit into so many bytes of shared memory."""
+    return _gram_bytes(rank, dtype) <= available
+
+
+def _gram_bytes(rank: int, dtype: str) -> int:
+    return np.dtype(dtype).itemsize * rank * (rank + _COLUMNS)
 
 
 def add_diagonal(y, factors, scale=None):

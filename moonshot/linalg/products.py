@@ -5,8 +5,20 @@ from typing import Any
 import numpy as np
 import scipy  # whose linalg is imported where it is first used
 
-from moonshot.linalg.backend import Array, contiguous, is_numpy, namespace, zeros_like_shape
+from moonshot.linalg.backend import (
+    Array,
+    as_dtype,
+    contiguous,
+    dtype_name,
+    is_cupy,
+    is_numpy,
+    namespace,
+    zeros_like_shape,
+)
+from moonshot.linalg.factor import gram
 
+_ROWS = 256  # whose P_i there are at a time
+_NUMBERS = 2**26  # that P has at most at a time on a GPU, where many rows are multiplied as fast as few
 _STRIP = 256  # rows of a triangular matrix multiplied at once, where no BLAS does that
 
 
@@ -49,6 +61,29 @@ def half_product_by_factor(factors: Array, r: Array) -> Array:
         ).T.reshape(n, m, d)
     product = half_product(factors, r, lanes=m)[:, 0]
     return contiguous(namespace(factors).permute_dims(product, (1, 2, 0)))
+
+
+def half_product_grams(factors: Array, r: Array) -> Array:
+    """`P_i' P_i` for every row i, P_i = R U_i: (m, n, n), in the dtype of r.
+
+    factors: (n, m, d), the U_i' stacked by factor; r: (d, d) upper triangular. A few rows' P_i are there at a time.
+    """
+    n, m, d = factors.shape
+    dtype, by_column = dtype_name(r), False
+    if is_cupy(factors):
+        from moonshot.linalg import cuda, lowrank_cuda
+
+        by_column = lowrank_cuda.gram_fits(n, dtype, cuda.shared_memory(factors))
+    rows = max(_NUMBERS // (n * d), _ROWS) if by_column else _ROWS
+    grams = []
+    for start in range(0, m, rows):
+        part = as_dtype(factors[:, start : start + rows], dtype)
+        grams.append(
+            lowrank_cuda.gram(half_product(part, r, 1)[..., 0])
+            if by_column
+            else gram(half_product_by_factor(part, r))
+        )
+    return namespace(r).concat(grams, axis=0)
 
 
 def _blas(name: str, array: np.ndarray) -> Any:
