@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonshot.linalg.products import half_product, half_product_by_factor
+from moonshot.linalg.backend import namespace, native, on_host
+from moonshot.linalg.products import Times, half_product, half_product_by_factor, half_product_grams
 
 sizes = st.sampled_from([1, 5, 31, 32, 33, 255, 257, 600])
 
@@ -38,3 +39,24 @@ def test_products_on_every_backend(backend, n):
     )
     by_factor = half_product_by_factor(factors, r)
     np.testing.assert_allclose(backend.numpy(half_product_by_factor(on[0], on[1])), by_factor, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_grams_of_products(backend, n):
+    rng = np.random.default_rng(0)
+    factors, r = rng.normal(size=(n, 300, 9)), np.triu(rng.normal(size=(9, 9)))
+    products = np.einsum("jk,nmk->mnj", r, factors)
+    found = backend.numpy(half_product_grams(backend.array(factors), backend.array(r)))
+    np.testing.assert_allclose(found, products @ products.transpose(0, 2, 1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 600), ("float64", 600), ("float32", 9)])
+def test_products_with_one_matrix(backend, dtype, size):
+    rng = np.random.default_rng(0)
+    x, matrix = rng.normal(size=(7, size)), rng.normal(size=(size, size))
+    times = Times(native(backend.array(matrix, dtype)))
+    found = times(native(backend.array(x.T.copy(), dtype)).T)
+    single, other = x.astype(dtype).astype("float64"), matrix.astype(dtype).astype("float64")
+    error = abs(on_host(found) - single @ other) / (abs(single) @ abs(other))
+    assert found.dtype == getattr(namespace(found), dtype)
+    assert error.max() < {"float32": 1e-6, "float64": 1e-15}[dtype]

@@ -1,4 +1,4 @@
-"""Products with a triangular matrix, for half the work of plain ones."""
+"""Products with a matrix that are faster than plain ones: made again and again, or with a triangular one."""
 
 from typing import Any
 
@@ -20,6 +20,25 @@ from moonshot.linalg.factor import gram
 _ROWS = 256  # whose P_i there are at a time
 _NUMBERS = 2**26  # that P has at most at a time on a GPU, where many rows are multiplied as fast as few
 _STRIP = 256  # rows of a triangular matrix multiplied at once, where no BLAS does that
+
+
+class Times:
+    """Products with one square matrix M (d, d), again and again: `x M` for x (m, d), in its own dtype."""
+
+    def __init__(self, matrix: Array):
+        self._matrix, self._parts = matrix, None
+        if is_cupy(matrix):
+            from moonshot.linalg import split_cuda
+
+            if split_cuda.possible(matrix):
+                self._parts = split_cuda.parts(contiguous(matrix))
+
+    def __call__(self, x: Array) -> Array:
+        if self._parts is None:
+            return x @ self._matrix
+        from moonshot.linalg import split_cuda
+
+        return split_cuda.product(contiguous(x), self._parts)
 
 
 def half_product(factors: Array, r: Array, lanes: int) -> Array:

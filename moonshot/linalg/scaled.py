@@ -7,6 +7,7 @@ from moonshot.linalg.backend import Array, as_dtype, contiguous, dtype_name, is_
 from moonshot.linalg.factor import rescaled
 from moonshot.linalg.hessian import RowHessian
 from moonshot.linalg.lowrank import add_applied, diagonals
+from moonshot.linalg.products import Times
 
 _HARDLY = 3e-5  # of the loss; the steps after it are several times as many, for some 1e-4 of the loss
 
@@ -48,12 +49,17 @@ class ScaledQuadratic:
         )
         if self.factors is not None:
             found.__dict__["diagonal"] = self.diagonal[rows]
+        found.__dict__["_times_shared"] = self._times_shared
         return found
 
     def matvec(self, x: Array) -> Array:
         """`H_i x_i` for every row, (m, d)."""
-        product = x @ self.shared
+        product = self._times_shared(x)
         return product if self.factors is None else add_applied(product, self.factors, x, self.units)
+
+    @cached_property
+    def _times_shared(self) -> Times:
+        return Times(self.shared)
 
     @cached_property
     def diagonal(self) -> Array:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from moonshot.linalg.backend import Array, add_multiple, dtype_name, eye_like, zeros_like_shape
 from moonshot.linalg.factor import inverses
 from moonshot.linalg.lowrank import refresh
+from moonshot.linalg.products import Times
 
 _LAG = 0.3  # of what is missing to x, what at most is missing a call later
 _FACTORS_LAG = 0.5  # of what is missing to the c_i
@@ -60,7 +61,8 @@ class ShiftedInverse:
     def _renew(self, sigma: float, dtype: str) -> None:
         k = self._earlier / sigma
         lost = self._factors is not None and (self._many or not 0 <= (1 - k) / (1 + k) <= _FACTORS_LAG)
-        self._sigma, (self._b, grams) = sigma, self._inverse(sigma, dtype, lost)
+        self._sigma, (inverse, grams) = sigma, self._inverse(sigma, dtype, lost)
+        self._times = Times(inverse)
         if grams is not None:
             k, self._earlier, self._grams = 1.0, sigma, grams
         if self._factors is not None:
@@ -69,13 +71,13 @@ class ShiftedInverse:
 
     def _solve(self, b: Array) -> Array:
         if self._factors is None:
-            return b @ self._b
+            return self._times(b)
         if self._many:
             self._coefficients[...] = 0
-            self._pull = self._refreshed(b @ self._b)
+            self._pull = self._refreshed(self._times(b))
         if self._pull is not None:
             b -= self._pull
-        x = b @ self._b
+        x = self._times(b)
         if not self._many:
             self._pull = self._refreshed(x)
         return x
