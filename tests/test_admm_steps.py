@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moonshot.linalg.backend import add_multiple, native
-from moonshot.solvers.admm_steps import move, reflected
+from moonshot.linalg.backend import add_multiple, asarray_like, native, on_host
+from moonshot.solvers.admm_steps import changes, move, reflected
 
 rng = np.random.default_rng(0)
 POINT, TARGET, X = rng.normal(size=(3, 5, 70))
@@ -14,23 +14,24 @@ MASK = rng.random((5, 70)) < 0.5
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_on_every_backend(backend, dtype):
     point, target, x = (backend.array(array, dtype) for array in np.stack([POINT, TARGET, X]))
-    mask = backend.array(MASK, "bool")
     if backend.name != "torch-cpu":
-        point, target, x, mask = (native(array) for array in (point, target, x, mask))
+        point, target, x = (native(array) for array in (point, target, x))
+    mask = asarray_like(MASK, point)
     kept = MASK * POINT
     found = reflected(point, mask, target, 0.3, 0.2)
-    assert backend.numpy(found).dtype == dtype
+    assert on_host(found).dtype == dtype
     np.testing.assert_allclose(
-        backend.numpy(found), 0.3 * (kept - TARGET) - 0.2 * (POINT - kept), rtol=1e-5, atol=1e-6
+        on_host(found), 0.3 * (kept - TARGET) - 0.2 * (POINT - kept), rtol=1e-5, atol=1e-6
     )
-    np.testing.assert_array_equal(backend.numpy(point), POINT.astype(dtype))
+    np.testing.assert_array_equal(on_host(point), POINT.astype(dtype))
     move(point, mask, target, x, 0.7)
-    assert backend.numpy(point).dtype == dtype
-    np.testing.assert_allclose(backend.numpy(point), TARGET + X + 0.7 * (POINT - kept), rtol=1e-5, atol=1e-6)
+    assert on_host(point).dtype == dtype
+    np.testing.assert_allclose(on_host(point), TARGET + X + 0.7 * (POINT - kept), rtol=1e-5, atol=1e-6)
     add_multiple(target, x, -0.4)
-    assert backend.numpy(target).dtype == dtype
-    np.testing.assert_allclose(backend.numpy(target), TARGET - 0.4 * X, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(backend.numpy(x), X.astype(dtype))
+    assert on_host(target).dtype == dtype
+    np.testing.assert_allclose(on_host(target), TARGET - 0.4 * X, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(on_host(x), X.astype(dtype))
+    assert changes(mask, asarray_like(MASK ^ (X > 1), point)) == (X > 1).sum()
 
 
 def test_what_is_not_finite_does_not_stay_inside():

@@ -42,7 +42,9 @@ def test_the_statistic_has_the_digits_of_float32(device, term):
     found = on_host(term.accumulate(term.accumulate(None, seen), seen))
     assert found.dtype == np.float32
     scale = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
-    assert np.max(abs(found / 2 - expected) / scale) < 1e-6
+    assert (
+        np.max(abs(found / 2 - expected) / scale) < 3e-6
+    )  # tensor cores cut off what they add up, and do not round
 
 
 def test_gradients_may_be_small(device):

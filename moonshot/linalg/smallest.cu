@@ -17,21 +17,24 @@ typedef BITS bits;
 
 constexpr int digits = 256;
 
-// A number's bits, so that numbers are ordered as these are.
+// A number's bits, so that numbers are ordered as these are: a comparison of the numbers themselves may take the
+// smallest for zero.
 __device__ bits ordered(real score)
 {
     union { real number; bits pattern; } both;
-    both.number = score + 0; // -0 is 0
+    both.number = score;
     const bits sign = (bits)1 << (8 * sizeof(bits) - 1);
+    if (both.pattern == sign) // -0 is 0
+        return sign;
     return both.pattern & sign ? ~both.pattern : both.pattern | sign;
 }
 
 extern "C" __global__ void few(const real *scores, bool *mask, int rows, int k)
 {
     for (size_t row = (size_t)blockIdx.x * blockDim.x + threadIdx.x; row < rows; row += (size_t)gridDim.x * blockDim.x) {
-        real score[FEW];
+        bits score[FEW];
         for (int j = 0; j < FEW; ++j)
-            score[j] = scores[row * FEW + j];
+            score[j] = ordered(scores[row * FEW + j]);
         for (int j = 0; j < FEW; ++j) {
             int smaller = 0;
             for (int q = 0; q < FEW; ++q)

@@ -9,6 +9,7 @@ from typing import Any
 from moonshot.linalg.elementwise_cuda import kernel
 
 _LEAST = 512  # columns from which three products on tensor cores are faster than one without
+_TF32 = 3  # cuBLAS's CUBLAS_TF32_TENSOR_OP_MATH, which CuPy has no name for
 _CAPABILITY = 80  # Ampere, the first with TF32
 
 
@@ -34,7 +35,7 @@ def product(x: Any, matrix: tuple[Any, Any]) -> Any:
     out = cupy.empty_like(x, order="C")
     handle = cupy.cuda.get_cublas_handle()
     before = cublas.getMathMode(handle)
-    cublas.setMathMode(handle, cublas.CUBLAS_TF32_TENSOR_OP_MATH)
+    cublas.setMathMode(handle, _TF32)
     try:
         gemm("N", "N", high, m_low, out)
         gemm("N", "N", low, m_high, out, beta=1.0)

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import reduce
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ class Passes:
     widened: bool = True
 
 
+_AT_ONCE = 2**24  # numbers that `zeros` makes a copy of
 _DEFAULT = Passes()
 _passes: ContextVar[Passes] = ContextVar("passes", default=_DEFAULT)
 
@@ -173,10 +175,19 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 def zeros(model: nn.Module) -> float:
     """The fraction of all parameters of a model, those that share a weight counted once, that are zero."""
-    parameters = list(model.parameters())
-    countable = (p.detach().float() if p.is_floating_point() and p.itemsize == 1 else p for p in parameters)
-    nonzero = sum(int(torch.count_nonzero(parameter)) for parameter in countable)
-    return 1 - nonzero / max(sum(parameter.numel() for parameter in parameters), 1)
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    return 1 - sum(map(_nonzeros, parameters)) / max(sum(parameter.numel() for parameter in parameters), 1)
+
+
+def _nonzeros(tensor: Tensor) -> int:
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        tensor = tensor.float()
+    if not _is_half(tensor) or tensor.device.type != "cpu":
+        return int(torch.count_nonzero(tensor))
+    bits = tensor.reshape(-1).view(torch.int16).numpy()  # which NumPy counts many times as fast
+    return sum(
+        int(np.count_nonzero(some & 0x7FFF)) for some in np.split(bits, range(_AT_ONCE, len(bits), _AT_ONCE))
+    )
 
 
 def tensors_outside(model: nn.Module, parts: list[nn.Module]) -> list[Tensor]:
