@@ -10,7 +10,8 @@
 #include "linalg/block.cuh"
 
 typedef REAL real;
-constexpr int rank = RANK;
+constexpr int rank = RANK, width = RANK ? RANK : 1;
+constexpr int tiled = 8; // columns whose p and t are in shared memory at once
 
 extern __shared__ real shared[];
 
@@ -23,11 +24,22 @@ __device__ real best_step(const real *gain, const real *rest)
     return sum;
 }
 
-// Give column j the value of z that is `step`: value begins with column `first` and has `count` of them.
-__device__ void take_step(int j, real step, const real *r, const real *p, real *rest, real *value, int first,
-                          int count, int d, int m)
+// Put the p, then the t, of `count` columns from `first` on into a tile: each column would be waited for otherwise.
+__device__ void fetch(int first, int count, const real *p, const real *t, real *tile, int m)
 {
-    const real *column = p + ((size_t)j * m + blockIdx.x) * rank;
+    EACH(e, count * rank) {
+        const size_t at = ((size_t)(first + e / width) * m + blockIdx.x) * rank + e % width;
+        tile[e] = p[at];
+        tile[tiled * rank + e] = t[at];
+    }
+    __syncthreads();
+}
+
+// Give column j, whose p is in the tile, the value of z that is `step`: value begins with column `first` and has `count`
+// of them.
+__device__ void take_step(int j, real step, const real *column, const real *r, real *rest, real *value, int first,
+                          int count, int d)
+{
     EACH(k, rank)
         rest[k] -= column[k] * step;
     EACH(q, first + count - j)
@@ -36,13 +48,17 @@ __device__ void take_step(int j, real step, const real *r, const real *p, real *
 
 // Turn the values of `count` columns from `first` on into what pruning each costs; `rest` is used up.
 __device__ void look_ahead(real *cost, int first, int count, const real *r, const real *p, const real *t,
-                           const real *phi, real *rest, int d, int m)
+                           const real *phi, real *rest, real *tile, int d, int m)
 {
-    for (int j = first; rank && j < first + count; ++j) {
-        const real step = best_step(t + ((size_t)j * m + blockIdx.x) * rank, rest);
-        __syncthreads();
-        take_step(j, step, r, p, rest, cost, first, count, d, m);
-        __syncthreads();
+    for (int begin = first; rank && begin < first + count; begin += tiled) {
+        const int left = first + count - begin, here = left < tiled ? left : tiled;
+        fetch(begin, here, p, t, tile, m);
+        for (int q = 0; q < here; ++q) {
+            const real step = best_step(tile + (tiled + q) * rank, rest);
+            __syncthreads();
+            take_step(begin + q, step, tile + q * rank, r, rest, cost, first, count, d);
+            __syncthreads();
+        }
     }
     EACH(j, count) {
         const real pivot = r[(size_t)(first + j) * (d + 1)];
@@ -51,21 +67,29 @@ __device__ void look_ahead(real *cost, int first, int count, const real *r, cons
     __syncthreads();
 }
 
-// Fix columns first..last and compensate those up to `stop` in `value`, which begins with column `start`.
+// Fix columns first..last and compensate those up to `stop` in `value`, which begins with column `start`. fetched:
+// whether all of these columns are in the tile.
 __device__ void fix(int first, int last, const real *r, const real *p, const real *t, const bool *keep, real *rest,
-                    real *value, real *z, int start, int stop, int d, int m)
+                    real *tile, bool fetched, real *value, real *z, int start, int stop, int d, int m)
 {
-    for (int j = first; j < last; ++j) {
-        const size_t at = (size_t)j * m + blockIdx.x;
-        const bool kept = keep[at];
-        const real step = kept ? best_step(t + at * rank, rest) : -value[j - start] / r[(size_t)j * (d + 1)];
-        __syncthreads();
-        take_step(j, step, r, p, rest, value, start, stop - start, d, m);
-        if (threadIdx.x == 0) {
-            z[at] = step;
-            value[j - start] = kept ? value[j - start] : 0; // which this thread has just added to
+    for (int begin = first; begin < last; begin += tiled) {
+        const int here = last - begin < tiled ? last - begin : tiled;
+        if (rank && !fetched)
+            fetch(begin, here, p, t, tile, m);
+        for (int q = 0; q < here; ++q) {
+            const int j = begin + q;
+            const size_t at = (size_t)j * m + blockIdx.x;
+            const bool kept = keep[at];
+            const real step =
+                kept ? best_step(tile + (tiled + q) * rank, rest) : -value[j - start] / r[(size_t)j * (d + 1)];
+            __syncthreads();
+            take_step(j, step, tile + q * rank, r, rest, value, start, stop - start, d);
+            if (threadIdx.x == 0) {
+                z[at] = step;
+                value[j - start] = kept ? value[j - start] : 0; // which this thread has just added to
+            }
+            __syncthreads();
         }
-        __syncthreads();
     }
 }
 
@@ -88,46 +112,47 @@ __device__ void store(const real *value, const real *rest, real *a, real *residu
 
 extern "C" __global__ void gains(const real *p, real share, real *t, real *phi, int d, int m)
 {
-    real *inverse = shared, *column = inverse + rank * rank, *u = column + rank, *next = u + rank;
+    real *inverse = shared, *u = inverse + rank * rank, *next = u + rank, *tile = next + rank;
     EACH(e, rank * rank)
         inverse[e] = e % (rank + 1) ? 0 : share;
-    EACH(k, rank) {
-        column[k] = p[((size_t)(d - 1) * m + blockIdx.x) * rank + k];
-        u[k] = share * column[k];
-    }
-    __syncthreads();
-    for (int j = d - 1; j >= 0; --j) {
-        const size_t at = (size_t)j * m + blockIdx.x;
-        const real shrink = 1 / (1 + best_step(u, column));
-        __syncthreads();
-        EACH(k, rank) {
-            t[at * rank + k] = shrink * u[k];
-            column[k] = j ? p[(at - m) * rank + k] : 0;
+    EACH(k, rank)
+        u[k] = share * p[((size_t)(d - 1) * m + blockIdx.x) * rank + k];
+    for (int top = d; top > 0; top -= tiled) {
+        const int first = top > tiled ? top - tiled : 0;
+        EACH(e, (top - first + 1) * rank) { // one column more than are worked through, for the u after them
+            const int j = first - 1 + e / width;
+            tile[e] = j < 0 ? 0 : p[((size_t)j * m + blockIdx.x) * rank + e % width];
         }
-        if (threadIdx.x == 0)
-            phi[at] = shrink;
         __syncthreads();
-        EACH(k, rank) {
-            real sum = 0;
-            for (int q = 0; q < rank; ++q) { // of column k, which is row k: both are rounded alike
-                inverse[q * rank + k] -= shrink * (u[q] * u[k]);
-                sum += inverse[q * rank + k] * column[q];
+        for (int j = top - 1; j >= first; --j) {
+            const size_t at = (size_t)j * m + blockIdx.x;
+            const real *below = tile + (j - first) * rank;
+            const real shrink = 1 / (1 + best_step(u, below + rank));
+            EACH(k, rank) {
+                t[at * rank + k] = shrink * u[k];
+                real sum = 0;
+                for (int q = 0; q < rank; ++q) { // of column k, which is row k: both are rounded alike
+                    inverse[q * rank + k] -= shrink * (u[q] * u[k]);
+                    sum += inverse[q * rank + k] * below[q];
+                }
+                next[k] = sum;
             }
-            next[k] = sum;
+            if (threadIdx.x == 0)
+                phi[at] = shrink;
+            __syncthreads();
+            real *const used = u;
+            u = next;
+            next = used;
         }
-        __syncthreads();
-        real *const used = u;
-        u = next;
-        next = used;
     }
 }
 
 extern "C" __global__ void scores(const real *a, const real *r, const real *p, const real *t, const real *phi,
                                   const real *residual, real *out, int start, int stop, int d, int m)
 {
-    real *cost = shared, *rest = cost + stop - start;
+    real *cost = shared, *rest = cost + stop - start, *tile = rest + rank;
     load(cost, rest, a, residual, start, stop, m);
-    look_ahead(cost, start, stop - start, r, p, t, phi, rest, d, m);
+    look_ahead(cost, start, stop - start, r, p, t, phi, rest, tile, d, m);
     EACH(j, stop - start)
         out[(size_t)j * m + blockIdx.x] = cost[j];
 }
@@ -135,9 +160,9 @@ extern "C" __global__ void scores(const real *a, const real *r, const real *p, c
 extern "C" __global__ void sweep(real *a, const real *r, const real *p, const real *t, real *residual,
                                  const bool *keep, real *z, int start, int stop, int d, int m)
 {
-    real *value = shared, *rest = value + stop - start;
+    real *value = shared, *rest = value + stop - start, *tile = rest + rank;
     load(value, rest, a, residual, start, stop, m);
-    fix(start, stop, r, p, t, keep, rest, value, z, start, stop, d, m);
+    fix(start, stop, r, p, t, keep, rest, tile, false, value, z, start, stop, d, m);
     store(value, rest, a, residual, start, stop, m);
 }
 
@@ -146,6 +171,7 @@ extern "C" __global__ void sweep_groups(real *a, const real *r, const real *p, c
                                         int group, int d, int m)
 {
     real *value = shared, *cost = value + stop - start, *rest = cost + group, *ahead = rest + rank;
+    real *tile = ahead + rank;
     load(value, rest, a, residual, start, stop, m);
     for (int first = start; first < stop; first += group) {
         EACH(j, group)
@@ -153,7 +179,7 @@ extern "C" __global__ void sweep_groups(real *a, const real *r, const real *p, c
         EACH(k, rank)
             ahead[k] = rest[k];
         __syncthreads();
-        look_ahead(cost, first, group, r, p, t, phi, ahead, d, m);
+        look_ahead(cost, first, group, r, p, t, phi, ahead, tile, d, m);
         EACH(j, group) {
             int cheaper = 0; // of equals, the earlier
             for (int q = 0; q < group; ++q)
@@ -161,7 +187,7 @@ extern "C" __global__ void sweep_groups(real *a, const real *r, const real *p, c
             keep[(size_t)(first + j) * m + blockIdx.x] = cheaper >= group - kept;
         }
         __syncthreads();
-        fix(first, first + group, r, p, t, keep, rest, value, z, start, stop, d, m);
+        fix(first, first + group, r, p, t, keep, rest, tile, group <= tiled, value, z, start, stop, d, m);
     }
     store(value, rest, a, residual, start, stop, m);
 }

@@ -2,7 +2,8 @@
 
 `sparsegpt_batched` has the same functions, with the same arguments, for any device; its docstrings hold the
 mathematics. There each step of the sweep is several launches over all rows, here the whole of it is one. A tile is
-one row. A row's n x n state and the columns of its block are in shared memory, of which `gains` needs most.
+one row. A row's n x n state, the columns of its block, and p and t of a few of them are in shared memory, of which
+`gains` needs most.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from moonshot.linalg.backend import Array, dtype_name, namespace
 SOURCE = "solvers/sparsegpt.cu"
 _THREADS = 128  # of a block; what `gains` has is a thread for each factor
 _WARP = 32
+_TILED = 8  # columns whose p and t are in shared memory at once
 
 
 def lanes(rows: int) -> int:
@@ -30,11 +32,12 @@ def fits(rank: int, dtype: str, available: int) -> bool:
 
 def shared_bytes(name: str, rank: int, dtype: str, columns: int = 0, group: int = 0) -> int:
     """The shared memory of a kernel's thread block. columns: stop - start. group: that of sweep_groups."""
+    tile = 2 * _TILED * rank
     reals = {
-        "gains": rank * (rank + 3),
-        "scores": columns + rank,
-        "sweep": columns + rank,
-        "sweep_groups": columns + group + 2 * rank,
+        "gains": rank * (rank + 3 + _TILED),
+        "scores": columns + rank + tile,
+        "sweep": columns + rank + tile,
+        "sweep_groups": columns + group + 2 * rank + tile,
     }[name]
     return np.dtype(dtype).itemsize * reals
 
