@@ -245,7 +245,7 @@ def test_answers_are_those_of_problems_built_alone(solver, layer, pattern):
 @pytest.fixture
 def calls(monkeypatch):
     """How often each factorisation was computed, and each product with the factors."""
-    counts = dict.fromkeys(("inverse_factor", "half_product", "half_product_by_factor"), 0)
+    counts = dict.fromkeys(("inverse_factor", "half_product", "half_product_grams"), 0)
 
     def watch(name):
         compute = getattr(hessian_module, name)
@@ -289,14 +289,14 @@ def solve_along_a_sweep(solver, shares):
 
 def test_a_product_of_all_factors_is_computed_once(calls):
     solve_along_a_sweep(ms.SparseGPT(), np.linspace(0, 0.9, 10))
-    assert calls == {"inverse_factor": 1, "half_product": 1, "half_product_by_factor": 0}
+    assert calls == {"inverse_factor": 1, "half_product": 1, "half_product_grams": 0}
 
 
 def test_the_first_shifted_inverses_are_computed_once(calls, shifts):
     solve_along_a_sweep(ms.ADMM(), np.linspace(0.1, 0.9, 9))
     assert_the_first_are_asked_once(shifts)
     with_grams = sum(grams for _, _, grams in shifts)
-    assert calls == {"inverse_factor": 1 + len(shifts), "half_product": 0, "half_product_by_factor": with_grams}
+    assert calls == {"inverse_factor": 1 + len(shifts), "half_product": 0, "half_product_grams": with_grams}
 
 
 def test_patterns_of_one_state_share_its_inverses(shifts):

@@ -9,7 +9,7 @@ from moonshot.layer.problem import Deviation, Problem, Term
 from moonshot.linalg.backend import Array, as_dtype, eye_like, namespace, native
 from moonshot.linalg.factor import NotPositiveDefiniteError, eigenbasis
 from moonshot.linalg.hessian import RowHessian, asymmetry
-from moonshot.linalg.lowrank import by_factor, by_row
+from moonshot.linalg.lowrank import by_factor, by_row, squared_norm
 
 _DAMPING_STEPS = 6
 _LEAST = 1e-300  # of a term's loss at zero, and one over the largest
@@ -140,8 +140,7 @@ def mean_diagonal(shared: Array, factors: Array | None) -> float:
     xp = namespace(shared)
     mean = float(xp.mean(xp.linalg.diagonal(shared)))
     if factors is not None:
-        squares = xp.stack([xp.sum(factor**2) for factor in by_factor(factors)])
-        mean += float(xp.sum(as_dtype(squares, "float64"))) / (factors.shape[0] * shared.shape[0])
+        mean += squared_norm(by_factor(factors)) / (factors.shape[0] * shared.shape[0])
     return mean
 
 

@@ -72,14 +72,15 @@ class RowHessian:
                 raise ArgumentError(
                     f"U must be (m, d, n) with d = {self.columns}, got shape {tuple(factors.shape)}"
                 )
-            if not all_finite(factors):
+            stored = by_factor(factors)
+            if not all_finite(stored):
                 raise ArgumentError("U holds NaN or infinity: look at the gradients it came from")
             if factors.shape[0] == 0:
                 raise ArgumentError("U has no rows: pass U=None for a Hessian without factors")
             if factors.shape[2] > 0:
                 if type(factors) is not type(self.A):
                     raise ArgumentTypeError("A and U must be on the same device")
-                self._factors = by_factor(factors)
+                self._factors = stored
         self._kind = A[:0]
 
     @property

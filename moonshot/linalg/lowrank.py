@@ -22,6 +22,16 @@ def by_row(factors: Array) -> Array:
     return namespace(factors).permute_dims(factors, (1, 2, 0))
 
 
+def squared_norm(factors: Array) -> float:
+    """The sum of all squares; factors: (n, m, d)."""
+    xp = namespace(factors)
+    if is_cupy(factors):  # without a temporary
+        squares = [xp.tensordot(factor, factor, axes=2) for factor in factors]
+    else:
+        squares = [xp.sum(factor**2) for factor in factors]
+    return float(xp.sum(as_dtype(xp.stack(squares), "float64")))
+
+
 def project(factors: Array, x: Array, scale: Array | None = None) -> Array:
     """`U_i' S x_i` for every row, (n, m), in the dtype of x; x: (m, d); S = diag(scale), (d,), None for I."""
     if is_cupy(factors):

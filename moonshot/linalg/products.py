@@ -62,7 +62,13 @@ def half_product(factors: Array, r: Array, lanes: int) -> Array:
         missing = zeros_like_shape(factors, (n, tiles * lanes - m, d))
         factors = xp.concat((factors, missing), axis=1)
     by_tile = xp.permute_dims(factors.reshape(n, tiles, lanes, d), (1, 0, 2, 3))
-    columns = by_tile.reshape(tiles * n * lanes, d).T
+    rows = by_tile.reshape(tiles * n * lanes, d)
+    if is_cupy(r):
+        from moonshot.linalg import split_cuda
+
+        if split_cuda.possible(r):
+            return split_cuda.triangular_product(rows, contiguous(r)).reshape(d, tiles, n, lanes)
+    columns = rows.T
     out = zeros_like_shape(columns, columns.shape)
     for start in range(0, d, _STRIP):
         stop = min(start + _STRIP, d)
