@@ -18,6 +18,7 @@ from moonshot.linalg.factor import (
     is_positive_definite,
     rescaled,
     smallest_pivot,
+    solve,
 )
 from strategies import layers, random_layer, with_condition
 
@@ -139,3 +140,12 @@ def test_the_inverse_factor_loses_no_digits_by_squaring():
     r = inverse_factor(layer.A)
     relative = np.linalg.norm(np.linalg.solve(r, np.eye(30)) @ np.linalg.solve(r, np.eye(30)).T - layer.A)
     assert relative <= 1e-13
+
+
+def test_positive_definite_systems(backend):
+    rng = np.random.default_rng(0)
+    a, x = with_condition(rng, 9, 1e3), rng.normal(size=9)
+    found = backend.numpy(solve(backend.array(a), backend.array(a @ x)))
+    np.testing.assert_allclose(found, x, rtol=1e-10)
+    with pytest.raises(NotPositiveDefiniteError):
+        solve(backend.array(np.diag([1.0, -1.0])), backend.array([1.0, 1.0]))

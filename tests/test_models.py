@@ -22,6 +22,7 @@ from moonshot.models.evaluation import perplexity
 from moonshot.models.losses import model_loss
 from moonshot.models.modules import ModelError
 from moonshot.models.offload import Offload
+from moonshot.models.precision import zeros
 from moonshot.models.targets import TargetError
 from tests.examples.diagonal_saliency import DiagonalSaliency
 from tests.examples.normalised_reconstruction import NormalisedReconstruction
@@ -302,6 +303,14 @@ def test_zeros_beyond_the_pattern_are_counted():
     zeros = layer.weight.numel() - int(layer.weight.count_nonzero())
     assert found.zero_survivors == 16 == zeros - found.sparsity * layer.weight.numel()
     assert "beyond what the patterns ask for, 16 weights of these layers are zero" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_of_a_model(dtype, monkeypatch):
+    monkeypatch.setattr("moonshot.models.precision._AT_ONCE", 7)
+    layer = torch.nn.Linear(5, 4, bias=False).to(dtype)
+    layer.weight.data[0] = torch.tensor([0.0, -0.0, 1e-7, -1e-7, 1.0])
+    assert zeros(torch.nn.Sequential(layer, layer)) == pytest.approx(2 / 20)
 
 
 def test_the_report_is_saved_as_json(tmp_path):

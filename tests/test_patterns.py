@@ -227,3 +227,14 @@ def test_the_share_of_nonzeros_falls_by_the_same_factor():
     ]
     assert stages(NM(2, 4), 4) == [NM(3, 4), NM(2, 4)] and stages(NM(1, 4), 2) == [NM(2, 4), NM(1, 4)]
     assert stages(0.5, 3) == [0.5]  # what has no `eased` is reached at once
+
+
+def test_groups_longer_than_a_byte_counts():
+    pattern, scores = NM(300, 512), np.random.default_rng(0).random((2, 1024))
+    mask = pattern.keep(scores)
+    pattern.check(mask)
+    mask[0, :256] = ~mask[0, :256]  # as many nonzeros modulo 256, or near to it, is not as many
+    with pytest.raises(PatternMismatchError):
+        pattern.check(mask)
+    with pytest.raises(PatternMismatchError):
+        NM(44, 512).check(pattern.keep(scores))

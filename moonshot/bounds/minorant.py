@@ -1,7 +1,7 @@
 """Diagonal minorants of a positive definite matrix: D with `A - D` positive semidefinite. D is stored (d,)."""
 
 from moonshot.linalg.backend import Array, eye_like, namespace
-from moonshot.linalg.factor import NotPositiveDefiniteError, inverse, is_positive_definite
+from moonshot.linalg.factor import NotPositiveDefiniteError, inverse, is_positive_definite, solve
 
 _SHRINK = (1e-8, 1e-6, 1e-4, 1e-2, 0.5)
 _HALVINGS = 30
@@ -32,15 +32,17 @@ def raised_minorant(a: Array, minorant: Array, slope: Array, barrier: float) -> 
     identity = eye_like(a, a.shape[0])
     try:
         within = inverse(a - identity * minorant)
+        root = xp.sqrt(minorant)
+        within = within * (root[:, None] * root)  # in units of D, so that the step is relative to D
+        gradient = gain + mu * (1 - xp.linalg.diagonal(within))
+        curvature = mu * within**2 + identity * (mu + 2 * gain)
+        unit = 1 / xp.sqrt(xp.linalg.diagonal(curvature))
+        curvature = (
+            curvature * (unit[:, None] * unit) + 1e-10 * identity
+        )  # close to the boundary it is singular
+        step = unit * solve(curvature, unit * gradient)
     except NotPositiveDefiniteError:
         return minorant
-    root = xp.sqrt(minorant)
-    within = within * (root[:, None] * root)  # in units of D, so that the step is relative to D
-    gradient = gain + mu * (1 - xp.linalg.diagonal(within))
-    curvature = mu * within**2 + identity * (mu + 2 * gain)
-    unit = 1 / xp.sqrt(xp.linalg.diagonal(curvature))
-    curvature = curvature * (unit[:, None] * unit) + 1e-10 * identity  # close to the boundary it is singular
-    step = unit * xp.linalg.solve(curvature, (unit * gradient)[:, None])[:, 0]
     length = 0.9 / max(float(xp.max(-step)), 0.9)
     for _ in range(_HALVINGS):
         if _is_minorant(a, minorant * (1 + length * step)):

@@ -74,6 +74,20 @@ def inverse(a: Array) -> Array:
     return out
 
 
+def solve(a: Array, b: Array) -> Array:
+    """x with `a x = b` for a positive definite matrix a (d, d) and a vector b (d,). Raises NotPositiveDefiniteError."""
+    if is_numpy(a):
+        _, x, info = scipy.linalg.lapack.dposv(
+            a.T, b, lower=1
+        )  # which reads the transpose as it lies in memory
+        if info != 0:
+            raise NotPositiveDefiniteError("the matrix", smallest_pivot(a))
+        return x
+    lower = cholesky(a, "the matrix")
+    half = triangular_solve(lower, b[:, None], lower=True)
+    return triangular_solve(contiguous(lower.T), half, lower=False)[:, 0]
+
+
 def cholesky(a: Array, what: str) -> Array:
     """Lower Cholesky factor of one symmetric matrix or a batch; NotPositiveDefiniteError says `what`."""
     lower, definite = _cholesky(a)
