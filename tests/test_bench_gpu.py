@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import Linear
 
+import moonshot as ms
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import models
+from benchmarks.gpu import models, sparse
 from benchmarks.gpu.layers import time_layer
-from benchmarks.gpu.models import plain_sparsegpt, time_model
+from benchmarks.gpu.models import plain_sparsegpt, time_model, time_reference
 from benchmarks.gpu.rows import Rows
 
 
@@ -39,9 +40,24 @@ def test_every_row_of_a_model_has_a_figure(monkeypatch):
     monkeypatch.setattr(models, "plain_sparsegpt", spied)
     rows = Rows("cpu", 600.0, say=lambda row: None)
     time_model(rows, "tiny", 2, 2, 16)
+    time_reference(rows, "tiny", 2, 2, 16)
     assert [row.note for row in rows.all if row.seconds is None] == []
     assert len(rows.all) == 6
     assert pruned == [0.5] * 14 + [0.0]  # all but the head
+
+
+def test_both_kinds_of_blocks_run_for_every_length(monkeypatch):
+    monkeypatch.setattr(sparse, "TOKENS", (2, 512))
+    monkeypatch.setattr(sparse, "to_semi_structured", lambda model: (["all"], {}))
+    rows = Rows("cpu", 600.0, say=lambda row: None)
+    sparse.time_sparse(rows, "tiny", 1)
+    assert [(row.name, row.note) for row in rows.all] == [("dense", ""), ("2:4", "")] * 2
+
+
+def test_halved_layers_are_2_to_4():
+    layer = Linear(8, 6)
+    sparse._halve(layer)
+    ms.NM(2, 4).check(layer.weight.detach().numpy() != 0)
 
 
 def test_what_fails_or_comes_too_late_is_a_row_that_says_so():

@@ -1,6 +1,6 @@
-"""Run the GPU tests, then time every solver and `prune` on one CUDA device beside references in torch.
+"""Run the GPU tests, then time every solver, `prune` and what it leaves on one CUDA device, beside references in torch.
 
-    python -m benchmarks.gpu [--parts tests layers models] [--output FILE]
+    python -m benchmarks.gpu [--parts tests layers models sparse] [--seconds N] [--output FILE]
 
 Under eight minutes on an H100: each part has a limit of its own, and what it does not reach is said. The table is
 printed and written as JSON, with the card's name.
@@ -24,12 +24,13 @@ import torch
 
 from ..speed.machine import versions
 from .layers import time_layer
-from .models import time_model
+from .models import time_model, time_reference
 from .rows import Row, Rows
+from .sparse import time_sparse
 
 ROOT = Path(__file__).parent.parent.parent
 OUTPUT = ROOT / "benchmarks" / "outputs" / "gpu.json"
-LIMITS = {"tests": 150, "layers": 170, "models": 140}  # seconds
+LIMITS = {"tests": 150, "layers": 150, "models": 130, "sparse": 30}  # seconds
 LAYERS = ((1024, 1024), (2048, 2048), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
 MODELS = (("1B's widths", 8, 32, 1024), ("8B's widths", 2, 32, 2048))
 
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--parts", nargs="+", default=list(LIMITS), choices=LIMITS)
+    parser.add_argument("--seconds", type=float, help="at most for each part, instead of its own limit")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -48,9 +50,14 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     record: dict = {"when": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "card": card(), "versions": _versions()}
     print(f"{record['card']}, {record['versions']}")
-    parts: dict[str, Callable[[float], object]] = {"tests": tests, "layers": layers, "models": models}
+    parts: dict[str, Callable[[float], object]] = {
+        "tests": tests,
+        "layers": layers,
+        "models": models,
+        "sparse": sparse,
+    }
     for part in options.parts:
-        record[part] = parts[part](LIMITS[part])
+        record[part] = parts[part](options.seconds or LIMITS[part])
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written to {options.output}")
@@ -130,9 +137,18 @@ def layers(limit: float) -> list[dict]:
 def models(limit: float) -> list[dict]:
     """Seconds of `prune` on each model."""
     rows = Rows("cuda", limit, say)
-    for model in MODELS:
-        time_model(rows, *model)
-        free()
+    for time_one in (time_model, time_reference):
+        for model in MODELS:
+            time_one(rows, *model)
+            free()
+    return [asdict(row) for row in rows.all]
+
+
+def sparse(limit: float) -> list[dict]:
+    """Seconds of a pass of 2:4 blocks, dense and on sparse tensor cores."""
+    rows = Rows("cuda", limit, say)
+    time_sparse(rows, "8B's widths", 4)
+    free()
     return [asdict(row) for row in rows.all]
 
 

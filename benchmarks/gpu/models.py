@@ -42,32 +42,53 @@ def tokens(widths: str, samples: int, length: int) -> torch.Tensor:
 
 
 def time_model(rows: Rows, widths: str, blocks: int, samples: int, length: int) -> None:
-    """Plain torch, then SparseGPT and ADMM on the reconstruction error and on the default objective, and SparseGPT on a
-    model that stays on the CPU and moves part by part.
+    """SparseGPT and ADMM on the reconstruction error and on the default objective, and SparseGPT on a model that stays
+    on the CPU and moves part by part.
     """
-    group = f"{blocks} blocks of {widths}, {samples} x {length} tokens"
-    calibration = tokens(widths, samples, length)
-
-    def row(name: str, run: Callable[[LlamaForCausalLM], object], device: str = rows.device) -> None:
-        fresh = [] if rows.ended else [llama(widths, blocks, device)]
-        rows.time(group, name, lambda: run(fresh.pop()), 1, warm=False)
-        gc.collect()
-        if rows.device == "cuda":
-            torch.cuda.empty_cache()
-
-    row("torch SparseGPT, block by block", lambda model: plain_sparsegpt(model, calibration))
+    group, calibration = _named(widths, blocks, samples, length), tokens(widths, samples, length)
+    if not rows.ended:  # kernels are compiled
+        ms.prune(llama(widths, 1, rows.device), calibration[:4], "2:4")
     for solver in (ms.SparseGPT(), ms.ADMM()):
         for name, objective in {"reconstruction": 1.0 * ms.Reconstruction(), "default": None}.items():
             options = {} if objective is None else {"objective": objective}
-            row(
-                f"{solver.name}, {name}",
+            _time(
+                *(rows, group, f"{solver.name}, {name}", widths, blocks, rows.device),
                 lambda model, s=solver, o=options: ms.prune(model, calibration, "2:4", solver=s, **o),
             )
-    row(
-        "SparseGPT, default, part by part",
+    _time(
+        *(rows, group, "SparseGPT, default, part by part", widths, blocks, "cpu"),
         lambda model: ms.prune(model, calibration, "2:4", solver=ms.SparseGPT(), device=rows.device),
-        "cpu",
     )
+
+
+def time_reference(rows: Rows, widths: str, blocks: int, samples: int, length: int) -> None:
+    """Plain torch on the same model."""
+    group, calibration = _named(widths, blocks, samples, length), tokens(widths, samples, length)
+    _time(
+        *(rows, group, "torch SparseGPT, block by block", widths, blocks, rows.device),
+        lambda model: plain_sparsegpt(model, calibration),
+    )
+
+
+def _named(widths: str, blocks: int, samples: int, length: int) -> str:
+    return f"{blocks} blocks of {widths}, {samples} x {length} tokens"
+
+
+def _time(
+    rows: Rows,
+    group: str,
+    name: str,
+    widths: str,
+    blocks: int,
+    device: str,
+    run: Callable[[LlamaForCausalLM], object],
+) -> None:
+    """A row about a model that is new each time."""
+    fresh = [] if rows.ended else [llama(widths, blocks, rows.device).to(device)]
+    rows.time(group, name, lambda: run(fresh.pop()), 1, warm=False)
+    gc.collect()
+    if rows.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
