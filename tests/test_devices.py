@@ -1,11 +1,8 @@
 """Where and in which precision passes run: one part at a time moves, and the model's own memory stays its own."""
 
-import weakref
-
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import moonshot as ms
 from moonshot.app import cli
@@ -20,8 +17,8 @@ from moonshot.models.partition import partition_model
 from moonshot.models.precision import Passes, as_device, passing, tensors_of, tensors_outside
 from moonshot.models.statistics import LayerStatistics
 from tests.models import DEMO, JOINT, decoder, model_folder, network, tokens, weights
+from tests.stand_in import GPU, Moves, StandIn, there_is_a_gpu
 
-GPU = torch.device("cuda:0")
 WORK = dict(objective=JOINT, solver=ms.SparseGPT())
 
 
@@ -39,51 +36,10 @@ MODELS = {
 }
 
 
-class StandIn(TorchFunctionMode):
-    """What goes to the GPU is copied on the CPU, and counted for as long as it lives."""
-
-    def __init__(self, of_interest):
-        super().__init__()
-        self._sizes = {tensor.shape for tensor in of_interest}
-        self.now = self.most = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.to and GPU in args:
-            rest = [argument for argument in args if argument != GPU]
-            copy = function(args[0], *rest[1:], **{**(kwargs or {}), "copy": True})
-            if copy.shape in self._sizes:
-                self.now += copy.numel()
-                self.most = max(self.most, self.now)
-                weakref.finalize(copy.untyped_storage(), self._gone, copy.numel())
-            return copy
-        return function(*args, **(kwargs or {}))
-
-    def _gone(self, count):
-        self.now -= count
-
-
-class Moves(StandIn):
-    """How often each of some parameters goes to the GPU."""
-
-    def __init__(self, parameters):
-        super().__init__([])
-        self._by_place = {parameter.data_ptr(): parameter for parameter in parameters}
-        self.times = dict.fromkeys(self._by_place.values(), 0)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if (
-            function is torch.Tensor.to
-            and GPU in args
-            and (which := self._by_place.get(args[0].data_ptr())) is not None
-        ):
-            self.times[which] += 1
-        return super().__torch_function__(function, types, args, kwargs)
-
-
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU is there, as far as prune looks."""
-    monkeypatch.setattr("moonshot.pruning.recipe.as_device", lambda device: GPU if device == "cuda" else None)
+    there_is_a_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("refit", [False, ms.Refit(epochs=1)])

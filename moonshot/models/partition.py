@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.adapter import Adapter, Parts
+from moonshot.models.batch_sizes import joined, logits_at_once, replayed_at_once
 from moonshot.models.batch_tree import leaves
 from moonshot.models.blocks import Chain, find_blocks
 from moonshot.models.calibration import (
@@ -15,7 +16,6 @@ from moonshot.models.calibration import (
     batch_samples,
     batch_tokens,
     decoder_mask,
-    logits_at_once,
     one_by_one,
     take,
     token_mask,
@@ -25,10 +25,10 @@ from moonshot.models.graph import GraphAdapter
 from moonshot.models.in_turn import InTurn
 from moonshot.models.layer_view import LayerView
 from moonshot.models.left_out import left_out, shared_between
-from moonshot.models.losses import Loss, naming_sample
+from moonshot.models.losses import Loss, model_loss, naming_sample
 from moonshot.models.modules import ModelError, check_model, evaluating
 from moonshot.models.offload import Offload
-from moonshot.models.precision import placed, tensors_outside
+from moonshot.models.precision import device_of_passes, itemsize_of_passes, placed, tensors_outside
 from moonshot.models.replay import Replay
 from moonshot.models.roles import routers
 from moonshot.models.targets import TargetError, listed, select
@@ -128,8 +128,20 @@ class Partition:
         offload: Offload,
         dense: bool = False,
     ) -> Replay:
+        """The adapter's replay of the batches, or of larger ones where passes compute on a GPU that has the memory.
+
+        Not with `dense`: what a refit does in a step is made of the batches as they are.
+        """
         batches = self.batches(model, batches)
+        if loss is model_loss and isinstance(self.adapter, ChainAdapter) and not (self.one_by_one or dense):
+            batches = self._joined(model, batches)
         return self.adapter.replay(model, self.parts, batches, loss, gradients, offload, dense)
+
+    def _joined(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
+        device = device_of_passes() or next(model.parameters()).device
+        layers = [[view for _, view in self.layers_in(*part)] for part in self.parts]
+        length = max((batch_tokens(batch) // batch_samples(batch) for batch in batches), default=0)
+        return joined(batches, replayed_at_once(model, layers, length, itemsize_of_passes(model), device))
 
 
 def partition_model(

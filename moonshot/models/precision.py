@@ -175,6 +175,12 @@ def activation_dtype(model: nn.Module) -> torch.dtype:
     return reduce(torch.promote_types, wide) if wide else torch.float32
 
 
+def itemsize_of_passes(model: nn.Module) -> int:
+    """Bytes of a number in the passes of a model that is `placed`."""
+    dtype = activation_dtype(model)
+    return max(dtype.itemsize, 4) if _passes.get().widened else dtype.itemsize
+
+
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """All parameters and buffers of a module."""
     return [*module.parameters(), *module.buffers()]
