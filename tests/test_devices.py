@@ -1,23 +1,24 @@
 """Where and in which precision passes run: one part at a time moves, and the model's own memory stays its own."""
 
-import weakref
-
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 import moonshot as ms
 from moonshot.app import cli
 from moonshot.errors import ArgumentError
 from moonshot.models import in_turn
 from moonshot.models.blocks import find_blocks
+from moonshot.models.losses import model_loss
 from moonshot.models.modules import ModelError
 from moonshot.models.offload import Offload
 from moonshot.models.offload import in_turn as in_turn_of
+from moonshot.models.partition import partition_model
 from moonshot.models.precision import Passes, as_device, passing, tensors_of, tensors_outside
+from moonshot.models.statistics import LayerStatistics
 from tests.models import DEMO, JOINT, decoder, model_folder, network, tokens, weights
+from tests.stand_in import GPU, Moves, StandIn, there_is_a_gpu
 
-GPU = torch.device("cuda:0")
 WORK = dict(objective=JOINT, solver=ms.SparseGPT())
 
 
@@ -35,33 +36,10 @@ MODELS = {
 }
 
 
-class StandIn(TorchFunctionMode):
-    """What goes to the GPU is copied on the CPU, and counted for as long as it lives."""
-
-    def __init__(self, of_interest):
-        super().__init__()
-        self._sizes = {tensor.shape for tensor in of_interest}
-        self.now = self.most = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.to and GPU in args:
-            rest = [argument for argument in args if argument != GPU]
-            copy = function(args[0], *rest[1:], **{**(kwargs or {}), "copy": True})
-            if copy.shape in self._sizes:
-                self.now += copy.numel()
-                self.most = max(self.most, self.now)
-                weakref.finalize(copy.untyped_storage(), self._gone, copy.numel())
-            return copy
-        return function(*args, **(kwargs or {}))
-
-    def _gone(self, count):
-        self.now -= count
-
-
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU is there, as far as prune looks."""
-    monkeypatch.setattr("moonshot.pruning.recipe.as_device", lambda device: GPU if device == "cuda" else None)
+    there_is_a_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("refit", [False, ms.Refit(epochs=1)])
@@ -95,7 +73,7 @@ def ahead(request, monkeypatch):
         return lambda: data.to(device)
 
     monkeypatch.setattr("moonshot.models.in_turn._can_copy", lambda device: True)
-    monkeypatch.setattr("moonshot.models.in_turn._copied", copied)
+    monkeypatch.setattr("moonshot.models.in_turn.to_device", copied)
     return came
 
 
@@ -113,14 +91,14 @@ def test_parts_that_come_ahead_of_their_turn_give_the_same_model(gpu, ahead, ref
 def test_what_the_next_part_has_in_common_with_this_one_does_not_come_ahead(monkeypatch):
     came = []
     monkeypatch.setattr(in_turn, "_can_copy", lambda device: True)
-    monkeypatch.setattr(in_turn, "_copied", lambda data, device: came.append(data) or (lambda: data.clone()))
+    monkeypatch.setattr(in_turn, "to_device", lambda data, device: came.append(data) or (lambda: data.clone()))
     first, second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
     first.shared = second.shared = torch.nn.Parameter(torch.ones(3))
     second.register_buffer("statistics", torch.zeros(2))
     turns = in_turn.InTurn([first, second])
     with StandIn([]), passing(Passes(GPU)):
-        with turns.placed(0):
-            first.shared.data.fill_(5.0)
+        with turns.placed(0), torch.no_grad():
+            first.shared.fill_(5.0)
             second.statistics.fill_(7.0)
         with turns.placed(1):
             assert second.shared[0] == 5 and second.statistics[0] == 7
@@ -136,6 +114,35 @@ def test_one_block_at_a_time_is_there(gpu):
     outside = sum(tensor.numel() for tensor in tensors_outside(model, blocks) if tensor.ndim == 2)
     assert there.most <= block + outside < sum(tensor.numel() for tensor in model.parameters()) / 2
     assert block <= there.most
+
+
+def test_four_passes_show_how_a_decoder_runs_and_its_embeddings_move_once():
+    model = decoder()
+    blocks = [block for _, block in find_blocks(model)]
+    moves, runs = Moves(model.parameters()), [0] * len(blocks)
+
+    def count(k):
+        runs[k] += 1
+
+    for k, block in enumerate(blocks):
+        block.mlp.register_forward_pre_hook(lambda *_, k=k: count(k))
+    with moves, passing(Passes(GPU)):
+        partition_model(model, [{"input_ids": tokens(2)}, {"input_ids": tokens(2)}], model_loss)
+    inside = {parameter for block in blocks for parameter in block.parameters()}
+    assert runs == [4] * len(blocks)  # a sample, another one, both, and the blocks one by one
+    assert moves.times == {parameter: 4 if parameter in inside else 1 for parameter in model.parameters()}
+
+
+def test_what_is_outside_of_the_parts_moves_once_for_each():
+    model, batches = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6))), [torch.ones(2, 4), torch.ones(3, 4)]
+    model.outside = nn.Parameter(torch.ones(1))
+    moves, partition = Moves([model.outside]), partition_model(model, batches, spread)
+    with moves, passing(Passes(GPU)):
+        replay = partition.replay(model, batches, spread, gradients=False, offload=Offload())
+        for index in range(6):
+            replay.observe(index, LayerStatistics({}, ms.Reconstruction(), 1, torch.ones(5)))
+            replay.advance(index)
+    assert moves.times == {model.outside: 6}
 
 
 def test_a_failure_leaves_the_model_where_and_as_it_was(gpu):

@@ -65,7 +65,7 @@ def test_a_model_is_pruned_as_with_all_logits_at_once(monkeypatch, name):
     sizes = []
 
     def prune(at_once):
-        monkeypatch.setattr(blocks, "logits_at_once", lambda _: at_once)
+        monkeypatch.setattr(blocks, "logits_at_once", lambda *_: at_once)
         monkeypatch.setattr(partition, "logits_at_once", lambda _: at_once)
         model = decoder()
         model.lm_head.register_forward_hook(lambda _, args, out: sizes.append(out.shape[:2].numel()))
@@ -95,8 +95,22 @@ def test_what_is_not_token_by_token_after_the_blocks_is_not_taken_apart():
     assert not can_be_taken_apart(chain._leave, BATCHES["plain"], hidden)
 
 
+def test_what_is_not_taken_apart_is_run_a_few_samples_at_a_time(monkeypatch):
+    model, sizes = decoder(), []
+    model.model.norm = Smooth()
+    chain, hidden = entered(model.eval(), BATCHES["plain"])
+    loss, gradient = chain._leave(BATCHES["plain"], hidden)
+    monkeypatch.setattr(blocks, "logits_at_once", lambda *_: 24)
+    monkeypatch.setattr(blocks, "tokens_at_once", lambda *_: 5 * 16)
+    model.lm_head.register_forward_hook(lambda _, args, out: sizes.append(len(out)))
+    found, at_samples = chain.leave(BATCHES["plain"], hidden)
+    assert sizes[-2:] == [5, 1]
+    assert found == pytest.approx(float(loss), rel=1e-5)
+    torch.testing.assert_close(at_samples, gradient, rtol=1e-4, atol=1e-7)
+
+
 def test_a_batch_of_more_than_text_and_ones_own_loss_stay_whole(monkeypatch):
-    monkeypatch.setattr(blocks, "logits_at_once", lambda _: 24)
+    monkeypatch.setattr(blocks, "logits_at_once", lambda *_: 24)
     monkeypatch.setattr(blocks, "in_pieces", lambda *_: pytest.fail("it was taken apart"))
     for batch, loss in (
         (BATCHES["plain"] | {"return_dict": True}, model_loss),

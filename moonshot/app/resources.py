@@ -17,7 +17,8 @@ from moonshot.files.folder import Opened
 from moonshot.files.load import Source
 from moonshot.files.plan import Plan
 from moonshot.layer.patterns import Pattern
-from moonshot.models.calibration import as_batches, tokens_at_once
+from moonshot.models.batch_sizes import tokens_at_once
+from moonshot.models.calibration import as_batches
 from moonshot.models.ranks import Ranks
 from moonshot.models.targets import listed
 from moonshot.pruning.auto import CANDIDATES

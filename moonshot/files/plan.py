@@ -23,8 +23,9 @@ from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern, Unstructured
 from moonshot.layer.problem import Problem
 from moonshot.linalg.hessian import RowHessian
+from moonshot.models.batch_sizes import joined, logits_at_once, replayed_at_once
 from moonshot.models.blocks import find_blocks
-from moonshot.models.calibration import Batch, batch_tokens, count_samples, logits_at_once
+from moonshot.models.calibration import Batch, batch_tokens, count_samples
 from moonshot.models.layers import layers_of
 from moonshot.models.precision import tensors_outside
 from moonshot.models.targets import select
@@ -39,6 +40,7 @@ _PATIENCE = (
     20  # seconds, after which nothing is timed again; a problem of 256 that takes a tenth is the only one
 )
 _HALF = Unstructured(0.5)
+_CPU = torch.device("cpu")
 _CGROUP, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -124,6 +126,7 @@ def plan(
     trials: how many objectives on the same terms are tried first; refit: how parts are fitted afterwards, if at all.
     device: where it would run, if not where the model is.
     """
+    device = device or next(model.parameters()).device
     counts = count(
         model,
         batches,
@@ -133,10 +136,10 @@ def plan(
         factors=factors,
         trials=trials,
         refit=refit,
+        device=device,
     )
     if counts is None:
         return None
-    device = device or next(model.parameters()).device
     seconds = _solver_seconds(solver, pattern, counts.rank, counts.layers, device)
     if seconds is not None:
         times = trials + (refit.stages if refit else 1)
@@ -154,11 +157,13 @@ def count(
     factors: int = 16,
     trials: int = 0,
     refit: Refit | None = None,
+    device: torch.device = _CPU,
 ) -> Counts | None:
     """What can be said of `plan` for a model without weights, on the meta device."""
     tokens = [batch_tokens(batch) for batch in batches]
     parts = find_blocks(model)
-    names = [name for part in parts for name, _ in layers_of(*part)]
+    views = [dict(layers_of(*part)) for part in parts]
+    names = [name for of_part in views for name in of_part]
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not names or not all(tokens) or not embeddings:
         return None
@@ -169,9 +174,14 @@ def count(
     itemsize = next(model.parameters()).itemsize
     replayed = bool(objective.needed & {"gradients", "output_gradients"})
     rank = min(factors, count_samples(batches)) if "gradients" in objective.needed else 0
-    total, at_once = sum(tokens), max(tokens)
     length = max(batch["input_ids"].shape[1] for batch in batches)
-    with_logits = min(at_once, max(2 * length, logits_at_once(model)))  # two samples show how the model runs
+    if refit is None:
+        layers_of_parts = [of_part.values() for of_part in views]
+        batches = joined(batches, replayed_at_once(model, layers_of_parts, length, 4, device))
+    total, at_once = sum(tokens), max(map(batch_tokens, batches))
+    with_logits = min(
+        at_once, max(2 * length, logits_at_once(model, device))
+    )  # two samples show how the model runs
 
     offloaded = sum(m * d for m, d, _ in layers) * itemsize * (1 + trials)
     offloaded += total * hidden * itemsize * (2 + len(blocks) if replayed else 1 + (refit is not None))

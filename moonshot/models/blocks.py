@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from moonshot.models.calibration import Batch, logits_at_once
+from moonshot.models.batch_sizes import logits_at_once, tokens_at_once
+from moonshot.models.calibration import Batch
 from moonshot.models.layers import layers_of
 from moonshot.models.losses import (
     Loss,
@@ -20,7 +21,7 @@ from moonshot.models.losses import (
     predicts_the_next_token,
 )
 from moonshot.models.modules import ModelError, patched
-from moonshot.models.pieces import can_be_taken_apart, in_pieces, is_text
+from moonshot.models.pieces import by_samples, can_be_taken_apart, in_pieces, is_text
 from moonshot.models.precision import as_read, tensors_outside
 from moonshot.models.settings import without_cache
 
@@ -107,21 +108,23 @@ class Chain:
     def leave(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
         """The loss of one batch from the last block's output, and its gradient there.
 
-        Where that can be done, of some tokens at a time, so that their logits are about LOGITS numbers. Raises
-        LossNotFiniteError.
+        Where that can be done, of as many tokens at a time as should have their logits at once (`logits_at_once`).
+        Raises LossNotFiniteError.
         """
         loss, gradient = self._left(batch, hidden)
         return check_loss(loss), gradient
 
     def _left(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """`leave`, without asking the device whether the loss is finite."""
-        size = max(logits_at_once(self.model) // len(hidden), 1)
-        if self.loss is model_loss and predicts_the_next_token(self.model) and is_text(batch, hidden):
-            if size < hidden.shape[1] and self._can_be_taken_apart is None:
-                self._can_be_taken_apart = can_be_taken_apart(self._leave, batch, hidden)
-            if size < hidden.shape[1] and self._can_be_taken_apart:
-                return in_pieces(self._leave, batch, hidden, size)
-        return self._leave(batch, hidden)
+        size = max(logits_at_once(self.model, hidden.device) // len(hidden), 1)
+        is_ours = self.loss is model_loss and predicts_the_next_token(self.model)
+        if not is_ours or not is_text(batch, hidden) or size >= hidden.shape[1]:
+            return self._leave(batch, hidden)
+        if self._can_be_taken_apart is None:
+            self._can_be_taken_apart = can_be_taken_apart(self._leave, batch, hidden)
+        if self._can_be_taken_apart:
+            return in_pieces(self._leave, batch, hidden, size)
+        return by_samples(self._leave, batch, hidden, max(tokens_at_once(self.model) // hidden.shape[1], 1))
 
     def _leave(self, batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """`_left`, all tokens at once."""

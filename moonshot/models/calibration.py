@@ -44,21 +44,6 @@ def as_batches(calibration: Any, batch_tokens: int = 2048, batch_samples: int = 
     return [_as_batch(batch, index) for index, batch in enumerate(batches)]
 
 
-def tokens_at_once(model: Any, in_pieces: bool = True) -> int:
-    """How many tokens a batch should have: 2048, or as many as have their logits at once.
-
-    in_pieces: whether the logits of a batch need not all be there at once (models.pieces).
-    """
-    return 2048 if in_pieces else min(2048, logits_at_once(model))
-
-
-def logits_at_once(model: Any) -> int:
-    """How many tokens should have their logits at once: so many that these are about 2**25 numbers."""
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    vocabulary = len(getattr(embeddings, "weight", ()))
-    return max(2**25 // max(vocabulary, 1), 1)
-
-
 def longest_text(model: Any) -> int | None:
     """How many tokens a model can read at most; None where it does not say."""
     config = getattr(model, "config", None)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.errors import ArgumentError, ArgumentTypeError
-from moonshot.models.calibration import Batch, check_vocabulary, tokens_at_once
+from moonshot.models.batch_sizes import tokens_at_once
+from moonshot.models.calibration import Batch, check_vocabulary
 from moonshot.models.losses import model_loss
 from moonshot.models.modules import evaluating
 

@@ -197,10 +197,11 @@ class GraphReplay:
         """Run a part, still dense and `placed`, on every batch and hand what its layers see to `statistics`."""
         _, part = self.parts[index]
         layers = statistics.layers
-        self._arguments, self._dense_outputs = [], []
+        self._dense_outputs = []
+        with placed(self._outside):
+            self._arguments = [self._reach(index, b) for b in range(len(self.batches))]
         for b, batch in enumerate(self.batches):
             dense_inputs, deltas = self._differentiate(index, b, layers)
-            self._arguments.append(self._reach(index, b))
             if layers:
                 inputs: Seen = dense_inputs if index == 0 else {}  # nothing before it is pruned
                 if not inputs:
@@ -253,7 +254,10 @@ class GraphReplay:
 
     @torch.no_grad()
     def _reach(self, index: int, b: int) -> _Arguments:
-        """What part `index` is called with in batch b, those before it having returned what they did."""
+        """What part `index` is called with in batch b, those before it having returned what they did.
+
+        What is outside of the parts is `placed`.
+        """
         found: list[_Arguments] = []
 
         def stop(*args: Any, **kwargs: Any) -> None:
@@ -265,7 +269,7 @@ class GraphReplay:
 
         forwards = [returned(k) for k in range(index)] + [stop]
         replaced = patched([part for _, part in self.parts[: index + 1]], forwards)
-        with placed(self._outside), replaced, suppress(_Reached):
+        with replaced, suppress(_Reached):
             loss_of(self._loss, self._model, self.batches[b])
         if not found:
             raise ModelError(f"{self.parts[index][0]} did not run: every batch must call the same parts once")

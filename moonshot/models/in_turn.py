@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class InTurn:
         self._thread = self._thread or ThreadPoolExecutor(1)
         for parameter in part.parameters():
             if parameter not in here and parameter.device != device:
-                self._coming[parameter] = self._thread.submit(_copied, parameter.data, device)
+                self._coming[parameter] = self._thread.submit(to_device, parameter.data, device)
 
     def _come(self, tensor: Tensor) -> Tensor | None:
         if (coming := self._coming.pop(tensor, None)) is None:
@@ -52,9 +52,24 @@ class InTurn:
             return None
 
 
+@contextmanager
+def placed_in_turn(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Blocks of a model, each `placed` while it runs; the rest of the model is `placed` already."""
+    turns, running, handles = InTurn(blocks), ExitStack(), []
+    for index, block in enumerate(blocks):
+        handles.append(
+            block.register_forward_pre_hook(
+                lambda *_, index=index: running.enter_context(turns.placed(index)) and None
+            )
+        )
+        handles.append(block.register_forward_hook(lambda *_: running.close()))
+    try:
+        with running:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _can_copy(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available()
-
-
-def _copied(data: Tensor, device: torch.device) -> Coming:
-    return to_device(data.pin_memory(), device)

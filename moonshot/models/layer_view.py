@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from moonshot.errors import ArgumentError
 
@@ -69,6 +70,7 @@ class LayerView:
             raise ArgumentError(f"matrices must be {expected}, got {tuple(matrices.shape)}")
         weight = self.weight_view()
         weight.copy_(matrices.detach().reshape(weight.shape).flip(self.flipped))
+        increment_version(getattr(self.module, self.parameter))  # of which the view may share the memory alone
 
     def assign_rows(self, rows: Tensor) -> None:
         """`assign`, from the rows of all groups below one another (groups m, d)."""

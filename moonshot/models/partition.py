@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.adapter import Adapter, Parts
+from moonshot.models.batch_sizes import joined, logits_at_once, replayed_at_once
 from moonshot.models.batch_tree import leaves
 from moonshot.models.blocks import Chain, find_blocks
 from moonshot.models.calibration import (
@@ -15,19 +16,19 @@ from moonshot.models.calibration import (
     batch_samples,
     batch_tokens,
     decoder_mask,
-    logits_at_once,
     one_by_one,
     take,
     token_mask,
 )
 from moonshot.models.chain import ChainAdapter
 from moonshot.models.graph import GraphAdapter
+from moonshot.models.in_turn import InTurn
 from moonshot.models.layer_view import LayerView
 from moonshot.models.left_out import left_out, shared_between
-from moonshot.models.losses import Loss, naming_sample
+from moonshot.models.losses import Loss, model_loss, naming_sample
 from moonshot.models.modules import ModelError, check_model, evaluating
 from moonshot.models.offload import Offload
-from moonshot.models.precision import placed, tensors_of
+from moonshot.models.precision import device_of_passes, itemsize_of_passes, placed, tensors_outside
 from moonshot.models.replay import Replay
 from moonshot.models.roles import routers
 from moonshot.models.targets import TargetError, listed, select
@@ -127,8 +128,20 @@ class Partition:
         offload: Offload,
         dense: bool = False,
     ) -> Replay:
+        """The adapter's replay of the batches, or of larger ones where passes compute on a GPU that has the memory.
+
+        Not with `dense`: what a refit does in a step is made of the batches as they are.
+        """
         batches = self.batches(model, batches)
+        if loss is model_loss and isinstance(self.adapter, ChainAdapter) and not (self.one_by_one or dense):
+            batches = self._joined(model, batches)
         return self.adapter.replay(model, self.parts, batches, loss, gradients, offload, dense)
+
+    def _joined(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
+        device = device_of_passes() or next(model.parameters()).device
+        layers = [[view for _, view in self.layers_in(*part)] for part in self.parts]
+        length = max((batch_tokens(batch) // batch_samples(batch) for batch in batches), default=0)
+        return joined(batches, replayed_at_once(model, layers, length, itemsize_of_passes(model), device))
 
 
 def partition_model(
@@ -148,14 +161,14 @@ def partition_model(
             f"{type(model).__name__} has no Linear or convolutional layer to prune"
             + (f": {_reasons(reasons)}" if reasons else "")
         )
-    with evaluating(model):
+    with evaluating(model), placed(tensors_outside(model, [block for _, block in trials.blocks])):
         with naming_sample(0, 1, lambda _: None):
             run = trials.run(take(batches[0], [0]))
         if not run.rows:
             raise ModelError("the loss ran no layer of the model: it must call model")
         routed = alone = any(view.routed for view in views.values())
         if not routed:
-            routed, alone = trials.compare(batches)
+            routed, alone = trials.compare(batches, run)
         if adapter is None:
             adapter = trials.adapter
             if _holds_most(adapter, trials.blocks, weights, run) and _is_chain(
@@ -266,8 +279,10 @@ class _Trials:
         after = self.run({**sample, **{name: sample[name][..., rest] for name in names}})
         return frozenset(name for name, tokens in before.tokens.items() if after.tokens.get(name) == tokens)
 
-    def compare(self, batches: list[Batch]) -> tuple[bool, bool]:
+    def compare(self, batches: list[Batch], first: TrialRun) -> tuple[bool, bool]:
         """(whether layers read other numbers of rows for other samples, whether samples must run one by one).
+
+        first: what the first sample of the first batch has shown.
 
         They must as well where what a layer reads of a batch is not one sample after the other.
 
@@ -282,7 +297,8 @@ class _Trials:
             samples = [batch for batch in batches if _sizes(batch) == _sizes(batches[0])][:16]
         else:
             samples = [take(several, [k]) for k in range(batch_samples(several))]
-        first = self.run(samples[0])
+        if several is not None and batch_samples(batches[0]) == 1:
+            first = self.run(samples[0])
         alone = {name: [sums.clone() for sums in calls] for name, calls in first.sums.items()}
         for sample in samples[1:]:
             run = self.run(sample)
@@ -341,19 +357,22 @@ def _holds_most(adapter: Adapter, blocks: Parts, weights: Mapping[str, int], run
 
 @torch.no_grad()
 def _is_chain(model: nn.Module, blocks: Parts, sample: Batch, loss: Loss, expected: float) -> bool:
-    """Whether the blocks, one after the other, turn hidden states of one shape into the model's own loss."""
+    """Whether the blocks, one after the other, turn hidden states of one shape into the model's own loss.
+
+    What is outside of them is `placed`.
+    """
     chain = Chain(model, [block for _, block in blocks], loss)
+    turns = InTurn(chain.blocks)
     try:
-        with placed(chain.outside):
-            hidden, calls = chain.enter(sample)
-            for index, call in enumerate(calls):
-                before = hidden.shape
-                with placed(tensors_of(chain.blocks[index])):
-                    hidden = chain.run(index, hidden, call)
-                if hidden.shape != before:
-                    return False
-            with torch.enable_grad():
-                found, _ = chain.leave(sample, hidden)
+        hidden, calls = chain.enter(sample)
+        for index, call in enumerate(calls):
+            before = hidden.shape
+            with turns.placed(index):
+                hidden = chain.run(index, hidden, call)
+            if hidden.shape != before:
+                return False
+        with torch.enable_grad():
+            found, _ = chain.leave(sample, hidden)
     except (ModelError, TypeError, IndexError, AttributeError, RuntimeError, ValueError):
         return False  # whatever a model does that is no chain
     return abs(found - expected) <= _SAME * max(abs(expected), 1e-6)

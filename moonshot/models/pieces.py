@@ -57,6 +57,20 @@ def in_pieces(
     return loss, gradient
 
 
+def by_samples(
+    leave: Callable[[Batch, Tensor], tuple[Tensor, Tensor]], batch: Batch, hidden: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """The mean loss of samples with as many targets each, and its gradient, from those of `size` of them at a time."""
+    losses, gradients = [], []
+    for first in range(0, len(hidden), size):
+        samples = slice(first, first + size)
+        loss, gradient = leave({name: value[samples] for name, value in batch.items()}, hidden[samples])
+        share = len(gradient) / len(hidden)
+        losses.append(loss * share)
+        gradients.append(gradient * share)
+    return torch.stack(losses).sum(), torch.cat(gradients)
+
+
 def can_be_taken_apart(
     leave: Callable[[Batch, Tensor], tuple[Tensor, Tensor]], batch: Batch, hidden: Tensor
 ) -> bool:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -46,7 +46,8 @@ def placed(tensors: list[Tensor], come: Callable[[Tensor], Tensor | None] = lamb
     """Parameters and buffers where passes compute inside, in their own memory again outside. Ties stay tied.
 
     That is float32 for half precision, unless `passing` says something else. What changed inside is written back, and
-    nothing else: weights may lie in a file.
+    nothing else: weights may lie in a file. A parameter must be changed in place, and not through its `data`: torch
+    counts such changes. A buffer may be changed in any way.
 
     come: gives what has been copied to the device beforehand, in its own dtype, None for what has not.
     """
@@ -55,16 +56,24 @@ def placed(tensors: list[Tensor], come: Callable[[Tensor], Tensor | None] = lamb
         for tensor in dict.fromkeys(tensors):
             dtype = torch.float32 if passes.widened and _is_half(tensor) else tensor.dtype
             if (device := passes.device or tensor.device) != tensor.device or dtype != tensor.dtype:
-                moved.append((tensor, tensor.data))
+                moved.append((tensor, tensor.data, _changes(tensor)))
                 copy = come(tensor)
                 tensor.data = tensor.data.to(device, dtype) if copy is None else copy.to(dtype)
         yield
     finally:
-        for tensor, original in moved:
-            found = tensor.data.to(original.device, original.dtype)
-            if not torch.equal(found, original):
-                original.copy_(found)
+        for tensor, original, changes in moved:
+            if changes is None:
+                changed = not torch.equal(tensor.data.to(original.device, original.dtype), original)
+            else:
+                changed = changes != _changes(tensor)
+            if changed:
+                original.copy_(tensor.data)
             tensor.data = original
+
+
+def _changes(tensor: Tensor) -> int | None:
+    """How often a parameter was changed in place; None for a buffer, as batch norms do not count what they change."""
+    return tensor._version if isinstance(tensor, nn.Parameter) else None
 
 
 def device_of_passes() -> torch.device | None:
@@ -168,6 +177,12 @@ def activation_dtype(model: nn.Module) -> torch.dtype:
     return reduce(torch.promote_types, wide) if wide else torch.float32
 
 
+def itemsize_of_passes(model: nn.Module) -> int:
+    """Bytes of a number in the passes of a model that is `placed`."""
+    dtype = activation_dtype(model)
+    return max(dtype.itemsize, 4) if _passes.get().widened else dtype.itemsize
+
+
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """All parameters and buffers of a module."""
     return [*module.parameters(), *module.buffers()]
@@ -194,22 +209,3 @@ def tensors_outside(model: nn.Module, parts: list[nn.Module]) -> list[Tensor]:
     """The parameters and buffers of a model that none of its parts holds."""
     inside = {id(tensor) for part in parts for tensor in tensors_of(part)}
     return [tensor for tensor in tensors_of(model) if id(tensor) not in inside]
-
-
-@contextmanager
-def placed_in_turn(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
-    """A model that is `placed`, of whose blocks only the one that runs is."""
-    running = ExitStack()
-    handles = []
-    for block in blocks:
-        tensors = tensors_of(block)
-        handles.append(
-            block.register_forward_pre_hook(lambda *_, t=tensors: running.enter_context(placed(t)) and None)
-        )
-        handles.append(block.register_forward_hook(lambda *_: running.close()))
-    try:
-        with running, placed(tensors_outside(model, blocks)):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()

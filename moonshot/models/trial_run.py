@@ -11,9 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from moonshot.models.calibration import Batch
+from moonshot.models.in_turn import placed_in_turn
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss, check_loss, loss_of
-from moonshot.models.precision import placed_in_turn
 from moonshot.models.recording import counting, watching
 
 
@@ -110,7 +110,7 @@ def trial_run(
     batch: Batch,
     loss: Loss,
 ) -> TrialRun:
-    """Run the model on a batch, of its blocks one `placed` at a time.
+    """Run the model on a batch, of its blocks one `placed` at a time, and what is outside of them already.
 
     Raises ModelError for a loss that is not a finite scalar.
     """
@@ -129,7 +129,7 @@ def trial_run(
         counting(model.modules()) as calls,
         _nesting(model) as around,
         watching(views, record),
-        placed_in_turn(model, parts),
+        placed_in_turn(parts),
         _Reads(views) as reads,
     ):
         value = loss_of(loss, model, batch)

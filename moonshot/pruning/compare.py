@@ -15,7 +15,8 @@ from torch import nn
 from moonshot.errors import ArgumentError, ArgumentTypeError, MoonshotError
 from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern, as_pattern
-from moonshot.models.calibration import Batch, as_batches, tokens_at_once
+from moonshot.models.batch_sizes import tokens_at_once
+from moonshot.models.calibration import Batch, as_batches
 from moonshot.models.modules import check_model
 from moonshot.pruning.comparison import Comparison, Run
 from moonshot.pruning.fingerprint import data_digest, exact, state_digest

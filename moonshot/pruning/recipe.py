@@ -12,7 +12,8 @@ from moonshot.errors import ArgumentError, ArgumentTypeError, check_count
 from moonshot.layer.assembly import check_fraction
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.models.adapter import Adapter
-from moonshot.models.calibration import Batch, as_batches, check_length, check_vocabulary, moved, tokens_at_once
+from moonshot.models.batch_sizes import tokens_at_once
+from moonshot.models.calibration import Batch, as_batches, check_length, check_vocabulary, moved
 from moonshot.models.chain import ChainAdapter
 from moonshot.models.losses import Loss, model_loss
 from moonshot.models.precision import Passes, as_device, runs_as_it_is

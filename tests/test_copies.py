@@ -1,0 +1,119 @@
+"""Copies beside what a GPU computes, in two worlds that know no GPU: in one copies come first, in the other last."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from moonshot.models import copies
+from moonshot.models.copies import to_device, to_host
+from moonshot.models.offload import _OnHost, in_turn
+from tests.stand_in import GPU
+
+
+class Stream:
+    """Does what it is given in order: at once if it is eager, otherwise when another waits for it."""
+
+    def __init__(self, eager):
+        self._eager, self._waiting, self._done = eager, [], 0
+
+    def add(self, work):
+        self._waiting.append(work)
+        if self._eager:
+            self.run_to(self.record_event())
+
+    def record_event(self):
+        return self, self._done + len(self._waiting)
+
+    def wait_event(self, event):
+        stream, place = event
+        self.add(lambda: stream.run_to((stream, place)))
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+    def run_to(self, event):
+        while self._done < event[1]:
+            work = self._waiting.pop(0)
+            self._done += 1
+            work()
+
+
+class Machine(TorchFunctionMode):
+    """Copies that are made when the stream comes to them; `used`: which tensors another stream was said to use."""
+
+    def __init__(self, copies_first):
+        super().__init__()
+        self.copying, self.computing = Stream(copies_first), Stream(not copies_first)
+        self.current, self.used = self.computing, []
+
+    @contextmanager
+    def on(self, stream):
+        self.current, before = stream, self.current
+        yield
+        self.current = before
+
+    def compute(self, function, tensor):
+        result = torch.full_like(tensor, torch.nan)
+        self.computing.add(lambda: result.copy_(function(tensor)))
+        return result
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.Tensor.to and GPU in args:
+            copy = torch.full_like(args[0], torch.nan)
+            self.current.add(lambda: copy.copy_(args[0]))
+            return copy
+        if function is torch.Tensor.copy_ and kwargs.get("non_blocking"):
+            self.current.add(lambda: args[0].copy_(args[1]))
+            return args[0]
+        if function is torch.empty:
+            assert kwargs.pop("pin_memory")
+            return torch.full(*args, torch.nan, **kwargs)
+        return function(*args, **kwargs)
+
+
+@pytest.fixture(params=[True, False], ids=["copies first", "copies last"])
+def machine(request, monkeypatch):
+    machine = Machine(request.param)
+    monkeypatch.setattr(copies, "_copying", lambda index: machine.copying)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: machine.current)
+    monkeypatch.setattr(torch.cuda, "stream", machine.on)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda *call: machine.used.append((call[0].data_ptr(), call[1]))
+    )
+    with machine:
+        yield machine
+
+
+def test_a_copy_is_there_before_it_is_computed_with(machine):
+    coming = to_device(torch.arange(3.0), GPU)
+    copy = coming()
+    result = machine.compute(lambda x: x + 1, copy)
+    machine.computing.run_to(machine.computing.record_event())
+    assert result.tolist() == [1, 2, 3]
+    assert machine.used == [(copy.data_ptr(), machine.computing)]
+
+
+def test_what_goes_to_the_host_is_computed_before_and_comes_back_as_it_is(machine):
+    there = machine.compute(lambda x: x + 1, torch.arange(3.0))
+    host = to_host(there)
+    assert machine.used == [(there.data_ptr(), machine.copying)]
+    result = machine.compute(lambda x: x * 2, to_device(host, GPU)())
+    machine.computing.run_to(machine.computing.record_event())
+    assert result.tolist() == [2, 4, 6]
+
+
+def test_what_is_replaced_again_and_again_is_the_last(machine):
+    stored = [_OnHost(torch.full((2,), float(k))) for k in range(4)]
+    for each in stored:
+        each._device = GPU
+    for _ in range(3):
+        for b in in_turn(stored):
+            each = machine.compute(lambda x: 2 * x + 1, stored[b].read())
+            stored[b].replace(each)
+            stored[b]._device = GPU
+    found = [machine.compute(lambda x: x, each.read()) for each in stored]
+    machine.computing.run_to(machine.computing.record_event())
+    assert [each.tolist() for each in found] == [[8.0 * k + 7] * 2 for k in range(4)]
