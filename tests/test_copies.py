@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moonshot.models import copies
-from moonshot.models.copies import to_device, to_host
+from moonshot.models.copies import to_device, to_host, write_back
 from moonshot.models.offload import _OnHost, in_turn
 from tests.stand_in import GPU
 
@@ -33,11 +33,18 @@ class Stream:
     def wait_stream(self, other):
         self.wait_event(other.record_event())
 
+    def synchronize(self):
+        self.run_to(self.record_event())
+
     def run_to(self, event):
         while self._done < event[1]:
             work = self._waiting.pop(0)
             self._done += 1
             work()
+
+
+class OnDevice(torch.Tensor):
+    is_cuda, device = True, GPU
 
 
 class Machine(TorchFunctionMode):
@@ -103,6 +110,13 @@ def test_what_goes_to_the_host_is_computed_before_and_comes_back_as_it_is(machin
     result = machine.compute(lambda x: x * 2, to_device(host, GPU)())
     machine.computing.run_to(machine.computing.record_event())
     assert result.tolist() == [2, 4, 6]
+
+
+def test_what_is_written_back_is_there_at_once(machine):
+    there = machine.compute(lambda x: x + 1, torch.arange(3.0)).as_subclass(OnDevice)
+    here, plain = torch.zeros(3, dtype=torch.float64), torch.zeros(2)
+    write_back([(here, there), (plain, torch.ones(2))])
+    assert here.tolist() == [1, 2, 3] and plain.tolist() == [1, 1]
 
 
 def test_what_is_replaced_again_and_again_is_the_last(machine):

@@ -39,3 +39,15 @@ def to_host(tensor: Tensor) -> Tensor:
         copy.copy_(tensor, non_blocking=True)
     tensor.record_stream(copying)
     return copy
+
+
+def write_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy each second tensor over the first, in its dtype.
+
+    From a GPU to main memory all go through pinned memory together, many times as fast as without.
+    """
+    staged = [(to, to_host(tensor) if tensor.is_cuda and not to.is_cuda else tensor) for to, tensor in pairs]
+    for index in {tensor.device.index for to, tensor in pairs if tensor.is_cuda and not to.is_cuda}:
+        _copying(index).synchronize()
+    for to, tensor in staged:
+        to.copy_(tensor)

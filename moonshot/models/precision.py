@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.errors import ArgumentError
+from moonshot.models.copies import write_back
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,23 @@ def placed(tensors: list[Tensor], come: Callable[[Tensor], Tensor | None] = lamb
                 tensor.data = tensor.data.to(device, dtype) if copy is None else copy.to(dtype)
         yield
     finally:
-        for tensor, original, changes in moved:
-            if changes is None:
-                changed = not torch.equal(tensor.data.to(original.device, original.dtype), original)
-            else:
-                changed = changes != _changes(tensor)
-            if changed:
-                original.copy_(tensor.data)
-            tensor.data = original
+        try:
+            write_back([(was, tensor.data) for tensor, was, changes in moved if _changed(tensor, was, changes)])
+        finally:
+            for tensor, original, _ in moved:
+                tensor.data = original
 
 
 def _changes(tensor: Tensor) -> int | None:
     """How often a parameter was changed in place; None for a buffer, as batch norms do not count what they change."""
     return tensor._version if isinstance(tensor, nn.Parameter) else None
+
+
+def _changed(tensor: Tensor, original: Tensor, changes: int | None) -> bool:
+    """Whether a tensor that has moved is another than it was; changes: `_changes` from before."""
+    if changes is None:
+        return not torch.equal(tensor.data.to(original.device, original.dtype), original)
+    return changes != _changes(tensor)
 
 
 def device_of_passes() -> torch.device | None:
