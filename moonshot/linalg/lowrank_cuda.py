@@ -6,7 +6,8 @@ import numpy as np
 from moonshot.linalg import cuda
 
 SOURCE = "linalg/lowrank.cu"
-_THREADS = 256
+_THREADS, _MOST = 256, 1024
+_LONG = 1024  # columns of a long row
 _COLUMNS = 32  # of a row that `gram` has in shared memory at once
 
 
@@ -28,7 +29,8 @@ def add_combined(y, factors, coefficients, scale=None):
 def add_applied(y, factors, x, scale=None):
     """Add `S U_i U_i' S x_i` to every row of y (m, d), in place; factors: (n, m, d); x: (m, d)."""
     n, m, d = factors.shape
-    _launch("apply", m, (factors, x), scale, y, (n, m, d), y.dtype.itemsize * (_THREADS + n))
+    threads = _for_rows(d)
+    _launch("apply", m, (factors, x), scale, y, (n, m, d), y.dtype.itemsize * (threads + n), threads)
 
 
 def refresh(factors, x, scale, inverses, coefficients):
@@ -37,8 +39,9 @@ def refresh(factors, x, scale, inverses, coefficients):
     xp = array_api_compat.array_namespace(x)
     assert coefficients.flags.c_contiguous
     out = xp.empty_like(x, order="C")
-    shared = x.dtype.itemsize * (_THREADS + 2 * n)
-    _launch("refresh", m, (factors, x, inverses, coefficients), scale, out, (n, m, d), shared)
+    threads = _for_rows(d)
+    shared = x.dtype.itemsize * (threads + 2 * n)
+    _launch("refresh", m, (factors, x, inverses, coefficients), scale, out, (n, m, d), shared, threads)
     return out
 
 
@@ -67,13 +70,27 @@ def add_diagonal(y, factors, scale=None):
     _launch("diagonal", m, (factors,), scale, y, (n, m, d))
 
 
-def _launch(name: str, blocks: int, arrays, scale, out, sizes: tuple[int, ...], shared: int = 0) -> None:
+def _for_rows(d: int) -> int:
+    """Threads for a row of d that read its factors twice: so many that only few rows have theirs in the cache."""
+    return _THREADS if d < _LONG else _MOST
+
+
+def _launch(
+    name: str,
+    blocks: int,
+    arrays,
+    scale,
+    out,
+    sizes: tuple[int, ...],
+    shared: int = 0,
+    threads: int = _THREADS,
+) -> None:
     """Run a kernel on arrays, scale, `out`, which is changed in place and must be in C order, and sizes."""
     xp = array_api_compat.array_namespace(out)
     assert out.flags.c_contiguous
     arguments = [xp.asarray(array, order="C") for array in (*arrays, out if scale is None else scale)]
     compiled = options(str(arrays[0].dtype), str(out.dtype), scale is not None)
-    cuda.launch(SOURCE, compiled, name, blocks, _THREADS, (*arguments, out, *map(np.int32, sizes)), shared)
+    cuda.launch(SOURCE, compiled, name, blocks, threads, (*arguments, out, *map(np.int32, sizes)), shared)
 
 
 def options(factors: str, dtype: str, scaled: bool) -> tuple[str, ...]:

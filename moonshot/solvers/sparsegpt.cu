@@ -15,12 +15,24 @@ constexpr int tiled = 8; // columns whose p and t are in shared memory at once
 
 extern __shared__ real shared[];
 
+// What is read from shared memory at once. What `best_step` reads lies at its multiples where `rank` is one.
+constexpr int at_once = 16 / sizeof(real);
+struct alignas(16) pack { real of[at_once]; };
+
 // mu = t' r
 __device__ real best_step(const real *gain, const real *rest)
 {
     real sum = 0;
-    for (int k = 0; k < rank; ++k)
-        sum += gain[k] * rest[k];
+    if (rank % at_once == 0) {
+        for (int k = 0; k < rank; k += at_once) {
+            const pack t = *reinterpret_cast<const pack *>(gain + k), r = *reinterpret_cast<const pack *>(rest + k);
+            for (int q = 0; q < at_once; ++q)
+                sum += t.of[q] * r.of[q];
+        }
+    } else {
+        for (int k = 0; k < rank; ++k)
+            sum += gain[k] * rest[k];
+    }
     return sum;
 }
 
@@ -110,10 +122,18 @@ __device__ void store(const real *value, const real *rest, real *a, real *residu
         residual[(size_t)blockIdx.x * rank + k] = rest[k];
 }
 
+// A column of the state is in a thread's registers where it is short and there is a thread for each.
+constexpr bool is_short = rank && rank <= 32 && rank % at_once == 0;
+constexpr int held = is_short ? rank : 1;
+
 extern "C" __global__ void gains(const real *p, real share, real *t, real *phi, int d, int m)
 {
-    real *inverse = shared, *u = inverse + rank * rank, *next = u + rank, *tile = next + rank;
-    EACH(e, rank * rank)
+    real *u = shared, *next = u + rank, *tile = next + rank, *inverse = tile + (tiled + 1) * rank;
+    const bool holds = is_short && rank <= blockDim.x;
+    real own[held];
+    for (int q = 0; q < held; ++q)
+        own[q] = q == threadIdx.x ? share : 0;
+    EACH(e, holds ? 0 : rank * rank)
         inverse[e] = e % (rank + 1) ? 0 : share;
     EACH(k, rank)
         u[k] = share * p[((size_t)(d - 1) * m + blockIdx.x) * rank + k];
@@ -128,12 +148,24 @@ extern "C" __global__ void gains(const real *p, real share, real *t, real *phi, 
             const size_t at = (size_t)j * m + blockIdx.x;
             const real *below = tile + (j - first) * rank;
             const real shrink = 1 / (1 + best_step(u, below + rank));
-            EACH(k, rank) {
-                t[at * rank + k] = shrink * u[k];
+            EACH(k, rank) { // of column k, which is row k: both are rounded alike
+                const real mine = u[k];
                 real sum = 0;
-                for (int q = 0; q < rank; ++q) { // of column k, which is row k: both are rounded alike
-                    inverse[q * rank + k] -= shrink * (u[q] * u[k]);
-                    sum += inverse[q * rank + k] * below[q];
+                t[at * rank + k] = shrink * mine;
+                if (holds) {
+                    for (int first = 0; first < held; first += at_once) {
+                        const pack all = *reinterpret_cast<const pack *>(u + first);
+                        const pack next_column = *reinterpret_cast<const pack *>(below + first);
+                        for (int q = 0; q < at_once && q < held; ++q) {
+                            own[first + q] -= shrink * (all.of[q] * mine);
+                            sum += own[first + q] * next_column.of[q];
+                        }
+                    }
+                } else {
+                    for (int q = 0; q < rank; ++q) {
+                        inverse[q * rank + k] -= shrink * (u[q] * mine);
+                        sum += inverse[q * rank + k] * below[q];
+                    }
                 }
                 next[k] = sum;
             }
@@ -150,7 +182,7 @@ extern "C" __global__ void gains(const real *p, real share, real *t, real *phi, 
 extern "C" __global__ void scores(const real *a, const real *r, const real *p, const real *t, const real *phi,
                                   const real *residual, real *out, int start, int stop, int d, int m)
 {
-    real *cost = shared, *rest = cost + stop - start, *tile = rest + rank;
+    real *tile = shared, *rest = tile + 2 * tiled * rank, *cost = rest + rank;
     load(cost, rest, a, residual, start, stop, m);
     look_ahead(cost, start, stop - start, r, p, t, phi, rest, tile, d, m);
     EACH(j, stop - start)
@@ -160,7 +192,7 @@ extern "C" __global__ void scores(const real *a, const real *r, const real *p, c
 extern "C" __global__ void sweep(real *a, const real *r, const real *p, const real *t, real *residual,
                                  const bool *keep, real *z, int start, int stop, int d, int m)
 {
-    real *value = shared, *rest = value + stop - start, *tile = rest + rank;
+    real *tile = shared, *rest = tile + 2 * tiled * rank, *value = rest + rank;
     load(value, rest, a, residual, start, stop, m);
     fix(start, stop, r, p, t, keep, rest, tile, false, value, z, start, stop, d, m);
     store(value, rest, a, residual, start, stop, m);
@@ -170,8 +202,8 @@ extern "C" __global__ void sweep_groups(real *a, const real *r, const real *p, c
                                         real *residual, bool *keep, real *z, int start, int stop, int kept,
                                         int group, int d, int m)
 {
-    real *value = shared, *cost = value + stop - start, *rest = cost + group, *ahead = rest + rank;
-    real *tile = ahead + rank;
+    real *tile = shared, *rest = tile + 2 * tiled * rank, *ahead = rest + rank, *value = ahead + rank;
+    real *cost = value + stop - start;
     load(value, rest, a, residual, start, stop, m);
     for (int first = start; first < stop; first += group) {
         EACH(j, group)

@@ -15,7 +15,7 @@ from moonshot.linalg import cuda
 from moonshot.linalg.backend import Array, dtype_name, namespace
 
 SOURCE = "solvers/sparsegpt.cu"
-_THREADS = 128  # of a block; what `gains` has is a thread for each factor
+_THREADS = 64  # of a block; what `gains` has is a thread for each factor
 _WARP = 32
 _TILED = 8  # columns whose p and t are in shared memory at once
 
