@@ -68,7 +68,8 @@ def ahead(request, monkeypatch):
     """How many parameters came ahead of their turns, as they do beside a GPU, or could not."""
     came = []
 
-    def copied(data, device):
+    def copied(data, device, unchanged):
+        assert unchanged
         came.append(data.numel())
         if request.param:
             raise request.param
@@ -93,7 +94,9 @@ def test_parts_that_come_ahead_of_their_turn_give_the_same_model(gpu, ahead, ref
 def test_what_the_next_part_has_in_common_with_this_one_does_not_come_ahead(monkeypatch):
     came = []
     monkeypatch.setattr(in_turn, "_can_copy", lambda device: True)
-    monkeypatch.setattr(in_turn, "to_device", lambda data, device: came.append(data) or (lambda: data.clone()))
+    monkeypatch.setattr(
+        in_turn, "to_device", lambda data, *_, **__: came.append(data) or (lambda: data.clone())
+    )
     first, second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
     first.shared = second.shared = torch.nn.Parameter(torch.ones(3))
     second.register_buffer("statistics", torch.zeros(2))

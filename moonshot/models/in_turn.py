@@ -40,7 +40,7 @@ class InTurn:
         self._thread = self._thread or ThreadPoolExecutor(1)
         for tensor in part:
             if isinstance(tensor, nn.Parameter) and tensor not in here and tensor.device != device:
-                self._coming[tensor] = self._thread.submit(to_device, tensor.data, device)
+                self._coming[tensor] = self._thread.submit(to_device, tensor.data, device, unchanged=True)
 
     def _come(self, tensor: Tensor) -> Tensor | None:
         if (coming := self._coming.pop(tensor, None)) is None:
