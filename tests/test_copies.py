@@ -53,6 +53,7 @@ class Machine(TorchFunctionMode):
     def __init__(self, copies_first):
         super().__init__()
         self.copying, self.computing = Stream(copies_first), Stream(not copies_first)
+        self.weights = Stream(False)
         self.current, self.used = self.computing, []
 
     @contextmanager
@@ -84,7 +85,9 @@ class Machine(TorchFunctionMode):
 @pytest.fixture(params=[True, False], ids=["copies first", "copies last"])
 def machine(request, monkeypatch):
     machine = Machine(request.param)
-    monkeypatch.setattr(copies, "_copying", lambda index: machine.copying)
+    monkeypatch.setattr(
+        copies, "_copying", lambda _, unchanged=False: machine.weights if unchanged else machine.copying
+    )
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: machine.current)
     monkeypatch.setattr(torch.cuda, "stream", machine.on)
     monkeypatch.setattr(
@@ -110,6 +113,16 @@ def test_what_goes_to_the_host_is_computed_before_and_comes_back_as_it_is(machin
     result = machine.compute(lambda x: x * 2, to_device(host, GPU)())
     machine.computing.run_to(machine.computing.record_event())
     assert result.tolist() == [2, 4, 6]
+
+
+def test_weights_come_while_what_goes_to_the_host_is_still_computed(machine):
+    machine.copying, machine.computing = Stream(False), Stream(False)
+    machine.current = machine.computing
+    there = machine.compute(lambda x: x + 1, torch.zeros(3))
+    to_host(there)
+    weights = to_device(torch.arange(3.0), GPU, unchanged=True)()
+    machine.weights.synchronize()
+    assert weights.tolist() == [0, 1, 2] and there.isnan().all()
 
 
 def test_what_is_written_back_is_there_at_once(machine):

@@ -9,6 +9,8 @@ from moonshot.app import cli
 from moonshot.errors import ArgumentError
 from moonshot.models import in_turn
 from moonshot.models.blocks import find_blocks
+from moonshot.models.calibration import token_mask
+from moonshot.models.chain import ChainAdapter
 from moonshot.models.losses import model_loss
 from moonshot.models.modules import ModelError
 from moonshot.models.offload import Offload
@@ -66,7 +68,8 @@ def ahead(request, monkeypatch):
     """How many parameters came ahead of their turns, as they do beside a GPU, or could not."""
     came = []
 
-    def copied(data, device):
+    def copied(data, device, unchanged):
+        assert unchanged
         came.append(data.numel())
         if request.param:
             raise request.param
@@ -83,7 +86,7 @@ def test_parts_that_come_ahead_of_their_turn_give_the_same_model(gpu, ahead, ref
     ms.prune(expected, tokens(), 0.5, refit=refit, **WORK)
     with StandIn([]):
         ms.prune(model, tokens(), 0.5, device="cuda", precision="float32", refit=refit, **WORK)
-    assert ahead
+    assert model.lm_head.weight.numel() in ahead and model.model.layers[1].mlp.up_proj.weight.numel() in ahead
     for name, value in weights(expected).items():
         assert torch.equal(weights(model)[name], value)
 
@@ -91,11 +94,13 @@ def test_parts_that_come_ahead_of_their_turn_give_the_same_model(gpu, ahead, ref
 def test_what_the_next_part_has_in_common_with_this_one_does_not_come_ahead(monkeypatch):
     came = []
     monkeypatch.setattr(in_turn, "_can_copy", lambda device: True)
-    monkeypatch.setattr(in_turn, "to_device", lambda data, device: came.append(data) or (lambda: data.clone()))
+    monkeypatch.setattr(
+        in_turn, "to_device", lambda data, *_, **__: came.append(data) or (lambda: data.clone())
+    )
     first, second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
     first.shared = second.shared = torch.nn.Parameter(torch.ones(3))
     second.register_buffer("statistics", torch.zeros(2))
-    turns = in_turn.InTurn([first, second])
+    turns = in_turn.InTurn([tensors_of(first), tensors_of(second)])
     with StandIn([]), passing(Passes(GPU)):
         with turns.placed(0), torch.no_grad():
             first.shared.fill_(5.0)
@@ -131,6 +136,17 @@ def test_four_passes_show_how_a_decoder_runs_and_its_embeddings_move_once():
     inside = {parameter for block in blocks for parameter in block.parameters()}
     assert runs == [4] * len(blocks)  # a sample, another one, both, and the blocks one by one
     assert moves.times == {parameter: 4 if parameter in inside else 1 for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize(("adapter", "replay"), [(ChainAdapter(), "chain"), (ms.GraphAdapter(), "graph")])
+def test_a_device_is_asked_once_for_each_batch_what_is_padding(monkeypatch, adapter, replay):
+    asked = []
+    monkeypatch.setattr(
+        f"moonshot.models.{replay}.token_mask", lambda batch: asked.append(batch) or token_mask(batch)
+    )
+    masked = [dict(input_ids=ids, attention_mask=torch.ones_like(ids)) for ids in tokens().split(3)]
+    ms.prune(decoder(), masked, 0.5, adapter=adapter, **WORK)
+    assert len(asked) == 2
 
 
 def test_what_is_outside_of_the_parts_moves_once_for_each():

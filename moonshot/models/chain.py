@@ -17,7 +17,7 @@ from moonshot.models.in_turn import InTurn
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss, naming_sample
 from moonshot.models.offload import Offload, Offloaded, in_turn
-from moonshot.models.precision import activation_dtype, as_read, as_stored, placed, widened
+from moonshot.models.precision import activation_dtype, as_read, as_stored, placed, tensors_of, widened
 from moonshot.models.recording import Seen, gradient_dtype, output_gradients, recording
 from moonshot.models.replay import Replay
 from moonshot.models.statistics import LayerStatistics
@@ -61,6 +61,7 @@ class ChainReplay:
         dense: bool = False,
     ):
         self.parts, self.batches = blocks, batches
+        self._masks = [(token_mask(batch), decoder_mask(batch)) for batch in batches]
         self._chain = Chain(model, [block for _, block in blocks], loss)
         self._dtype = activation_dtype(model)
         self._pruned: list[Offloaded] = []
@@ -95,8 +96,7 @@ class ChainReplay:
                 if not inputs:
                     with torch.no_grad(), recording(statistics.layers, inputs):
                         self._chain.run(index, self._pruned[b].read(), self._calls[b][index])
-                masks = token_mask(batch), decoder_mask(batch)
-                statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, *masks)
+                statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, *self._masks[b])
         if self._gradients:
             self._gradients[index] = []
 
@@ -155,23 +155,23 @@ def block_gradients(
     """
     hidden_dtype = activation_dtype(chain.model)
     dtype = gradient_dtype(hidden_dtype)
-    boundaries, last = [hidden], len(chain.blocks) - 1
-    forward = InTurn(chain.blocks)
-    for k in range(last + 1):
+    boundaries, count = [hidden], len(chain.blocks)
+    blocks = [tensors_of(block) for block in chain.blocks]
+    turns = InTurn([*blocks, chain.outside, *blocks[:0:-1]])
+    for k in range(count):
         boundaries.append([])
-        with torch.no_grad(), forward.placed(k):
+        with torch.no_grad(), turns.placed(k):
             for b in in_turn(boundaries[k]):
                 output = chain.run(k, boundaries[k][b].read(), calls[b][k])
                 boundaries[k + 1].append(offload.store(as_stored(output, hidden_dtype)))
-    with placed(chain.outside):
+    with turns.placed(count):
         for b in in_turn(boundaries[-1]):
             batch, hidden_states = batches[b], boundaries[-1][b].read()
             with naming_sample(b, batch_samples(batch), partial(_leave_one, chain, batch, hidden_states)):
                 _, gradient = chain.leave(batch, hidden_states)
             boundaries[-1][b].replace((gradient * batch_samples(batch)).to(dtype))
-    backward = InTurn(chain.blocks[:0:-1])
-    for k in range(last, 0, -1):
-        with backward.placed(last - k):
+    for k in range(count - 1, 0, -1):
+        with turns.placed(2 * count - k):
             for b in in_turn(boundaries[k], boundaries[k + 1]):
                 stored = boundaries[k][b]
                 leaf = as_read(stored.read()).requires_grad_()

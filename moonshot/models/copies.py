@@ -1,4 +1,4 @@
-"""Copies between main memory and a GPU, beside what it computes: by a stream of their own."""
+"""Copies between main memory and a GPU, beside what it computes: by streams of their own."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,13 +10,16 @@ Coming = Callable[[], Tensor]  # waits for a copy, in the order of the current s
 
 
 @cache
-def _copying(index: int) -> torch.cuda.Stream:
+def _copying(index: int, unchanged: bool = False) -> torch.cuda.Stream:
     return torch.cuda.Stream(index)
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Coming:
-    """Begin to copy a tensor in pinned memory to a GPU."""
-    copying = _copying(device.index)
+def to_device(tensor: Tensor, device: torch.device, unchanged: bool = False) -> Coming:
+    """Begin to copy a tensor to a GPU; this thread goes on meanwhile if it is in pinned memory.
+
+    unchanged: it does not come from `to_host`, so that it need not wait for such copies, nor they for it.
+    """
+    copying = _copying(device.index, unchanged)
     with torch.cuda.stream(copying):
         copy = tensor.to(device, non_blocking=True)
     there = copying.record_event()

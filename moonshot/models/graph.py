@@ -132,6 +132,7 @@ class GraphReplay:
         dense: bool = False,
     ):
         self.parts, self.batches = parts, batches
+        self._masks = [(token_mask(batch), decoder_mask(batch)) for batch in batches]
         self._model, self._loss, self._offload = model, loss, offload
         self._dtype = activation_dtype(model)
         self._outside = tensors_outside(model, [part for _, part in parts])
@@ -208,8 +209,7 @@ class GraphReplay:
                     args, kwargs = _to_read(self._arguments[b])
                     with torch.no_grad(), recording(layers, inputs):
                         part(*args, **kwargs)
-                masks = token_mask(batch), decoder_mask(batch)
-                statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, *masks)
+                statistics.observe(batch_samples(batch), inputs, deltas, dense_inputs, *self._masks[b])
 
     def _differentiate(self, index: int, b: int, layers: dict[str, LayerView]) -> tuple[Seen, Seen]:
         """Run the dense part on a batch: what its layers read, and the gradients at what they return."""

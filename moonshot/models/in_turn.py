@@ -12,36 +12,35 @@ from moonshot.models.precision import device_of_passes, placed, tensors_of
 
 
 class InTurn:
-    """What `placed` does, for parts that have their turns in order.
+    """What `placed` does, for parts of a model that have their turns in order, each given by its tensors.
 
     While a part is placed, a thread brings the parameters of the next one to the GPU where passes compute: nobody may
     change these before. What there is no memory for comes in its turn.
     """
 
-    def __init__(self, parts: Sequence[nn.Module]):
+    def __init__(self, parts: Sequence[list[Tensor]]):
         self._parts = parts
         self._coming: dict[Tensor, Future[Coming]] = {}
         self._thread: ThreadPoolExecutor | None = None
 
     @contextmanager
     def placed(self, index: int) -> Iterator[None]:
-        """One part, its parameters and buffers."""
-        here = tensors_of(self._parts[index])
+        here = self._parts[index]
         with placed(here, self._come):
             self._coming.clear()
             for following in self._parts[index + 1 : index + 2]:
                 self._begin(following, set(here))
             yield
 
-    def _begin(self, part: nn.Module, here: set[Tensor]) -> None:
+    def _begin(self, part: list[Tensor], here: set[Tensor]) -> None:
         """Let a part's parameters come, but those that are here."""
         device = device_of_passes()
         if device is None or not _can_copy(device):
             return
         self._thread = self._thread or ThreadPoolExecutor(1)
-        for parameter in part.parameters():
-            if parameter not in here and parameter.device != device:
-                self._coming[parameter] = self._thread.submit(to_device, parameter.data, device)
+        for tensor in part:
+            if isinstance(tensor, nn.Parameter) and tensor not in here and tensor.device != device:
+                self._coming[tensor] = self._thread.submit(to_device, tensor.data, device, unchanged=True)
 
     def _come(self, tensor: Tensor) -> Tensor | None:
         if (coming := self._coming.pop(tensor, None)) is None:
@@ -55,7 +54,7 @@ class InTurn:
 @contextmanager
 def placed_in_turn(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Blocks of a model, each `placed` while it runs; the rest of the model is `placed` already."""
-    turns, running, handles = InTurn(blocks), ExitStack(), []
+    turns, running, handles = InTurn([tensors_of(block) for block in blocks]), ExitStack(), []
     for index, block in enumerate(blocks):
         handles.append(
             block.register_forward_pre_hook(

@@ -28,7 +28,7 @@ from moonshot.models.left_out import left_out, shared_between
 from moonshot.models.losses import Loss, model_loss, naming_sample
 from moonshot.models.modules import ModelError, check_model, evaluating
 from moonshot.models.offload import Offload
-from moonshot.models.precision import device_of_passes, itemsize_of_passes, placed, tensors_outside
+from moonshot.models.precision import device_of_passes, itemsize_of_passes, placed, tensors_of, tensors_outside
 from moonshot.models.replay import Replay
 from moonshot.models.roles import routers
 from moonshot.models.targets import TargetError, listed, select
@@ -362,7 +362,7 @@ def _is_chain(model: nn.Module, blocks: Parts, sample: Batch, loss: Loss, expect
     What is outside of them is `placed`.
     """
     chain = Chain(model, [block for _, block in blocks], loss)
-    turns = InTurn(chain.blocks)
+    turns = InTurn([tensors_of(block) for block in chain.blocks])
     try:
         hidden, calls = chain.enter(sample)
         for index, call in enumerate(calls):

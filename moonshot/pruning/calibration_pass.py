@@ -91,7 +91,7 @@ class CalibrationPass:
             others = {name: view for name, view in views.items() if name not in wanted}
             dtypes = {tensor: tensor.dtype for tensor in tensors_of(module)}
             self.parts.append(Part(index, prefix, module, layers, others, dtypes))
-        self._turns = InTurn([part.module for part in self.parts])
+        self._turns = InTurn([list(part.dtypes) for part in self.parts])
         self._dtypes = {name: view.weight.dtype for part in self.parts for name, view in part.layers.items()}
 
     @contextmanager
