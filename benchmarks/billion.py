@@ -70,7 +70,8 @@ def main() -> None:
     minutes = (time.perf_counter() - begin) / 60
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     print(
-        f"exit code {code}; {minutes:.1f} minutes, {minutes / arguments.blocks:.2f} a decoder layer; "
+        f"exit code {code}; {minutes:.1f} minutes, {minutes / arguments.blocks:.2f} a decoder layer, "
+        f"{(usage.ru_utime + usage.ru_stime) / 60:.1f} of processor time; "
         f"peak memory {usage.ru_maxrss / 2**20:.2f} GiB, the model {size / 2**30:.2f} GiB"
     )
 

@@ -37,26 +37,26 @@ JOINT = {
 def text_model(
     samples: int = 32, folder: Path = DEMO
 ) -> tuple[nn.Module, Callable, Callable[[nn.Module], float]]:
-    """The Llama in a folder, seed -> calibration, and held-out perplexity at context 256."""
+    """The Llama in a folder, (seed, samples) -> calibration, and held-out perplexity at context 256."""
     model, tokenizer = load(str(folder / "model"))
     text = (folder / "calibration.txt").read_text("utf-8")
     test = windows(tokenizer, (folder / "heldout.txt").read_text("utf-8"), 64, 256, None)
     return (
         model.to(torch.float32),
-        lambda seed: windows(tokenizer, text, samples, 256, seed),
+        lambda seed, samples=samples: windows(tokenizer, text, samples, 256, seed),
         lambda pruned: perplexity(pruned, test).value,
     )
 
 
 def image_model(name: str, samples: int = 384) -> tuple[nn.Module, Callable, Callable[[nn.Module], float]]:
-    """A classifier, seed -> calibration, and accuracy in percent on the 2000 test images."""
+    """A classifier, (seed, samples) -> calibration, and accuracy in percent on the 2000 test images."""
     model, processor = load_classifier(str(DEMO / name))
     model = model.float()
     train, test = (find_pictures(f"{DEMO / 'images'}::{split}") for split in ("train", "test"))
     held_out = list(ImageBatches(model, processor, test))
     return (
         model,
-        lambda seed: list(ImageBatches(model, processor, train, samples, seed=seed)),
+        lambda seed, samples=samples: list(ImageBatches(model, processor, train, samples, seed=seed)),
         lambda pruned: 100 * accuracy(pruned, held_out).value,
     )
 

@@ -1,12 +1,14 @@
 """Each step of pruning on the shipped models: solver, objective, budgets, refit, over seeds.
 
-    python benchmarks/steps.py [--models llama vit resnet] [--patterns 2:4 70% 80% 90%] [--methods NAME ...] [--seeds 3]
-                               [--samples N] [--budgets 90% ...] [--settings stages=2 ...] [--folder FOLDER]
+    python benchmarks/steps.py [--models llama vit resnet] [--patterns 2:4 70% 80% 90%] [--methods NAME ...]
+                               [--seeds 0 1 2] [--samples N] [--budgets 90% ...] [--budget-samples N] [--by-refits]
+                               [--settings stages=2 ...] [--folder FOLDER]
 
 A seed chooses the calibration data, the random signs and the samples set aside. Every setting is a refit, the default
-one unless others are given. --budgets: the patterns for which budgets over layers are tried as well. --folder: a Llama
-of one's own, with calibration.txt and heldout.txt beside model/, as train_demo_model.py writes it. Prints every result,
-perplexity or accuracy, and then a markdown table for each model.
+one unless others are given. --budgets: the patterns for which budgets over layers are tried as well; --budget-samples:
+with fewer samples than the pruning has; --by-refits: compared by prunings with a refit. --folder: a Llama of one's own,
+with calibration.txt and heldout.txt beside model/, as train_demo_model.py writes it. Prints every result, perplexity or
+accuracy, and then a markdown table for each model.
 """
 
 import argparse
@@ -46,9 +48,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["llama"], choices=list(PATTERNS))
     parser.add_argument("--patterns", nargs="+", help="instead of each model's own")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--samples", type=int, help="64 windows or 384 images unless given")
     parser.add_argument("--budgets", nargs="+", default=[])
+    parser.add_argument("--budget-samples", type=int)
+    parser.add_argument("--by-refits", action="store_true")
     parser.add_argument("--settings", nargs="*", default=[""], help="none: without refits")
     parser.add_argument("--folder", type=Path, default=DEMO)
     arguments = parser.parse_args()
@@ -67,15 +71,17 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
         f" + refit({text})" if text else " + refit": setting(text) for text in arguments.settings
     }
     values: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for seed in range(arguments.seeds):
-        data = calibration(seed)
+    for seed in arguments.seeds:
+        data, fewer = calibration(seed), calibration(seed, arguments.budget_samples or samples)
         for pattern, method in product(patterns, arguments.methods):
             solver, joint, budgets = METHODS[method]
             if budgets and pattern not in arguments.budgets:
                 continue
             options = {"objective": JOINT[name] if joint else SINGLE, "solver": solver, "seed": seed}
             begin = time.perf_counter()
-            chosen = ms.allocate(model, data, pattern, **options) if budgets else pattern
+            chosen = pattern
+            if budgets:
+                chosen = ms.allocate(model, fewer, pattern, refit=arguments.by_refits, **options)
             allocating = time.perf_counter() - begin
             for label, refit in refits.items():
                 pruned, begin = copy.deepcopy(model), time.perf_counter()
@@ -88,7 +94,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
                     flush=True,
                 )
     dense = measure(model)
-    print(f"\n{name}, dense {dense:.2f}, {samples} samples, mean +- deviation over {arguments.seeds} seeds\n")
+    print(f"\n{name}, dense {dense:.2f}, {samples} samples, mean +- deviation over seeds {arguments.seeds}\n")
     print("| method | " + " | ".join(patterns) + " | minutes |")
     print("|---" * (len(patterns) + 2) + "|")
     methods = [method + label for method in arguments.methods for label in refits]

@@ -36,6 +36,7 @@ _FACTORS, _SHARED, _WEIGHTS = 4, 6, 14  # arrays of each kind that a problem and
 _FITTED = 5  # arrays of a part's size in its refit: gradients, two moments, supports, and the best so far
 _LOGITS = 4  # arrays of the size of a batch's logits in the loss and its gradient
 _PROBES = 256, 512  # sizes of the problems solved to time a solver
+_FIRST = 16  # size of the one solved before, because kernels are built the first time that they are needed
 _PATIENCE = (
     20  # seconds, after which nothing is timed again; a problem of 256 that takes a tenth is the only one
 )
@@ -317,6 +318,8 @@ def _solver_seconds(
     Where the smaller takes long it is the only one. None where the solver takes neither pattern.
     """
     times: list[float] = []
+    if first := _probe(solver, pattern, rank, _FIRST, device):
+        first()
     for size in _PROBES:
         solve = _probe(solver, pattern, rank, size, device)
         if solve is None:
