@@ -192,7 +192,10 @@ def test_random_sizes(seed, m, n, dtype, group, share, data):
     assert_same("sweep_groups", kernels, arguments, start, stop, kept, group)
 
 
-@pytest.mark.parametrize(("n", "dtype"), [(0, "float64"), (1, "float32"), (9, "float32"), (9, "float64"), (16, "float32"), (8, "float64")])
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [(0, "float64"), (1, "float32"), (9, "float32"), (9, "float64"), (16, "float32"), (8, "float64")],
+)
 def test_cuda(cuda, n, dtype):
     assert_all_same(cuda, sweep_arguments(n, 4, 24, n, dtype))
 
