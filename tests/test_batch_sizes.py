@@ -166,4 +166,7 @@ def test_the_plan_has_the_batches_of_the_gpu(monkeypatch):
     assert memory(0) == planning.plan(model, data, objective=JOINT, solver=ms.Magnitude(), device=CPU).memory
     running = 2048 * (2 * WIDTH + 64 * 64) * 4 * 2
     assert memory(8 * 4 * WIDTH * 4 * 8192) - memory(0) == 3 * running
+    model = decoder(vocab_size=60_000)  # whose logits are the most that is there at once
+    assert memory(2**40) - memory(0) == (2**28 // 60_000 - 2**25 // 60_000) * 60_000 * 4 * 4
+    model = decoder()
     assert memory(2**40, refit=ms.Refit()) == memory(0, refit=ms.Refit())

@@ -110,6 +110,14 @@ def test_what_the_next_part_has_in_common_with_this_one_does_not_come_ahead(monk
     assert [data.shape for data in came] == [(2, 2)]
 
 
+def test_in_a_pass_of_the_whole_model_the_next_block_comes_ahead(gpu, ahead):
+    model = decoder(num_hidden_layers=3).eval()
+    blocks = [block for _, block in find_blocks(model)]
+    with StandIn([]), passing(Passes(GPU)), in_turn.placed_in_turn(blocks):
+        model(tokens(1))
+    assert ahead == [parameter.numel() for block in blocks[1:] for parameter in block.parameters()]
+
+
 def test_one_block_at_a_time_is_there(gpu):
     model = decoder(num_hidden_layers=6)
     blocks = [block for _, block in find_blocks(model)]

@@ -66,7 +66,7 @@ def by_samples(
         samples = slice(first, first + size)
         loss, gradient = leave({name: value[samples] for name, value in batch.items()}, hidden[samples])
         share = len(gradient) / len(hidden)
-        losses.append(loss * share)
+        losses.append(loss.double() * share)
         gradients.append(gradient * share)
     return torch.stack(losses).sum(), torch.cat(gradients)
 
