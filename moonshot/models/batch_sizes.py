@@ -1,4 +1,4 @@
-"""How much of the calibration data runs at once: on a GPU as much as there is memory for."""
+"""How much is there at once: on a GPU as much as takes an eighth of its memory."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moonshot.models.calibration import Batch, batch_tokens
 from moonshot.models.layer_view import LayerView
+from moonshot.models.precision import tensors_of
 
 _TOKENS = 2048, 2**14  # in a batch, and at most on a GPU
 _LOGITS = 2**25, 2**28  # numbers, and at most on a GPU
@@ -53,6 +54,12 @@ def replayed_at_once(
     return _count(_TOKENS, _ACTIVATIONS * (largest + scores) * itemsize, device)
 
 
+def fits_whole(model: nn.Module, itemsize: int, device: torch.device) -> bool:
+    """Whether a whole model takes at most an eighth of a GPU's memory. itemsize: bytes of a number in the passes."""
+    size = sum(max(tensor.itemsize, itemsize) * tensor.numel() for tensor in tensors_of(model))
+    return device.type == "cuda" and size <= _share(device)
+
+
 def joined(batches: list[Batch], tokens: int) -> list[Batch]:
     """The same samples in the same order, with as many in a batch as have so many tokens.
 
@@ -90,7 +97,10 @@ def _count(limits: tuple[int, int], size: int, device: torch.device | None) -> i
     count, most = limits
     if device is None or device.type != "cuda":
         return count
-    memory = torch.cuda.get_device_properties(device).total_memory // _SHARE
-    while 2 * count <= most and 2 * count * size <= memory:
+    while 2 * count <= most and 2 * count * size <= _share(device):
         count *= 2
     return count
+
+
+def _share(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory // _SHARE

@@ -1,6 +1,7 @@
 """A model divided into parts that run one after the other, and what is to be known of the layers in them."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.adapter import Adapter, Parts
-from moonshot.models.batch_sizes import joined, logits_at_once, replayed_at_once
+from moonshot.models.batch_sizes import fits_whole, joined, logits_at_once, replayed_at_once
 from moonshot.models.batch_tree import leaves
 from moonshot.models.blocks import Chain, find_blocks
 from moonshot.models.calibration import (
@@ -161,7 +162,7 @@ def partition_model(
             f"{type(model).__name__} has no Linear or convolutional layer to prune"
             + (f": {_reasons(reasons)}" if reasons else "")
         )
-    with evaluating(model), placed(tensors_outside(model, [block for _, block in trials.blocks])):
+    with evaluating(model), trials.placed():
         with naming_sample(0, 1, lambda _: None):
             run = trials.run(take(batches[0], [0]))
         if not run.rows:
@@ -257,6 +258,13 @@ class _Trials:
         self.model, self.loss, self.adapter = model, loss, adapter
         self.blocks = find_blocks(model)
         self.views = dict(adapter.layers("", model))
+
+    def placed(self) -> AbstractContextManager[None]:
+        """What is there between trial runs: the whole model if it fits on the GPU, else what is outside of blocks."""
+        device = device_of_passes() or next(self.model.parameters()).device
+        if fits_whole(self.model, itemsize_of_passes(self.model), device):
+            return placed(tensors_of(self.model))
+        return placed(tensors_outside(self.model, [block for _, block in self.blocks]))
 
     def run(self, batch: Batch) -> TrialRun:
         return trial_run(self.model, self.blocks, self.views, batch, self.loss)
