@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from moonshot.errors import ArgumentError, check_count, check_number
 from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem, Status
-from moonshot.linalg.backend import squares
+from moonshot.linalg.backend import namespace, squares
 from moonshot.linalg.cache import FirstFewCache
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.linalg.shifted import ShiftedInverse
-from moonshot.solvers.admm_steps import changes, move, reflected
+from moonshot.solvers.admm_steps import move, reflected
 from moonshot.solvers.base import Answer, lowest
 
 _WINDOW = 5  # iterations over which the weights must rest: the first may move none
@@ -82,6 +82,7 @@ class ADMM:
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         quadratic = state.quadratic
         target = quadratic.target
+        xp = namespace(target)
         first = mask = pattern.keep(target * target)
         point, moved = target * mask, deque[int](maxlen=_WINDOW)
         inverse = ShiftedInverse(state.inverse, quadratic.factors, quadratic.units)
@@ -91,7 +92,7 @@ class ADMM:
             step = inverse.solve(reflected(point, mask, target, rho, shrink * rho), rho)
             move(point, mask, target, step, shrink)
             before, mask = mask, pattern.keep(point * point)
-            moved.append(changes(mask, before))
+            moved.append(int(xp.count_nonzero(mask != before)))
             if done >= _WINDOW and sum(moved) <= 2 * self.tolerance * math.prod(mask.shape):
                 status = Status.CONVERGED
                 break

@@ -1,8 +1,5 @@
 """The elementwise steps of ADMM for CuPy arrays, one launch each; admm_steps says what they compute."""
 
-from functools import cache
-from typing import Any
-
 from moonshot.linalg.elementwise_cuda import kernel
 
 
@@ -16,14 +13,3 @@ def move(point, mask, target, step, outside):
     operation = "const T x = target + step; point = mask ? x : x + outside * point"
     run = kernel("bool mask, T target, T step, T outside", "T point", operation, "move")
     run(mask, target, step, outside, point)
-
-
-def changes(mask, other):
-    return int(_changes()(mask, other))
-
-
-@cache
-def _changes() -> Any:
-    import cupy
-
-    return cupy.ReductionKernel("bool x, bool y", "int64 count", "x != y", "a + b", "count = a", "0", "changes")

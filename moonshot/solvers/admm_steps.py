@@ -22,15 +22,6 @@ def move(point: Array, mask: Array, target: Array, step: Array, outside: float) 
         point[...] = namespace(point).where(mask, x, x + outside * point)
 
 
-def changes(mask: Array, other: Array) -> int:
-    """How many weights are in one of two masks (m, d) only."""
-    if is_cupy(mask):
-        from moonshot.solvers import admm_cuda
-
-        return admm_cuda.changes(mask, other)
-    return int(namespace(mask).count_nonzero(mask != other))
-
-
 def _kernels(array: Array) -> ModuleType | None:
     """Those compiled for arrays of this kind, if there are any."""
     if is_numpy(array):
