@@ -1,6 +1,8 @@
 """The GPU's benchmark, on the CPU as far as it goes there: every row has a figure, and a hole says why."""
 
 import json
+import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.nn import Linear
 
 import moonshot as ms
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import models, sparse
+from benchmarks.gpu import models, phases, sparse
 from benchmarks.gpu.layers import time_layer
 from benchmarks.gpu.models import plain_sparsegpt, time_model, time_reference
 from benchmarks.gpu.rows import Rows
@@ -96,3 +98,28 @@ def test_what_is_written_is_what_was_run(monkeypatch, tmp_path):
     written = json.loads((tmp_path / "new" / "gpu.json").read_text())
     assert written["card"] == "a card, 80 GiB" and written["versions"]["torch"] and "tests" not in written
     assert {row["group"] for row in written["layers"]} == {"4 x 8"}
+
+
+def test_a_phase_is_timed_without_those_inside_of_it(monkeypatch):
+    now = iter([0.0, 1.0, 4.0, 10.0])
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: next(now))
+    waits = []
+    clock = phases.Clock(lambda: waits.append(None))
+
+    class Owner:
+        def inside(self):
+            return "answer"
+
+    clock.watch(Owner, "inside")
+    with clock.phase("outside"):
+        assert Owner().inside() == "answer"
+    assert dict(clock.seconds) == {"Owner.inside": 3.0, "outside": 7.0} and len(waits) == 4
+
+
+def test_all_phases_are_there():
+    for path, names in phases.PHASES.items():
+        for name in names:
+            found = import_module(path) and sys.modules[path]  # a function may have its module's name
+            for part in name.split("."):
+                found = getattr(found, part)
+            assert callable(found)

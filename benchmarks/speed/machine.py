@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 
 import numba
@@ -31,7 +31,7 @@ def versions() -> dict[str, str | None]:
     """Of Python, the libraries and this checkout: git's commit, marked where files differ, or None."""
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **{name: str(import_module(name).__version__) for name in LIBRARIES},
         "commit": _commit(),
     }
 
