@@ -73,14 +73,25 @@ class Solver(Protocol):
         """The answer for one pattern."""
 
 
+def row_work(solver: Solver, columns: int, factors: int) -> float | None:
+    """About how many float32 multiply-adds `compute` takes for a row with so many factors; None if it does not say.
+
+    Only a solver that treats each row by itself says so, by a method `row_work(columns, factors)`: where the pattern is
+    by row (patterns.is_by_row), the answers for the pieces of a problem (Problem.of_rows), found at the same time, are
+    those for the whole. What it asks of all rows together, such as whether enough of them have settled, it adds up by
+    `problem.total`, as often in every piece.
+    """
+    return solver.row_work(columns, factors) if hasattr(solver, "row_work") else None
+
+
 def lowest(problem: Problem, answers: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
     """Of weights and their masks, both (m, d), the pair with the lowest F in float64, the first of equals.
 
-    F of what is not finite counts as infinite.
+    Where the problem is a piece of a layer, that of the layer counts. F of what is not finite counts as infinite.
     """
 
     def value(answer: tuple[Array, Array]) -> float:
-        found = problem.value(answer[0])
+        found = problem.total(problem.value(answer[0]))
         return found if math.isfinite(found) else math.inf
 
     return min(answers, key=value)
