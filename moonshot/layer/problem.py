@@ -247,14 +247,13 @@ class Problem:
 
         total: what adds up a number over the pieces, all of which are solved at the same time.
         """
+        piece = Problem.__new__(Problem)  # whose arrays have been checked
+        piece.weight, piece.centre = self.weight[first:stop], self.centre[first:stop]
         with computing_on(self.weight):
-            return Problem(
-                self.weight[first:stop],
-                self.hessian.of_rows(first, stop),
-                centre=self.centre[first:stop],
-                constant=self.constant * (stop - first) / self.shape[0],
-                total=total,
-            )
+            piece.hessian = self.hessian.of_rows(first, stop)
+        piece.constant = self.constant * (stop - first) / self.shape[0]
+        piece.terms, piece.damping, piece.ridge, piece.total = (), self.damping, None, total
+        return piece
 
     def zero_value(self) -> float:
         """F(0), the unit of `Result.relative`."""

@@ -10,7 +10,7 @@ from moonshot.layer.patterns import Pattern, is_by_row
 from moonshot.layer.problem import Problem, Status
 from moonshot.linalg.backend import like, native
 from moonshot.models.ranks import Ranks
-from moonshot.solvers.base import Answer, Solver, row_work
+from moonshot.solvers.base import Answer, Solver, check_answer, row_work
 
 _CUBES, _SQUARES = 3, 2  # how often d^3 and m d^2, to make a problem, factor its Hessian and grade its answer
 
@@ -52,14 +52,15 @@ class ByRows:
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         return self.solver.unsupported(problem, pattern)
 
-    def init(self, problem: Problem) -> tuple[Problem, Any]:
+    def init(self, problem: Problem) -> tuple[Problem, Problem, Any]:
         rows, index, count = problem.shape[0], self.ranks.index, self.ranks.count
         own = problem.of_rows(rows * index // count, rows * (index + 1) // count, self.ranks.total)
-        return problem, self.solver.init(own)
+        return problem, own, self.solver.init(own)
 
-    def compute(self, state: tuple[Problem, Any], pattern: Pattern) -> Answer:
-        problem, own = state
-        found = self.solver.compute(own, pattern)
+    def compute(self, state: tuple[Problem, Problem, Any], pattern: Pattern) -> Answer:
+        problem, own, own_state = state
+        found = self.solver.compute(own_state, pattern)
+        check_answer(found, own, pattern, self.solver)
         given = (found.weight, found.mask, found.start)
         arrays = [like(array, problem.weight) for array in given if array is not None]
         said = arrays, found.status, found.iterations, found.bound, found.note

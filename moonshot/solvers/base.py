@@ -137,11 +137,8 @@ def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, boun
     answer = solver.compute(state, pattern)
     seconds = time.perf_counter() - begin
 
-    if not isinstance(answer, Answer):
-        raise SolverError(
-            f"{solver.name} returned {type(answer).__name__}: compute must return a moonshot.Answer"
-        )
-    weight, mask = _checked(answer, problem, pattern, solver)
+    check_answer(answer, problem, pattern, solver)
+    weight, mask = answer.weight, answer.mask
     returned = cast_like(weight, problem.weight)
     graded = native(returned)
     if not all_finite(graded):
@@ -191,7 +188,12 @@ def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, boun
     )
 
 
-def _checked(answer: Answer, problem: Problem, pattern: Pattern, solver: Solver) -> tuple[Array, Array]:
+def check_answer(answer: Any, problem: Problem, pattern: Pattern, solver: Solver) -> None:
+    """Raises SolverError for what is no answer to a problem with this pattern."""
+    if not isinstance(answer, Answer):
+        raise SolverError(
+            f"{solver.name} returned {type(answer).__name__}: compute must return a moonshot.Answer"
+        )
     weight, mask = answer.weight, answer.mask
     for name, array in (("weight", weight), ("mask", mask)):
         if tuple(array.shape) != problem.shape:
@@ -209,4 +211,3 @@ def _checked(answer: Answer, problem: Problem, pattern: Pattern, solver: Solver)
         raise SolverError(f"{solver.name} missed its pattern: {error}") from error
     if bool(xp.any((weight != 0) & ~mask)):
         raise SolverError(f"{solver.name} returned weights that are not zero outside its mask")
-    return weight, mask
