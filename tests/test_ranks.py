@@ -38,16 +38,16 @@ def test_every_item_has_one_rank_and_equal_ones_are_spread_evenly(sizes, count):
 @given(st.dictionaries(st.text(max_size=3), st.floats(0, 1e9), min_size=1), st.integers(1, 5), st.data())
 def test_the_rank_with_most_to_do_has_little_more_than_the_others(costs, count, data):
     first = data.draw(st.sets(st.sampled_from(sorted(costs))))
-    found = owners(costs, count, first)
+    found, _ = owners(costs, count, first)
     assert list(found) == list(costs) and all(found[name] == 0 for name in first)
     rest = {name: cost for name, cost in costs.items() if name not in first}
     loads = [sum(cost for name, cost in rest.items() if found[name] == rank) for rank in range(count)]
     assert max(loads) - min(loads) <= max(rest.values(), default=0) * (1 + 1e-9)
     shared = {name: cost / count for name, cost in rest.items() if data.draw(st.booleans())}
-    together = owners(costs, count, first, shared)
+    together, last = owners(costs, count, first, shared)
     assert all(together[name] == 0 for name in first)
     assert {name for name, owner in together.items() if owner is None} <= set(shared)
-    assert end(together, rest, shared, count) <= max(loads) * (1 + 1e-9)
+    assert end(together, rest, shared, count) == pytest.approx(last) and last <= max(loads) * (1 + 1e-9)
 
 
 def end(found, costs, shared, count):
@@ -67,7 +67,7 @@ def end(found, costs, shared, count):
     ],
 )
 def test_all_work_together_where_that_ends_sooner(costs, each, count, together):
-    found = owners(costs, count, shared={name: cost * each for name, cost in costs.items()})
+    found, _ = owners(costs, count, shared={name: cost * each for name, cost in costs.items()})
     assert [name for name, owner in found.items() if owner is None] == together.split()
 
 

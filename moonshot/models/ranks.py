@@ -139,8 +139,8 @@ def shares(sizes: Sequence[int], count: int) -> list[range]:
 
 def owners(
     costs: Mapping[str, float], count: int, first: Iterable[str] = (), shared: Mapping[str, float] = {}
-) -> dict[str, int | None]:
-    """{name: rank, or None for all together} of work of these costs, so that the last rank ends early.
+) -> tuple[dict[str, int | None], float]:
+    """{name: rank, or None for all together} of work of these costs, and when the last rank ends.
 
     The costliest goes first, each to the rank with the least so far. first: names that are the first rank's, and cost
     nothing. shared: what each rank's part costs, of work that all could do together: the costliest, as many as it takes
@@ -150,8 +150,8 @@ def owners(
     rest = sorted((name for name in costs if name not in given), key=lambda name: -costs[name])
     could = [name for name in rest if name in shared][:count]
 
-    def dealt(together: list[str]) -> tuple[float, dict[str, int | None]]:
-        """When the last rank ends, and who does what, where all do some together."""
+    def dealt(together: list[str]) -> tuple[dict[str, int | None], float]:
+        """What is found where all do some together."""
         found: dict[str, int | None] = {**dict.fromkeys(given, 0), **dict.fromkeys(together)}
         loads = [(sum(shared[name] for name in together), rank) for rank in range(count)]
         for name in rest:
@@ -159,10 +159,9 @@ def owners(
                 load, rank = loads[0]
                 found[name] = rank
                 heapq.heapreplace(loads, (load + costs[name], rank))
-        return max(loads)[0], found
+        return {name: found[name] for name in costs}, max(loads)[0]
 
-    _, found = min((dealt(could[:k]) for k in range(len(could) + 1)), key=lambda each: each[0])
-    return {name: found[name] for name in costs}
+    return min((dealt(could[:k]) for k in range(len(could) + 1)), key=lambda each: each[1])
 
 
 class _Slot(NamedTuple):
@@ -193,7 +192,7 @@ class _Group(Ranks):
     def owners(
         self, costs: Mapping[str, float], first: Iterable[str] = (), shared: Mapping[str, float] = {}
     ) -> dict[str, int | None]:
-        return owners(costs, self.count, first, shared)
+        return owners(costs, self.count, first, shared)[0]
 
     def deal(
         self, owners: Mapping[str, int | None], work: Callable[[str], Value], device: torch.device

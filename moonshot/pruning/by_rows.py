@@ -15,15 +15,14 @@ from moonshot.solvers.base import Answer, Solver, check_answer, row_work
 _CUBES, _SQUARES = 3, 2  # how often d^3 and m d^2, to make a problem, factor its Hessian and grade its answer
 
 
-def work(solver: Solver, shape: tuple[int, int], factors: int) -> tuple[float, float]:
-    """About how many multiply-adds a layer (m, d) takes: for all rows at once, and for each of them by itself.
+def work(solver: Solver, shape: tuple[int, int], factors: int, ranks: int = 1) -> float:
+    """About how many multiply-adds a layer (m, d) takes each of so many ranks that solve it together.
 
-    factors: of each row. What all ranks solve together takes each of them the former, and a share of the latter: d^2
-    a row where the solver says nothing of it (solvers.base.row_work).
+    factors: of each row. A row takes what the solver says (solvers.base.row_work), or d^2.
     """
     m, d = shape
     by_row = row_work(solver, d, factors)
-    return float(_CUBES * d**3 + _SQUARES * m * d**2), m * (d**2 if by_row is None else by_row)
+    return _CUBES * d**3 + _SQUARES * m * d**2 + m / ranks * (d**2 if by_row is None else by_row)
 
 
 def is_divisible(solver: Solver, patterns: Iterable[Pattern], shape: tuple[int, int], count: int) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import torch
@@ -127,16 +127,12 @@ class CalibrationPass:
         divisible: layers of which each rank could solve some rows.
         """
         shapes = {name: view.problem_shape for name, view in part.layers.items()}
-        factors = self._recipe.factors if "gradients" in self._union.needed else 0
-        parts = {name: work(self._recipe.solver, shape, factors) for name, shape in shapes.items()}
+        factors = min(self._recipe.factors, len(self._signs)) if "gradients" in self._union.needed else 0
+        cost = partial(work, self._recipe.solver, factors=factors)
         return self._ranks.owners(
-            {name: sum(both) for name, both in parts.items()},
-            [name for name in parts if name in done],
-            {
-                name: once + rows / self._ranks.count
-                for name, (once, rows) in parts.items()
-                if name in divisible
-            },
+            {name: cost(shape) for name, shape in shapes.items()},
+            [name for name in shapes if name in done],
+            {name: cost(shape, ranks=self._ranks.count) for name, shape in shapes.items() if name in divisible},
         )
 
     def problems(
