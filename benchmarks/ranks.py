@@ -2,9 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ranks.py [--solver Magnitude] [--samples 32] [--length 256]
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/ranks.py
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/ranks.py --solver ADMM --blocks 1 --hidden 1024
 
-With Magnitude, the default, next to nothing but passes and statistics takes time. CPU seconds and not those of the
-clock, so that it does not matter what else the machine does.
+With Magnitude, the default, next to nothing but passes and statistics takes time; with few samples and wide blocks,
+next to nothing but solvers. CPU seconds and not those of the clock, so that it does not matter what else the machine
+does.
 """
 
 import argparse
@@ -19,7 +21,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--solver", default="Magnitude", choices=["Magnitude", "SparseGPT", "ADMM"])
+    parser.add_argument("--solver", default="Magnitude", choices=["Magnitude", "SparseGPT", "ADMM", "OBS"])
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument(
+        "--hidden", type=int, default=256, help="width of the model; that of the MLP is 2.5 times"
+    )
+    parser.add_argument(
+        "--pattern", default="2:4", help="ranks share no rows where it is a budget over the layer"
+    )
+    parser.add_argument("--targets", help="the layers to prune; all of the blocks' unless given")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     arguments = parser.parse_args()
@@ -27,13 +37,18 @@ def main() -> None:
         distributed.init_process_group("gloo")
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4, vocab_size=4096
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.hidden * 5 // 2,
+        num_hidden_layers=arguments.blocks,
+        num_attention_heads=4,
+        vocab_size=4096,
     )
+    work = {"solver": getattr(ms, arguments.solver)(), "targets": arguments.targets}
     calibration = torch.randint(1, 4096, (arguments.samples, arguments.length))
     for run in ("first, with what is compiled", "measured"):
         model = LlamaForCausalLM(config)
         begin = time.process_time()
-        report = ms.prune(model, calibration, "2:4", solver=getattr(ms, arguments.solver)())
+        report = ms.prune(model, calibration, arguments.pattern, **work)
         seconds = time.process_time() - begin
         solver = sum(layer.seconds for layer in report.layers.values())
         rank = os.environ.get("RANK", "alone")

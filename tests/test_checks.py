@@ -201,6 +201,20 @@ class StatusInText(Right):
         return replace(super().compute(state, pattern), status="done")
 
 
+class SharesOutByRows(ms.IHT):
+    """Its rows wait for one another."""
+
+    def row_work(self, columns, factors):
+        return float(columns)
+
+
+class AsksForTotalsUnevenly(ms.Magnitude):
+    def init(self, problem):
+        if problem.centre[0, 0] > 0:
+            problem.total(1.0)
+        return super().init(problem)
+
+
 WRONG_SOLVERS = {
     OneZeroTooFew: "missed its pattern: 50% promises 16 zeros, the mask has 15",
     IgnoresFactors: "ignores U",
@@ -218,6 +232,8 @@ WRONG_SOLVERS = {
     Crashes: "a run raises IndexError: list index out of range [one column, 50%",
     RefusesAll: "refuses every problem: missing everything",
     RefusesWithoutWords: "unsupported must give a reason in words or None, it gives True",
+    SharesOutByRows: "gives another answer for some rows alone than in the layer",
+    AsksForTotalsUnevenly: "problem.total is asked for more often in some pieces than in others",
     StatusInText: "the status must be a moonshot.Status, it is 'done'",
 }
 

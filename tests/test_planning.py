@@ -17,10 +17,12 @@ from torch import nn
 import moonshot as ms
 from moonshot.files import plan as planning
 from moonshot.files.plan import Plan, ResourceError, check_disk, free_memory, plan
+from moonshot.layer.patterns import as_pattern
 from moonshot.models.calibration import as_batches, batch_samples
 from moonshot.models.offload import Offload
 from tests.models import JOINT, block_layers, decoder, tokens
 from tests.processes import new_process
+from tests.stand_in import GPU, there_is_a_gpu
 
 CPU = torch.device("cpu")
 
@@ -92,6 +94,41 @@ def test_a_solver_takes_as_long_as_it_does_on_small_problems(monkeypatch):
     layers = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     expected = 3 * sum(8.0 * m * d**2 / 512**3 for m, d in layers)
     assert planned(model, tokens()).seconds == pytest.approx(expected)
+
+
+def test_ranks_take_less_each(monkeypatch):
+    monkeypatch.setattr(planning, "_multiplication_rate", lambda device: 1e9)
+    monkeypatch.setattr(planning, "_seconds", lambda device, run: 1e-30)
+    one, two = (planned(decoder(), tokens(), ranks=ranks) for ranks in (1, 2))
+    assert two.seconds == pytest.approx(one.seconds / 2)
+    assert two.memory == one.memory and two.offloaded < one.offloaded
+    assert str(two) == f"{replace(two, ranks=1)}, in each of 2 processes"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "targets", "share"),
+    [
+        ("2:4", "0.mlp.down_proj", (0.5, 0.6)),  # each rank has half of the rows
+        (0.5, "0.mlp.down_proj", (1, 1)),
+        (0.5, "*.0.mlp.*", (0.5, 0.7)),
+    ],
+)
+def test_layers_and_their_rows_are_shared_by_ranks(monkeypatch, pattern, targets, share):
+    monkeypatch.setattr(planning, "_multiplication_rate", lambda device: 1e30)
+    monkeypatch.setattr(planning, "_seconds", lambda device, run: 1.0)
+    asked = dict(solver=ms.ADMM(), pattern=as_pattern(pattern), targets=targets)
+    one, two = (planned(decoder(), tokens(), ranks=ranks, **asked).seconds for ranks in (1, 2))
+    assert share[0] <= two / one <= share[1]
+
+
+def test_the_next_block_counts_where_it_comes_early(monkeypatch):
+    there_is_a_gpu(monkeypatch)
+    monkeypatch.setattr(planning, "_multiplication_rate", lambda device: 1.0)
+    monkeypatch.setattr(planning, "_solver_seconds", lambda *_: 1.0)
+    model, last = (decoder(dtype=torch.bfloat16, num_hidden_layers=blocks) for blocks in (2, 1))
+    block = sum(parameter.nbytes for parameter in model.model.layers[1].parameters())
+    assert planned(model, tokens(), device=GPU).memory == planned(model, tokens()).memory + block
+    assert planned(last, tokens(), device=GPU).memory == planned(last, tokens()).memory
 
 
 @pytest.mark.parametrize("solver", [ms.SparseGPT(), ms.ADMM(), ms.Magnitude()], ids=lambda s: s.name)

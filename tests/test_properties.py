@@ -10,10 +10,13 @@ import pytest
 from hypothesis import Phase, assume, given, settings
 
 from moonshot.bounds.certificate import lower_bound
+from moonshot.checks.pieces import solved_in_pieces
+from moonshot.layer.columns import Columns
 from moonshot.layer.objectives import Fisher, Reconstruction
-from moonshot.layer.patterns import NM, Unstructured
+from moonshot.layer.patterns import NM, Unstructured, is_by_row
 from moonshot.layer.problem import Problem, Status
 from moonshot.solvers import ADMM, IHT, OBS, Exact, Magnitude, Swaps, solve
+from moonshot.solvers.base import row_work
 from strategies import DEGENERATE, EXTREME, Layer, random_layer
 from tests.every_solver import SOLVERS, TABLES, each_solver, true_of
 
@@ -74,7 +77,7 @@ def assert_same_answer(solver, pattern, layer, other, back=lambda x: x, unit=1.0
 
 
 def test_every_table_names_every_solver():
-    assert len(TABLES) == 18
+    assert len(TABLES) == 19
     for test, names in TABLES.items():
         assert names == sorted(SOLVERS), test
 
@@ -212,6 +215,29 @@ def test_the_order_of_rows(solver, case):
     order = rng.permutation(len(layer.weight))
     other = replace(layer, weight=layer.weight[order], U=None if layer.U is None else layer.U[order])
     assert_same_answer(solver, pattern, layer, other, lambda x: x[np.argsort(order)])
+
+
+@true_of(
+    "Magnitude Wanda SparseGPT OBS ADMM Swaps",
+    IHT="rows are refitted when half of those of the layer have settled",
+    Exact="layers that it takes are too small to be worth it",
+)
+@few
+@given(cases(scopes=("row", "groups")), st.data())
+def test_pieces_of_a_layer_have_the_answer_of_the_whole(solver, case, data):
+    layer, pattern, _ = case
+    m, d = layer.weight.shape
+    ends = sorted(data.draw(st.sets(st.integers(1, m), max_size=2)) | {m})
+    assert row_work(solver, d, layer.problem.hessian.rank) > 0
+    result = solve(layer.problem, pattern, solver)
+    weight, mask = solved_in_pieces(layer.problem, pattern, solver, ends)
+    np.testing.assert_array_equal(mask, result.mask)
+    np.testing.assert_allclose(weight, result.weight, rtol=0, atol=1e-6 * abs(layer.weight).max())
+
+
+def test_who_does_not_treat_rows_by_themselves_does_not_say_so():
+    assert {row_work(solver, 8, 2) for solver in (IHT(), Exact(), Swaps(IHT()))} == {None}
+    assert not any(is_by_row(pattern, (4, 8)) for pattern in (Unstructured(0.5), NM(3, 16), Columns(0.5)))
 
 
 @true_of(

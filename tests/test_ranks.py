@@ -6,7 +6,7 @@ import signal
 import socket
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import nn
 from transformers import MixtralConfig
 
 import moonshot as ms
@@ -37,11 +38,37 @@ def test_every_item_has_one_rank_and_equal_ones_are_spread_evenly(sizes, count):
 @given(st.dictionaries(st.text(max_size=3), st.floats(0, 1e9), min_size=1), st.integers(1, 5), st.data())
 def test_the_rank_with_most_to_do_has_little_more_than_the_others(costs, count, data):
     first = data.draw(st.sets(st.sampled_from(sorted(costs))))
-    found = owners(costs, count, first)
+    found, _ = owners(costs, count, first)
     assert list(found) == list(costs) and all(found[name] == 0 for name in first)
     rest = {name: cost for name, cost in costs.items() if name not in first}
     loads = [sum(cost for name, cost in rest.items() if found[name] == rank) for rank in range(count)]
     assert max(loads) - min(loads) <= max(rest.values(), default=0) * (1 + 1e-9)
+    shared = {name: cost / count for name, cost in rest.items() if data.draw(st.booleans())}
+    together, last = owners(costs, count, first, shared)
+    assert all(together[name] == 0 for name in first)
+    assert {name for name, owner in together.items() if owner is None} <= set(shared)
+    assert end(together, rest, shared, count) == pytest.approx(last) and last <= max(loads) * (1 + 1e-9)
+
+
+def end(found, costs, shared, count):
+    """When the last of so many ranks has done what is its own of work of these costs, and its part of what all do."""
+    own = [sum(cost for name, cost in costs.items() if found[name] == rank) for rank in range(count)]
+    return max(own) + sum(shared[name] for name in costs if found[name] is None)
+
+
+@pytest.mark.parametrize(
+    ("costs", "each", "count", "together"),
+    [
+        (dict(down=9, up=1, gate=1), 1 / 2, 2, "down"),
+        (dict(down=9, up=1, gate=1), 0.95, 2, ""),  # each rank would do most of it
+        (dict(q=1, k=1), 1 / 2, 2, ""),  # one each
+        (dict(q=4, k=4, v=4), 1 / 2, 2, "q"),  # and one for the other two
+        (dict(gate=4, up=4, q=1, k=1, v=1), 1 / 3, 3, "gate up"),
+    ],
+)
+def test_all_work_together_where_that_ends_sooner(costs, each, count, together):
+    found, _ = owners(costs, count, shared={name: cost * each for name, cost in costs.items()})
+    assert [name for name, owner in found.items() if owner is None] == together.split()
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +116,14 @@ def close(found, expected, rtol=1e-3):
         torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol * float(value.abs().max()))
 
 
+@dataclass(frozen=True)
+class Telling(ms.Swaps):
+    """Says how many rows it has solved."""
+
+    def compute(self, state, pattern):
+        return replace(super().compute(state, pattern), note=f"{state.problem.shape[0]} rows")
+
+
 SPARSEGPT, ADMM = dict(solver=ms.SparseGPT(), objective=JOINT), dict(solver=ms.ADMM())
 CASES = {
     "chain": (decoder, tokens(), "2:4", ADMM),
@@ -127,6 +162,61 @@ def test_ranks_find_what_one_process_finds(workers, name, count):
         for part, other in zip(report.parts.values(), whole.parts.values(), strict=True):
             assert (part.steps, part.aside_after) == (other.steps, pytest.approx(other.aside_after, rel=1e-2))
         assert all(torch.equal(value, results[0][0][name]) for name, value in state.items())
+
+
+# Rows of a layer
+
+
+def grouped():
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3, groups=4), nn.Flatten(), nn.Linear(64, 1))
+    return nn.Sequential(*layers).eval()
+
+
+BY_ROW = ms.Unstructured(0.5, "row")
+DOWN = dict(targets="down_proj")
+STAGES = dict(solver=ms.SparseGPT(), refit=ms.Refit(epochs=2, steps=2, stages=2))
+ROWS = {
+    "ADMM": (2, decoder, tokens(), "2:4", ADMM | DOWN),
+    "ADMM, uneven": (3, decoder, tokens(), "2:4", ADMM | DOWN),
+    "SparseGPT": (3, decoder, tokens(7), BY_ROW, SPARSEGPT | DOWN),
+    "OBS": (2, decoder, tokens(), "2:4", dict(solver=ms.OBS()) | DOWN),
+    "auto": (2, decoder, tokens(12), "2:4", dict(objective="auto") | DOWN),
+    "stages": (2, decoder, tokens(), BY_ROW, STAGES | DOWN),
+    "groups, and fewer rows than ranks": (3, grouped, images(), BY_ROW, ADMM | dict(loss=spread)),
+    "an expert": (3, mixture, tokens(), "2:4", ADMM | dict(targets="0.mlp.experts.down_proj.0")),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_ranks_that_share_rows_find_what_one_process_finds(workers, name):
+    count, make, data, pattern, arguments = ROWS[name]
+    expected, losses, whole = pruned(0, make, data, pattern, arguments)
+    results = workers(count, pruned, make, data, pattern, arguments)
+    for state, relative, report in results:
+        close(state, expected)
+        assert relative == pytest.approx(losses, rel=1e-4)
+        for layer, other in zip(report.layers.values(), whole.layers.values(), strict=True):
+            assert (layer.status, layer.sparsity) == (other.status, other.sparsity)
+            assert layer.terms == pytest.approx(other.terms, rel=1e-3, abs=1e-6) and layer.seconds > 0
+        assert all(torch.equal(value, results[0][0][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count", "said"),
+    [
+        ({}, 2, "16 rows"),
+        ({}, 3, "11 rows"),
+        (dict(bound=True), 2, "32 rows"),
+        (dict(solver=Telling(ms.IHT())), 2, "32 rows"),
+        (dict(pattern=0.5), 2, "32 rows"),
+    ],
+)
+def test_rows_are_shared_where_they_are_independent(workers, arguments, count, said):
+    arguments = dict(solver=Telling(ms.Wanda()), targets="0.mlp.down_proj", pattern=BY_ROW) | arguments
+    pattern = arguments.pop("pattern")
+    for _, _, report in workers(count, pruned, decoder, tokens(), pattern, arguments):
+        assert [layer.note for layer in report.layers.values()] == [said]
 
 
 def test_a_generator_is_read_on_each_rank(workers):
@@ -289,6 +379,35 @@ def test_statistics_that_may_not_add_up_are_refused(workers):
         assert "additive = True" in str(error)
 
 
+@dataclass(frozen=True)
+class FailsInItsRows(ms.ADMM):
+    """Ends on one rank, by an error or as if that were killed, while the others solve the rest of the rows."""
+
+    where: int = 0
+    killed: bool = False
+
+    def compute(self, state, pattern):
+        if torch.distributed.get_rank() != self.where:
+            return super().compute(state, pattern)
+        if self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("no more")
+
+
+def test_an_error_in_some_rows_is_told_to_the_other_ranks(workers):
+    assert_all_failed(
+        workers(3, pruned, decoder, tokens(), "2:4", dict(solver=FailsInItsRows(where=1)) | DOWN), 1, "no more"
+    )
+
+
+def test_a_rank_that_is_killed_in_its_rows_ends_the_others(workers):
+    solver = FailsInItsRows(where=2, killed=True)
+    *others, last = workers(3, pruned, decoder, tokens(), "2:4", dict(solver=solver) | DOWN)
+    assert last is None
+    for error in others:
+        assert isinstance(error, RankError) and "has ended" in str(error)
+
+
 def killed(rank):
     def on_layer(layer, total):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -306,31 +425,36 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_message(workers):
 # Checkpoints
 
 
-def test_a_checkpoint_of_some_ranks_is_continued_by_others(workers, tmp_path):
-    expected, _, whole = pruned(0, decoder, tokens(), "2:4", SPARSEGPT)
+@pytest.mark.parametrize(
+    ("arguments", "resumed", "layers"),
+    [(SPARSEGPT, 8, 14), (ADMM | dict(targets=["up_proj", "down_proj"]), 3, 4)],
+    ids=["layers", "rows"],
+)
+def test_a_checkpoint_of_some_ranks_is_continued_by_others(workers, tmp_path, arguments, resumed, layers):
+    expected, _, whole = pruned(0, decoder, tokens(), "2:4", arguments)
     folder = tmp_path / "answers"
-    assert_all_failed(workers(2, interrupted, folder), 0, "interrupted")
-    for state, _, report in workers(3, pruned_with_a_checkpoint, folder):
+    assert_all_failed(workers(2, interrupted, folder, arguments), 0, "interrupted")
+    for state, _, report in workers(3, pruned_with_a_checkpoint, folder, arguments):
         close(state, expected)
-        assert report.resumed == 8 and list(report.layers) == list(whole.layers)
-    state, _, report = pruned(0, decoder, tokens(), "2:4", SPARSEGPT | dict(checkpoint=folder))
+        assert report.resumed == resumed and list(report.layers) == list(whole.layers)
+    state, _, report = pruned(0, decoder, tokens(), "2:4", arguments | dict(checkpoint=folder))
     close(state, expected)
-    assert report.resumed == 14
+    assert report.resumed == layers
 
 
-def interrupted(rank, folder):
+def interrupted(rank, folder, arguments):
     def on_layer(layer, total):
         if layer.name.startswith("model.layers.1"):
             raise RuntimeError("interrupted")
 
     model = decoder()
     place = folder if rank == 0 else "/proc/nothing/can/be/made/here"
-    return ms.prune(model, tokens(), "2:4", on_layer=on_layer, checkpoint=place, **SPARSEGPT)
+    return ms.prune(model, tokens(), "2:4", on_layer=on_layer, checkpoint=place, **arguments)
 
 
-def pruned_with_a_checkpoint(rank, folder):
+def pruned_with_a_checkpoint(rank, folder, arguments):
     place = folder if rank == 0 else "/proc/nothing/can/be/made/here"
-    return pruned(rank, decoder, tokens(), "2:4", SPARSEGPT | dict(checkpoint=place))
+    return pruned(rank, decoder, tokens(), "2:4", arguments | dict(checkpoint=place))
 
 
 # The command line

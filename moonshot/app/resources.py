@@ -19,7 +19,7 @@ from moonshot.files.plan import Plan
 from moonshot.layer.patterns import Pattern
 from moonshot.models.batch_sizes import tokens_at_once
 from moonshot.models.calibration import as_batches
-from moonshot.models.ranks import Ranks
+from moonshot.models.ranks import Ranks, current
 from moonshot.models.targets import listed
 from moonshot.pruning.auto import CANDIDATES
 
@@ -48,9 +48,9 @@ class Resources:
         plan = self._plan(work.model, calibration)
         if plan is None:
             return None
-        say(console, f"{plan}{f', by one process where {ranks.count} share the work' * (ranks.count > 1)}")
+        say(console, str(plan))
         on_disk = self._needs_disk(plan)
-        needed = {work.draft: work.unwritten + plan.offloaded * on_disk}
+        needed = {work.draft: work.unwritten + plan.offloaded * on_disk * processes_here()}
         if self.asked.checkpoint is not None and ranks.is_first:
             weights = sum(parameter.nbytes for parameter in work.model.parameters())
             needed[self.asked.checkpoint] = weights * (1 + (self.asked.refit is not None))
@@ -96,6 +96,7 @@ class Resources:
             trials=len(CANDIDATES) if asked.objective == "auto" else 0,
             refit=asked.refit,
             device=asked.used_device,
+            ranks=current().count,
         )
 
     def _needs_disk(self, plan: Plan) -> bool:

@@ -9,11 +9,12 @@ import numpy as np
 
 from moonshot.checks.exhaustive import optimum
 from moonshot.checks.faults import Faults, Unchanged, is_instance
+from moonshot.checks.pieces import solved_in_pieces
 from moonshot.errors import ArgumentTypeError
-from moonshot.layer.patterns import NM, Pattern, PatternError, Unstructured, as_pattern
+from moonshot.layer.patterns import NM, Pattern, PatternError, Unstructured, as_pattern, is_by_row
 from moonshot.layer.problem import Problem, Result, Status
 from moonshot.linalg.hessian import RowHessian
-from moonshot.solvers.base import NotSupportedError, Solver, SolverError, solve
+from moonshot.solvers.base import NotSupportedError, Solver, SolverError, row_work, solve
 
 PATTERNS: tuple[Pattern, ...] = (
     Unstructured(0.5),
@@ -53,8 +54,9 @@ def check_solver(solver: Solver, patterns: Sequence[Pattern | str | float] = PAT
     why it is not for them or gives an answer that `solve` accepts: the pattern's zeros, finite, no worse than its
     start, no better than its bound. It changes nothing it is given, gives the same answer again and from a state that
     has served other patterns, leaves the centre alone where nothing is to be pruned, looks at the factors if it looks
-    at A, treats rows alike where the pattern does, and does not depend on the units of F or of the weights. On layers
-    of twelve weights "optimal" and bounds are held against every mask there is.
+    at A, treats rows alike where the pattern does, and each by itself if it says so (row_work), and does not depend on
+    the units of F or of the weights. On layers of twelve weights "optimal" and bounds are held against every mask
+    there is.
 
     Returns what the solver refused, each as "layer, pattern: reason". Raises TypeError for what is no solver.
     """
@@ -74,6 +76,7 @@ def check_solver(solver: Solver, patterns: Sequence[Pattern | str | float] = PAT
         check.looks_at_the_problem(pattern)
         check.units(pattern)
         check.rows(pattern)
+        check.pieces(pattern)
         check.proofs(pattern)
     if not check.answers and not faults:
         faults.add("refuses every problem: " + "; ".join(sorted(set(check.refusals.values()))), "unsupported")
@@ -241,6 +244,30 @@ class _Check:
         if other and abs(first.relative - other.relative) > _ROUNDING:
             self.faults.add(
                 "depends on the order of the rows: row i has the Hessian A + U[i] U[i]', and no other", where
+            )
+
+    def pieces(self, pattern: Pattern) -> None:
+        """Pieces of a layer have the answer of the whole, if the solver says that it treats each row by itself."""
+        rng, (m, d, n), where = np.random.default_rng(2), (24, 64, 1), f"24 rows, {pattern}"
+        layer = _Layer(rng.normal(size=(m, d)), _with_condition(rng, d, 1e4), rng.normal(size=(m, d, n)))
+        work = self.faults.run("row_work", where, lambda: row_work(self.solver, d, n))
+        if work is None or not _fits(pattern, layer.problem) or not is_by_row(pattern, (m, d)):
+            return
+        if not (isinstance(work, int | float) and 0 < work < np.inf):
+            self.faults.add(f"row_work must be positive, or None, it is {work!r}", where)
+        whole = self.solve(layer, pattern, where)
+        if whole is None:
+            return
+        found = self.faults.run(
+            "a piece",
+            where,
+            lambda: solved_in_pieces(layer.problem, pattern, self.solver, [5, 6, m]),
+        )
+        if found and not np.allclose(found[0], whole.weight, rtol=0, atol=_ROUNDING * abs(layer.weight).max()):
+            self.faults.add(
+                "gives another answer for some rows alone than in the layer: without row_work it always has them all; "
+                "or add up by problem.total what it asks of all rows together",
+                where,
             )
 
     def proofs(self, pattern: Pattern) -> None:

@@ -28,7 +28,9 @@ from moonshot.models.blocks import find_blocks
 from moonshot.models.calibration import Batch, batch_tokens, count_samples
 from moonshot.models.layers import layers_of
 from moonshot.models.precision import tensors_outside
+from moonshot.models.ranks import owners
 from moonshot.models.targets import select
+from moonshot.pruning.by_rows import is_divisible, work
 from moonshot.pruning.refit import Refit
 from moonshot.solvers.base import NotSupportedError, Solver
 
@@ -56,11 +58,13 @@ class Plan:
     seconds: None where the solver takes none of the small problems that it would be timed on.
     memory is without what can be offloaded (the weights as they were, hidden states and gradients between blocks):
     `offloaded` bytes, in memory or on disk.
+    ranks: how many processes share the work; memory and what is offloaded are those of each, at most.
     """
 
     seconds: float | None
     memory: int
     offloaded: int
+    ranks: int = 1
 
     def needs_offload(self, free: int) -> bool:
         """Whether what can be offloaded must be on disk, for the rest to fit into `free` bytes of memory.
@@ -78,7 +82,7 @@ class Plan:
         memory, offloaded = _gib(self.memory), _gib(self.offloaded)
         return (
             f"{self._time()}, at most {memory} of memory beyond what this process has now, and {offloaded} that can be "
-            "offloaded to disk"
+            f"offloaded to disk{f', in each of {self.ranks} processes' * (self.ranks > 1)}"
         )
 
     def _time(self) -> str:
@@ -98,13 +102,20 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Counts:
-    """What follows from shapes alone: layers, factors of a row, multiply-adds without solvers', memory as in Plan."""
+    """What follows from shapes alone: the layers of each block, factors of a row, multiply-adds, memory as in Plan.
 
-    layers: list[Layer]
+    multiplications: of all ranks, without those of solvers.
+    """
+
+    blocks: list[list[Layer]]
     rank: int
     multiplications: float
     memory: int
     offloaded: int
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for block in self.blocks for layer in block]
 
 
 def plan(
@@ -120,12 +131,14 @@ def plan(
     trials: int = 0,
     refit: Refit | None = None,
     device: torch.device | None = None,
+    ranks: int = 1,
 ) -> Plan | None:
     """What `prune` takes with these arguments; None for what is no transformer on tokens (batches with input_ids).
 
     pattern: what the solver is timed at, or 50% where that does not fit the problems it is timed on.
     trials: how many objectives on the same terms are tried first; refit: how parts are fitted afterwards, if at all.
-    device: where it would run, if not where the model is.
+    device: where it would run, if not where the model is; on a GPU block by block, of which the next one comes early.
+    ranks: how many processes share the work.
     """
     device = device or next(model.parameters()).device
     counts = count(
@@ -138,14 +151,15 @@ def plan(
         trials=trials,
         refit=refit,
         device=device,
+        ranks=ranks,
     )
     if counts is None:
         return None
-    seconds = _solver_seconds(solver, pattern, counts.rank, counts.layers, device)
+    seconds = _solver_seconds(solver, pattern, counts, device, ranks)
     if seconds is not None:
         times = trials + (refit.stages if refit else 1)
-        seconds = counts.multiplications / _multiplication_rate(device) + seconds * times
-    return Plan(seconds, counts.memory + _working_memory(solver, counts.layers), counts.offloaded)
+        seconds = counts.multiplications / ranks / _multiplication_rate(device) + seconds * times
+    return Plan(seconds, counts.memory + _working_memory(solver, counts.layers), counts.offloaded, ranks)
 
 
 def count(
@@ -159,6 +173,7 @@ def count(
     trials: int = 0,
     refit: Refit | None = None,
     device: torch.device = _CPU,
+    ranks: int = 1,
 ) -> Counts | None:
     """What can be said of `plan` for a model without weights, on the meta device."""
     tokens = [batch_tokens(batch) for batch in batches]
@@ -170,7 +185,6 @@ def count(
         return None
     chosen = set(select(names, targets, ignore))
     blocks = [_chosen(name, block, chosen) for name, block in parts]
-    layers = [layer for block in blocks for layer in block]
     vocabulary, hidden = embeddings[0].num_embeddings, embeddings[0].embedding_dim
     itemsize = next(model.parameters()).itemsize
     replayed = bool(objective.needed & {"gradients", "output_gradients"})
@@ -184,17 +198,23 @@ def count(
         at_once, max(2 * length, logits_at_once(model, device))
     )  # two samples show how the model runs
 
-    offloaded = sum(m * d for m, d, _ in layers) * itemsize * (1 + trials)
-    offloaded += total * hidden * itemsize * (2 + len(blocks) if replayed else 1 + (refit is not None))
+    own = min(total, -(-count_samples(batches) // ranks) * length)  # tokens of a rank
+    offloaded = sum(m * d for block in blocks for m, d, _ in block) * itemsize * (1 + trials)
+    offloaded += own * hidden * itemsize * (2 + len(blocks) if replayed else 1 + (refit is not None))
+    early = (
+        device.type == "cuda" and next(model.parameters()).device != device
+    )  # the next block: models.in_turn
+    coming = [early * sum(p.nbytes for p in block.parameters()) for _, block in parts[1:]] + [0]
     weights = [sum(p.numel() for p in block.parameters()) for _, block in parts]
     outside = sum(tensor.numel() for tensor in tensors_outside(model, [block for _, block in parts]))
     memory = max(
         4 * outside + 4 * with_logits * vocabulary * _LOGITS,
         *(
-            4 * own
+            4 * here
+            + following
             + _running(block, at_once, length, replayed or refit is not None)
-            + _pruning(block, objective, rank, trials, refit, 4 * own)
-            for own, block in zip(weights, blocks, strict=True)
+            + _pruning(block, objective, rank, trials, refit, 4 * here)
+            for here, following, block in zip(weights, coming, blocks, strict=True)
         ),
     )
     multiplications = float(total) * sum(weights) * (7 if replayed else 3)
@@ -208,7 +228,7 @@ def count(
     if trials:  # one pass on three quarters of the samples, and each answer's losses on the rest
         multiplications *= 1.75
         multiplications += 0.25 * total * trials * (sum(weights) + hidden * vocabulary)
-    return Counts(layers, rank, multiplications, memory, offloaded)
+    return Counts(blocks, rank, multiplications, memory, offloaded)
 
 
 def _chosen(prefix: str, block: nn.Module, names: set[str]) -> list[Layer]:
@@ -311,17 +331,18 @@ def _fits(pattern: Pattern, shape: tuple[int, int]) -> bool:
 
 
 def _solver_seconds(
-    solver: Solver, pattern: Pattern, rank: int, layers: list[Layer], device: torch.device
+    solver: Solver, pattern: Pattern, counts: Counts, device: torch.device, ranks: int
 ) -> float | None:
     """The time of all layers, from that of two small square ones: linear in the rows, a power of the columns.
 
+    So many ranks share the layers of a block among them, as they do when it is pruned.
     Where the smaller takes long it is the only one. None where the solver takes neither pattern.
     """
     times: list[float] = []
-    if first := _probe(solver, pattern, rank, _FIRST, device):
+    if first := _probe(solver, pattern, counts.rank, _FIRST, device):
         first()
     for size in _PROBES:
-        solve = _probe(solver, pattern, rank, size, device)
+        solve = _probe(solver, pattern, counts.rank, size, device)
         if solve is None:
             return None
         times.append(_seconds(device, solve))
@@ -329,7 +350,26 @@ def _solver_seconds(
             break
     size, longest = _PROBES[len(times) - 1], times[-1]
     power = min(max(math.log2(longest / times[0]), 2.5), 4.0) if times[1:] else 3.0  # of a square layer
-    return sum(longest * (m / size) * (d / size) ** (power - 1) for m, d, _ in layers)
+
+    def one(layer: Layer) -> float:
+        return longest * (layer.m / size) * (layer.d / size) ** (power - 1)
+
+    def each(layer: Layer) -> float:
+        """The time of each rank where all solve a layer together."""
+        cost = partial(work, solver, (layer.m, layer.d), counts.rank)
+        return one(layer) * cost(ranks) / cost()
+
+    def last(block: list[Layer]) -> float:
+        """When the last rank has solved what it has of a block."""
+        layers = {str(k): layer for k, layer in enumerate(block)}
+        together = {
+            k: each(layer)
+            for k, layer in layers.items()
+            if is_divisible(solver, [pattern], (layer.m, layer.d), ranks)
+        }
+        return owners({k: one(layer) for k, layer in layers.items()}, ranks, shared=together)[1]
+
+    return sum(map(last, counts.blocks))
 
 
 def _probe(

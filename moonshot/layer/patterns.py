@@ -194,6 +194,12 @@ def equal_groups(pattern: Pattern, shape: tuple[int, int]) -> tuple[int, int] | 
     return (size, zeros) if columns % size == 0 or size == rows * columns else None
 
 
+def is_by_row(pattern: Pattern, shape: tuple[int, int]) -> bool:
+    """Whether a pattern has equal groups within rows, so that the zeros of no row depend on those of another."""
+    groups = equal_groups(pattern, shape)
+    return groups is not None and groups[0] <= shape[1]
+
+
 def lacks_groups(pattern: Pattern, shape: tuple[int, int], who: str) -> str | None:
     """Why a solver that works group by group cannot take a pattern; None where it can. who: such as "a sweep"."""
     if equal_groups(pattern, shape) is not None:

@@ -1,5 +1,6 @@
 """Problem, Result and Status: what goes into a solver and what comes out, as plain data."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -127,6 +128,11 @@ class AtZero:
         return self._known
 
 
+def _alone(value: float) -> float:
+    """The total of a number over the only piece of a layer."""
+    return value
+
+
 class Problem:
     """Minimise `F(V) = sum_i (v_i - c_i)' H_i (v_i - c_i) + constant` over V (m, d) with a pattern of zeros.
 
@@ -137,6 +143,7 @@ class Problem:
     terms, damping: what the objective that built the problem records for reports.
     ridge: that of an objective, for which `F(V) = sum_t weight_t loss_t(V) + ridge ||V - W||^2`; None for what was not
     built from terms.
+    total: (x) -> the sum of a number x over all pieces of a layer, where this problem is one of several (`of_rows`).
 
     Raises TypeError or ValueError for a weight that is not a finite (m, d) array matching the Hessian, or where one of
     them is so large or so small that products of them are beyond float64.
@@ -152,6 +159,7 @@ class Problem:
         terms: tuple[Term, ...] = (),
         damping: float = 0.0,
         ridge: float | None = None,
+        total: Callable[[float], float] = _alone,
     ):
         if not isinstance(hessian, RowHessian):
             raise ArgumentTypeError(
@@ -164,6 +172,7 @@ class Problem:
         self.terms = terms
         self.damping = damping
         self.ridge = ridge
+        self.total = total
         with computing_on(weight):
             self.centre = self._matrix(weight if centre is None else centre, "weight")
             _check_size(self.centre, "the weight")
@@ -230,7 +239,21 @@ class Problem:
         factors = self.hessian.factors
         stacked = None if factors is None else on_host(factors).transpose(1, 2, 0)
         centre = on_host(self.centre)
-        return Problem(centre, RowHessian(on_host(self.hessian.A), stacked), constant=self.constant)
+        hessian = RowHessian(on_host(self.hessian.A), stacked)
+        return Problem(centre, hessian, constant=self.constant, total=self.total)
+
+    def of_rows(self, first: int, stop: int, total: Callable[[float], float]) -> "Problem":
+        """The problem of the rows from `first` to before `stop`, without terms. The F of all pieces add up to F.
+
+        total: what adds up a number over the pieces, all of which are solved at the same time.
+        """
+        piece = Problem.__new__(Problem)  # whose arrays have been checked
+        piece.weight, piece.centre = self.weight[first:stop], self.centre[first:stop]
+        with computing_on(self.weight):
+            piece.hessian = self.hessian.of_rows(first, stop)
+        piece.constant = self.constant * (stop - first) / self.shape[0]
+        piece.terms, piece.damping, piece.ridge, piece.total = (), self.damping, None, total
+        return piece
 
     def zero_value(self) -> float:
         """F(0), the unit of `Result.relative`."""

@@ -1,5 +1,6 @@
 """RowHessian: one symmetric positive definite matrix per row of a layer, shared plus low rank."""
 
+from copy import copy
 from functools import cached_property
 
 from moonshot.errors import ArgumentError, ArgumentTypeError
@@ -8,6 +9,7 @@ from moonshot.linalg.backend import (
     all_finite,
     as_dtype,
     computing_on,
+    contiguous,
     dtype_name,
     is_numpy,
     like,
@@ -102,6 +104,13 @@ class RowHessian:
     def rank(self) -> int:
         """n, the number of factors of a row."""
         return 0 if self.factors is None else self.factors.shape[0]
+
+    def of_rows(self, first: int, stop: int) -> "RowHessian":
+        """The Hessians of the rows from `first` to before `stop`, with what has been derived from A."""
+        piece = copy(self)
+        if self._factors is not None:
+            piece._factors = contiguous(self._factors[:, first:stop])
+        return piece
 
     @cached_property
     def inverse_factor(self) -> Array:

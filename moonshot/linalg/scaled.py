@@ -1,5 +1,6 @@
 """A layer's quadratic in scaled coordinates."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,16 +73,19 @@ class ScaledQuadratic:
         difference = x - self.target
         return float(namespace(x).sum(difference * self.matvec(difference)))
 
-    def is_below(self, x: Array, others: list[Array]) -> bool:
-        """Whether the quadratic at x (m, d) is below that at each of the others by more than it may be off by."""
-        least, most = zip(*map(self._bounds, (x, *others)), strict=True)
+    def is_below(self, x: Array, others: list[Array], total: Callable[[float], float]) -> bool:
+        """Whether the quadratic at x (m, d) is below that at each of the others by more than it may be off by.
+
+        total: what adds up a number over all pieces of a layer, of which these rows are one (Problem.total).
+        """
+        least, most = zip(*(self._bounds(each, total) for each in (x, *others)), strict=True)
         return most[0] < min(least[1:])
 
-    def _bounds(self, x: Array) -> tuple[float, float]:
+    def _bounds(self, x: Array, total: Callable[[float], float]) -> tuple[float, float]:
         """What the quadratic at x may be once rounding is allowed for: `|H_i|` is at most the trace of H_i."""
-        xp, value = namespace(x), self.loss(x)
+        xp, value = namespace(x), total(self.loss(x))
         size = float(xp.sum(xp.sum((x - self.target) ** 2, axis=1) * xp.sum(self.diagonal, axis=1)))
-        rounding = xp.finfo(x.dtype).eps * size
+        rounding = xp.finfo(x.dtype).eps * total(size)
         return value - rounding, value + rounding
 
     def refit(self, x: Array, mask: Array, steps: int) -> Array:

@@ -24,6 +24,11 @@ class WeightedHessians:
         self.hessian = hessian
         self.half_product = cache(hessian.half_product)
         self.shifted_inverse = FirstFewCache(hessian.shifted_inverse)
+        self.of_rows = cache(self._of_rows)
+
+    def _of_rows(self, first: int, stop: int) -> "WeightedHessians":
+        """Those of some rows of the Hessian, found once."""
+        return WeightedHessians(self.hessian.of_rows(first, stop))
 
     def weighted(self, shared: float, factors: float) -> RowHessian:
         """`shared A + factors U_i U_i'`. ValueError for weights that are not finite, or give no definite Hessian."""
@@ -40,13 +45,16 @@ class _Weighted(RowHessian):
     def __init__(self, common: WeightedHessians, shared: float, factors: float):
         hessian = common.hessian  # whose arrays have been checked
         self.A, self._kind = hessian.A * shared, hessian._kind
-        self._common, self._shared, self._root = common, shared, sqrt(factors)
+        self._common, self._shared, self._weight, self._root = common, shared, factors, sqrt(factors)
         self._ratio = self._root / sqrt(shared)
 
     @cached_property
     def factors(self) -> Array | None:
         factors = self._common.hessian.factors
         return None if factors is None or not self._root else factors * self._root
+
+    def of_rows(self, first: int, stop: int) -> RowHessian:
+        return self._common.of_rows(first, stop).weighted(self._shared, self._weight)
 
     @property
     def rows(self) -> int | None:

@@ -2,9 +2,10 @@
 
 Each rank has the whole model and makes the same calls in the same order. What takes time is divided among them: each
 runs the model on its share of the samples, what they have seen is added up, and each solves some of the layers and
-tells the others its answers.
+tells the others its answers. A large layer may be solved by all together.
 """
 
+import heapq
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,19 +49,28 @@ class Ranks:
         """Which of some items, of these sizes, are this rank's: consecutive ones, and for the first at least one."""
         return range(len(sizes))
 
-    def owners(self, costs: Mapping[str, float], first: Iterable[str] = ()) -> dict[str, int]:
-        """{name: the rank that works on it}, for work of these costs. first: names that are the first rank's."""
+    def owners(
+        self, costs: Mapping[str, float], first: Iterable[str] = (), shared: Mapping[str, float] = {}
+    ) -> dict[str, int | None]:
+        """{name: the rank that works on it, None for all together}, for work of these costs.
+
+        first: names that are the first rank's. shared: what each rank's part costs, of work that all could do together.
+        """
         return dict.fromkeys(costs, 0)
 
     def deal(
-        self, owners: Mapping[str, int], work: Callable[[str], Value], device: torch.device
+        self, owners: Mapping[str, int | None], work: Callable[[str], Value], device: torch.device
     ) -> Iterator[tuple[str, Value]]:
-        """(name, what `work` gives for it), in order, each worked out by its owner.
+        """(name, what `work` gives for it), in order, each worked out by its owner, or first of all by all together.
 
         device: where the others get the tensors in it that are on a GPU.
         """
         for name in owners:
             yield name, work(name)
+
+    def total(self, value: float) -> float:
+        """The sum of what every rank says, the same on all of them."""
+        return value
 
     def gather(self, value: Value) -> list[Value]:
         """What every rank says, by rank: objects without large tensors."""
@@ -127,17 +137,31 @@ def shares(sizes: Sequence[int], count: int) -> list[range]:
     return runs
 
 
-def owners(costs: Mapping[str, float], count: int, first: Iterable[str] = ()) -> dict[str, int]:
-    """{name: rank} of work of these costs, the costliest first, each to the rank with the least so far.
+def owners(
+    costs: Mapping[str, float], count: int, first: Iterable[str] = (), shared: Mapping[str, float] = {}
+) -> tuple[dict[str, int | None], float]:
+    """{name: rank, or None for all together} of work of these costs, and when the last rank ends.
 
-    first: names that are the first rank's, and cost nothing.
+    The costliest goes first, each to the rank with the least so far. first: names that are the first rank's, and cost
+    nothing. shared: what each rank's part costs, of work that all could do together: the costliest, as many as it takes
+    for the end to come soonest.
     """
-    found, load = dict.fromkeys(first, 0), [0.0] * count
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        if name not in found:
-            found[name] = min(range(count), key=load.__getitem__)
-            load[found[name]] += costs[name]
-    return {name: found[name] for name in costs}
+    given = set(first)
+    rest = sorted((name for name in costs if name not in given), key=lambda name: -costs[name])
+    could = [name for name in rest if name in shared][:count]
+
+    def dealt(together: list[str]) -> tuple[dict[str, int | None], float]:
+        """What is found where all do some together."""
+        found: dict[str, int | None] = {**dict.fromkeys(given, 0), **dict.fromkeys(together)}
+        loads = [(sum(shared[name] for name in together), rank) for rank in range(count)]
+        for name in rest:
+            if name not in found:
+                load, rank = loads[0]
+                found[name] = rank
+                heapq.heapreplace(loads, (load + costs[name], rank))
+        return {name: found[name] for name in costs}, max(loads)[0]
+
+    return min((dealt(could[:k]) for k in range(len(could) + 1)), key=lambda each: each[1])
 
 
 class _Slot(NamedTuple):
@@ -165,15 +189,23 @@ class _Group(Ranks):
     def share(self, sizes: Sequence[int]) -> range:
         return shares(sizes, self.count)[self.index]
 
-    def owners(self, costs: Mapping[str, float], first: Iterable[str] = ()) -> dict[str, int]:
-        return owners(costs, self.count, first)
+    def owners(
+        self, costs: Mapping[str, float], first: Iterable[str] = (), shared: Mapping[str, float] = {}
+    ) -> dict[str, int | None]:
+        return owners(costs, self.count, first, shared)[0]
 
     def deal(
-        self, owners: Mapping[str, int], work: Callable[[str], Value], device: torch.device
+        self, owners: Mapping[str, int | None], work: Callable[[str], Value], device: torch.device
     ) -> Iterator[tuple[str, Value]]:
-        own = {name: work(name) for name, owner in owners.items() if owner == self.index}
+        own = {name: work(name) for name, owner in owners.items() if owner is None}
+        own |= {name: work(name) for name, owner in owners.items() if owner == self.index}
         for name, owner in owners.items():
-            yield name, self.broadcast(own.pop(name, None), owner, device)  # type: ignore[misc]
+            found = own.pop(name, None)
+            yield name, found if owner is None else self.broadcast(found, owner, device)  # type: ignore[misc]
+
+    def total(self, value: float) -> float:
+        said = self._all_gather(torch.tensor([value], dtype=torch.float64, device="cpu"))
+        return sum(float(each) for each in said)
 
     def gather(self, value: Value) -> list[Value]:
         content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)

@@ -156,8 +156,8 @@ class LayerStatistics:
                     else:
                         into.addmm_(at[s].T, read[s], alpha=sign)
 
-    def add_up(self, ranks: Ranks, owners: Mapping[str, int]) -> None:
-        """Add what the other ranks have observed. owners: {layer: the rank that alone will ask for it}.
+    def add_up(self, ranks: Ranks, owners: Mapping[str, int | None]) -> None:
+        """Add what the other ranks have observed. owners: {layer: the rank that alone will ask for it, None for all}.
 
         The statistics of all terms must be arrays that add up (`Objective.additive`).
         """
@@ -172,11 +172,13 @@ class LayerStatistics:
             )
         self.tokens = {name: sum(of_rank[name] for of_rank in tokens) for name in self.tokens}
         readers: dict[str, set[int]] = {}
-        for name, rank in owners.items():
-            readers.setdefault(self._owner.get(name, name), set()).add(rank)
+        everyone = set(range(ranks.count))
+        asking = {name: everyone if rank is None else {rank} for name, rank in owners.items()}
+        for name, some in asking.items():
+            readers.setdefault(self._owner.get(name, name), set()).update(some)
         for key, kind in _merged(arrays_by).items():
             name, _, k = key
-            wanted = readers[name] if self.terms[k].needs == {"inputs"} else {owners[name]}
+            wanted = readers[name] if self.terms[k].needs == {"inputs"} else asking[name]
             total = _or_zeros(arrays.pop(key, None), kind, self.layers[name])
             ranks.sum_([total], *(wanted if len(wanted) == 1 else ()))
             self._statistics.pop(key, None)
@@ -185,7 +187,7 @@ class LayerStatistics:
         for name, kind in _merged(gradients_by).items():
             gradients = _or_zeros(self._gradients.pop(name, None), kind, self.layers[name])
             ranks.sum_([gradients], owners[name])
-            if ranks.index == owners[name]:
+            if ranks.index in asking[name]:
                 self._gradients[name] = gradients
 
     def of(self, name: str, again: bool = False) -> list[list[Any]]:

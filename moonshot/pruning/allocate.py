@@ -232,13 +232,14 @@ def _solved(
     """Every layer solved at every choice, the other layers dense."""
     solved: dict[str, list[Choice]] = {}
     for part in calibration.parts:
-        with calibration.observed(part) as statistics:
+        owners = calibration.owners(part)
+        with calibration.observed(part, owners=owners) as statistics:
 
             def choices(name: str, part: Part = part, statistics: LayerStatistics = statistics) -> list[Choice]:
                 (problem,) = calibration.problems(name, part.layers[name], statistics)
                 return _choices(name, problem, menus[name], solver)
 
-            for name, found in ranks.deal(calibration.owners(part), choices, part.device):
+            for name, found in ranks.deal(owners, choices, part.device):
                 solved[name] = found
                 advance(name)
     return solved

@@ -1,10 +1,9 @@
 """One pass of the calibration data through a model, part by part: from what layers see to their pruning problems."""
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
-from math import prod
+from functools import partial, reduce
 from operator import add
 
 import torch
@@ -21,6 +20,7 @@ from moonshot.models.partition import Partition
 from moonshot.models.precision import tensors_of
 from moonshot.models.ranks import ALONE, Ranks
 from moonshot.models.statistics import LayerStatistics
+from moonshot.pruning.by_rows import work
 from moonshot.pruning.recipe import OnProgress, Recipe
 
 
@@ -47,7 +47,7 @@ class CalibrationPass:
     """Statistics and problems of the layers with these names, by one or more objectives.
 
     dense: whether what the dense parts return is wanted (Replay.dense_output).
-    ranks: each runs its own share of the batches, and has the problems of the layers that it owns.
+    ranks: each runs its own share of the batches, and has the problems of the layers that it solves.
     parts: all of the model's, in the order in which it runs them. Their turns come one after the other::
 
         for part in calibration.parts:
@@ -95,8 +95,13 @@ class CalibrationPass:
         self._dtypes = {name: view.weight.dtype for part in self.parts for name, view in part.layers.items()}
 
     @contextmanager
-    def observed(self, part: Part, done: Container[str] = ()) -> Iterator[LayerStatistics]:
-        """A part ready to run inside, and what its layers have seen; layers that are `done` have no statistics."""
+    def observed(
+        self, part: Part, done: Container[str] = (), owners: Mapping[str, int | None] = {}
+    ) -> Iterator[LayerStatistics]:
+        """A part ready to run inside, and what its layers have seen; layers that are `done` have no statistics.
+
+        owners: who will ask for which, where ranks share the work.
+        """
         layers = {name: view for name, view in part.layers.items() if name not in done}
         with self._turns.placed(part.index):
             statistics = LayerStatistics(
@@ -110,14 +115,25 @@ class CalibrationPass:
             )
             self.replay.observe(part.index, statistics)
             if self._ranks.count > 1:
-                statistics.add_up(self._ranks, self.owners(part, done))
+                statistics.add_up(self._ranks, owners)
             yield statistics
             self.replay.advance(part.index)
 
-    def owners(self, part: Part, done: Container[str] = ()) -> dict[str, int]:
-        """{layer: the rank that solves it} of a part, or the first rank for one that is done."""
-        costs = {name: float(prod((*view.problem_shape, view.shape[1]))) for name, view in part.layers.items()}
-        return self._ranks.owners(costs, [name for name in costs if name in done])
+    def owners(
+        self, part: Part, done: Container[str] = (), divisible: Container[str] = ()
+    ) -> dict[str, int | None]:
+        """{layer: the rank that solves it} of a part; the first rank for one that is done, None for all together.
+
+        divisible: layers of which each rank could solve some rows.
+        """
+        shapes = {name: view.problem_shape for name, view in part.layers.items()}
+        factors = min(self._recipe.factors, len(self._signs)) if "gradients" in self._union.needed else 0
+        cost = partial(work, self._recipe.solver, factors=factors)
+        return self._ranks.owners(
+            {name: cost(shape) for name, shape in shapes.items()},
+            [name for name in shapes if name in done],
+            {name: cost(shape, ranks=self._ranks.count) for name, shape in shapes.items() if name in divisible},
+        )
 
     def problems(
         self, name: str, layer: LayerView, statistics: LayerStatistics, again: bool = False

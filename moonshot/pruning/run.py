@@ -25,6 +25,7 @@ from moonshot.models.ranks import Ranks
 from moonshot.models.replay import Replay
 from moonshot.models.restore import restored_on_failure
 from moonshot.models.statistics import LayerStatistics
+from moonshot.pruning.by_rows import ByRows, is_divisible
 from moonshot.pruning.calibration_pass import CalibrationPass, Part, in_layer
 from moonshot.pruning.checkpoint import Checkpoint
 from moonshot.pruning.fingerprint import digest
@@ -32,7 +33,7 @@ from moonshot.pruning.layer_patterns import stages_of
 from moonshot.pruning.recipe import Recipe
 from moonshot.pruning.refit import PartFit, Refit, fitted_shapes
 from moonshot.pruning.report import LayerReport, PartReport
-from moonshot.solvers.base import solve
+from moonshot.solvers.base import Solver, solve
 
 
 class LayerAnswer(NamedTuple):
@@ -113,11 +114,25 @@ class PruningRun:
             )
             stages = stages[-1:] if fitted and answered.issuperset(part.layers) else stages
             done = answered if len(stages) == 1 else frozenset()  # what is in between is not stored
-            with calibration.observed(part, done) as statistics:
-                owners = calibration.owners(part, done)
+            divisible = {
+                name
+                for name, layer in part.layers.items()
+                if not bound
+                and is_divisible(
+                    self.recipe.solver,
+                    [patterns[name] for patterns in stages if name in patterns],
+                    layer.problem_shape,
+                    self.ranks.count,
+                )
+            }
+            owners = calibration.owners(part, done, divisible)
+            together = {name for name, owner in owners.items() if owner is None}
+            with calibration.observed(part, done, owners) as statistics:
                 for patterns in stages:
                     last = patterns is stages[-1]
-                    solve = partial(self._answers, calibration, part, statistics, patterns, last, bound)
+                    solve = partial(
+                        self._answers, calibration, part, statistics, patterns, last, bound, together
+                    )
                     find = partial(_stored_or, solve, checkpoint, dense, done, part)
                     dealt = {name: owners[name] for name in patterns}
                     for name, answers in self.ranks.deal(dealt, find, part.device):
@@ -209,22 +224,33 @@ class PruningRun:
         patterns: Mapping[str, Pattern],
         last: bool,
         bound: bool,
+        together: Container[str],
         name: str,
     ) -> list[LayerAnswer]:
-        """A layer's answers by all objectives. last: whether its statistics are not needed again."""
+        """A layer's answers by all objectives.
+
+        last: whether its statistics are not needed again; together: the layers that all ranks solve, each some rows.
+        """
         layer = part.layers[name]
-        solved = self._solver(name, layer, patterns[name], statistics, bound and last)
+        solver = ByRows(self.recipe.solver, self.ranks) if name in together else self.recipe.solver
+        solved = self._solver(name, layer, patterns[name], statistics, bound and last, solver)
         # map lets go of each problem before the next one takes as much memory
         return list(map(solved, calibration.problems(name, layer, statistics, again=not last)))
 
     def _solver(
-        self, name: str, layer: LayerView, pattern: Pattern, statistics: LayerStatistics, bound: bool
+        self,
+        name: str,
+        layer: LayerView,
+        pattern: Pattern,
+        statistics: LayerStatistics,
+        bound: bool,
+        solver: Solver,
     ) -> Callable[[Problem], LayerAnswer]:
         """What solves a layer's problem. statistics: those that the problem is made of."""
 
         def solved(problem: Problem) -> LayerAnswer:
             with in_layer(name):
-                result = solve(problem, pattern, self.recipe.solver, bound=bound)
+                result = solve(problem, pattern, solver, bound=bound)
             return LayerAnswer(
                 result.weight,
                 LayerReport(

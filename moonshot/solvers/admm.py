@@ -74,17 +74,21 @@ class ADMM:
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         return None
 
+    def row_work(self, columns: int, factors: int) -> float:
+        """That of a hundred iterations and steps of the refit, about the most there are, and of one set of grams."""
+        return 100.0 * columns * (columns + 2 * factors) + factors * columns**2 / 2
+
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
         quadratic = ScaledQuadratic.of(hessian, problem.centre, hessian.saliency_scale)
         return _State(problem, quadratic, FirstFewCache(hessian.shifted_inverse))
 
     def compute(self, state: _State, pattern: Pattern) -> Answer:
-        quadratic = state.quadratic
+        problem, quadratic, total = state.problem, state.quadratic, state.problem.total
         target = quadratic.target
-        xp = namespace(target)
+        xp, size = namespace(target), total(math.prod(target.shape))
         first = mask = pattern.keep(target * target)
-        point, moved = target * mask, deque[int](maxlen=_WINDOW)
+        point, moved = target * mask, deque[float](maxlen=_WINDOW)
         inverse = ShiftedInverse(state.inverse, quadratic.factors, quadratic.units)
         status, done, rho, shrink = Status.ITERATION_LIMIT, 0, self.rho, 1.0
         for done in range(1, self.iterations + 1):
@@ -92,17 +96,16 @@ class ADMM:
             step = inverse.solve(reflected(point, mask, target, rho, shrink * rho), rho)
             move(point, mask, target, step, shrink)
             before, mask = mask, pattern.keep(point * point)
-            moved.append(int(xp.count_nonzero(mask != before)))
-            if done >= _WINDOW and sum(moved) <= 2 * self.tolerance * math.prod(mask.shape):
+            moved.append(total(int(xp.count_nonzero(mask != before))))
+            if done >= _WINDOW and sum(moved) <= 2 * self.tolerance * size:
                 status = Status.CONVERGED
                 break
             larger = min(rho * self.growth, _LARGEST)
             rho, shrink = larger, rho / larger
         weight = quadratic.refit(point * mask, mask, self.refits)
-        problem = state.problem
         masks = first, pattern.keep(squares(problem.centre))
         answer, start = (weight / quadratic.scale, mask), problem.centre * first
-        if not quadratic.is_below(weight, [target * mask for mask in masks]):
+        if not quadratic.is_below(weight, [target * mask for mask in masks], total):
             starts = [(problem.centre * mask, mask) for mask in masks]
             refitted = [
                 (quadratic.refit(target * mask, mask, self.refits) / quadratic.scale, mask) for mask in masks

@@ -73,14 +73,25 @@ class Solver(Protocol):
         """The answer for one pattern."""
 
 
+def row_work(solver: Solver, columns: int, factors: int) -> float | None:
+    """About how many float32 multiply-adds `compute` takes for a row with so many factors; None if it does not say.
+
+    Only a solver that treats each row by itself says so, by a method `row_work(columns, factors)`: where the pattern is
+    by row (patterns.is_by_row), the answers for the pieces of a problem (Problem.of_rows), found at the same time, are
+    those for the whole. What it asks of all rows together, such as whether enough of them have settled, it adds up by
+    `problem.total`, as often in every piece.
+    """
+    return solver.row_work(columns, factors) if hasattr(solver, "row_work") else None
+
+
 def lowest(problem: Problem, answers: Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:
     """Of weights and their masks, both (m, d), the pair with the lowest F in float64, the first of equals.
 
-    F of what is not finite counts as infinite.
+    Where the problem is a piece of a layer, that of the layer counts. F of what is not finite counts as infinite.
     """
 
     def value(answer: tuple[Array, Array]) -> float:
-        found = problem.value(answer[0])
+        found = problem.total(problem.value(answer[0]))
         return found if math.isfinite(found) else math.inf
 
     return min(answers, key=value)
@@ -126,11 +137,8 @@ def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, boun
     answer = solver.compute(state, pattern)
     seconds = time.perf_counter() - begin
 
-    if not isinstance(answer, Answer):
-        raise SolverError(
-            f"{solver.name} returned {type(answer).__name__}: compute must return a moonshot.Answer"
-        )
-    weight, mask = _checked(answer, problem, pattern, solver)
+    check_answer(answer, problem, pattern, solver)
+    weight, mask = answer.weight, answer.mask
     returned = cast_like(weight, problem.weight)
     graded = native(returned)
     if not all_finite(graded):
@@ -180,7 +188,12 @@ def _graded(problem: Problem, pattern: Pattern, solver: Solver, state: Any, boun
     )
 
 
-def _checked(answer: Answer, problem: Problem, pattern: Pattern, solver: Solver) -> tuple[Array, Array]:
+def check_answer(answer: Any, problem: Problem, pattern: Pattern, solver: Solver) -> None:
+    """Raises SolverError for what is no answer to a problem with this pattern."""
+    if not isinstance(answer, Answer):
+        raise SolverError(
+            f"{solver.name} returned {type(answer).__name__}: compute must return a moonshot.Answer"
+        )
     weight, mask = answer.weight, answer.mask
     for name, array in (("weight", weight), ("mask", mask)):
         if tuple(array.shape) != problem.shape:
@@ -198,4 +211,3 @@ def _checked(answer: Answer, problem: Problem, pattern: Pattern, solver: Solver)
         raise SolverError(f"{solver.name} missed its pattern: {error}") from error
     if bool(xp.any((weight != 0) & ~mask)):
         raise SolverError(f"{solver.name} returned weights that are not zero outside its mask")
-    return weight, mask

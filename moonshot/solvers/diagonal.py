@@ -17,6 +17,9 @@ class Magnitude:
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         return None
 
+    def row_work(self, columns: int, factors: int) -> float:
+        return columns
+
     def init(self, problem: Problem) -> tuple[Array, Array]:
         return problem.centre, squares(problem.centre)
 
@@ -38,6 +41,9 @@ class Wanda:
 
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         return None
+
+    def row_work(self, columns: int, factors: int) -> float:
+        return columns
 
     def init(self, problem: Problem) -> tuple[Array, Array]:
         xp = namespace(problem.centre)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from moonshot.errors import check_count
-from moonshot.layer.patterns import Pattern, equal_groups
+from moonshot.layer.patterns import Pattern, is_by_row
 from moonshot.layer.problem import Problem, Status, check_weight
 from moonshot.linalg.backend import Array, as_dtype, namespace, native, squares
 from moonshot.linalg.scaled import ScaledQuadratic
@@ -86,8 +86,7 @@ class IHT:
     def compute(self, state: _State, pattern: Pattern) -> Answer:
         problem, quadratic = state.problem, state.quadratic
         xp = namespace(quadratic.target)
-        groups = equal_groups(pattern, problem.shape)
-        by_row = groups is not None and groups[0] <= problem.shape[1]  # no row's budget depends on another row
+        by_row = is_by_row(pattern, problem.shape)
         first = quadratic.target
         if self.start is not None:
             first = as_dtype(native(self.start, "start"), problem.dtype) * quadratic.scale

@@ -101,6 +101,10 @@ class OBS:
         m, d = shape
         return 8 * d**2 * min(m, get_num_threads())
 
+    def row_work(self, columns: int, factors: int) -> float:
+        """That of a trace, in float64."""
+        return 2 * columns**3 / 6
+
     def init(self, problem: Problem) -> _State:
         hessian, centre = problem.hessian, contiguous(as_dtype(problem.centre, "float64"))
         r = hessian.inverse_factor

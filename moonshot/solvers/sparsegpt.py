@@ -65,6 +65,9 @@ class SparseGPT:
     def unsupported(self, problem: Problem, pattern: Pattern) -> str | None:
         return lacks_groups(pattern, problem.shape, "a sweep")
 
+    def row_work(self, columns: int, factors: int) -> float:
+        return columns * ((1 + factors) * columns / 2 + 2 * factors**2)
+
     def init(self, problem: Problem) -> _State:
         hessian = problem.hessian
         size = unit(problem.centre)

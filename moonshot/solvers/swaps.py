@@ -19,7 +19,7 @@ from moonshot.linalg.backend import (
     triangular_solve,
 )
 from moonshot.linalg.factor import cholesky
-from moonshot.solvers.base import Answer, Solver
+from moonshot.solvers.base import Answer, Solver, row_work
 
 _TOLERANCE = 1e-11  # the fall of a row's loss that counts, relative to the loss of an empty row
 _UNLIMITED = 2**62
@@ -89,6 +89,11 @@ class Swaps:
         inner = self.inner.working_memory(shape) if hasattr(self.inner, "working_memory") else 0
         return max(8 * d**2 * min(m, kernels.rows_at_once(d)), inner)
 
+    def row_work(self, columns: int, factors: int) -> float | None:
+        """That of a tableau in float64, and of the inner solver; None where it does not treat rows by themselves."""
+        inner = row_work(self.inner, columns, factors)
+        return None if inner is None else inner + 2.0 * columns**3
+
     def init(self, problem: Problem) -> _State:
         return _State(self.inner.init(problem), problem)
 
@@ -106,7 +111,7 @@ class Swaps:
                 rows = layer.trade()
         note = "" if is_numpy(problem.centre) else "exchanged on the CPU"
         weight = as_dtype(layer.weight, problem.dtype)
-        if here.value(weight) > here.value(on_host(answer.weight)):
+        if here.total(here.value(weight)) > here.total(here.value(on_host(answer.weight))):
             return replace(answer, start=answer.weight, note=note)
         status = Status.CONVERGED if layer.settled.all() else Status.ITERATION_LIMIT
         weight, mask = (asarray_like(array, problem.centre) for array in (weight, layer.mask))
