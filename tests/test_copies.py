@@ -1,6 +1,7 @@
 """Copies beside what a GPU computes, in two worlds that know no GPU: in one copies come first, in the other last."""
 
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from moonshot.models import copies
 from moonshot.models.copies import to_device, to_host, write_back
 from moonshot.models.offload import _OnHost, in_turn
 from tests.stand_in import GPU
+
+COPYING = copies._copying
 
 
 class Stream:
@@ -113,6 +116,16 @@ def test_what_goes_to_the_host_is_computed_before_and_comes_back_as_it_is(machin
     result = machine.compute(lambda x: x * 2, to_device(host, GPU)())
     machine.computing.run_to(machine.computing.record_event())
     assert result.tolist() == [2, 4, 6]
+
+
+def test_what_goes_and_what_comes_back_share_a_stream_and_weights_have_another(machine, monkeypatch):
+    made = []
+    monkeypatch.setattr(copies, "_copying", cache(COPYING.__wrapped__))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: made.append(Stream(True)) or made[-1])
+    to_device(to_host(torch.zeros(3).as_subclass(OnDevice)), GPU)
+    assert len(made) == 1
+    to_device(torch.zeros(3), GPU, unchanged=True)
+    assert len(made) == 2
 
 
 def test_weights_come_while_what_goes_to_the_host_is_still_computed(machine):

@@ -10,7 +10,7 @@ Coming = Callable[[], Tensor]  # waits for a copy, in the order of the current s
 
 
 @cache
-def _copying(index: int, unchanged: bool = False) -> torch.cuda.Stream:
+def _copying(index: int, unchanged: bool) -> torch.cuda.Stream:
     return torch.cuda.Stream(index)
 
 
@@ -36,7 +36,7 @@ def to_device(tensor: Tensor, device: torch.device, unchanged: bool = False) -> 
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in pinned memory, which `to_device` may read; others must wait for the device first."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-    copying = _copying(tensor.device.index)
+    copying = _copying(tensor.device.index, False)
     copying.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(copying):
         copy.copy_(tensor, non_blocking=True)
@@ -51,6 +51,6 @@ def write_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """
     staged = [(to, to_host(tensor) if tensor.is_cuda and not to.is_cuda else tensor) for to, tensor in pairs]
     for index in {tensor.device.index for to, tensor in pairs if tensor.is_cuda and not to.is_cuda}:
-        _copying(index).synchronize()
+        _copying(index, False).synchronize()
     for to, tensor in staged:
         to.copy_(tensor)
