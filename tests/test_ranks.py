@@ -177,11 +177,10 @@ BY_ROW = ms.Unstructured(0.5, "row")
 DOWN = dict(targets="down_proj")
 STAGES = dict(solver=ms.SparseGPT(), refit=ms.Refit(epochs=2, steps=2, stages=2))
 ROWS = {
-    "ADMM": (2, decoder, tokens(), "2:4", ADMM | DOWN),
-    "ADMM, uneven": (3, decoder, tokens(), "2:4", ADMM | DOWN),
+    "ADMM": (3, decoder, tokens(), "2:4", ADMM | DOWN),
     "SparseGPT": (3, decoder, tokens(7), BY_ROW, SPARSEGPT | DOWN),
     "OBS": (2, decoder, tokens(), "2:4", dict(solver=ms.OBS()) | DOWN),
-    "auto": (2, decoder, tokens(12), "2:4", dict(objective="auto") | DOWN),
+    "auto": (2, decoder, tokens(12), "2:4", dict(objective="auto", solver=ms.SparseGPT()) | DOWN),
     "stages": (2, decoder, tokens(), BY_ROW, STAGES | DOWN),
     "groups, and fewer rows than ranks": (3, grouped, images(), BY_ROW, ADMM | dict(loss=spread)),
     "an expert": (3, mixture, tokens(), "2:4", ADMM | dict(targets="0.mlp.experts.down_proj.0")),

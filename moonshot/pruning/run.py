@@ -114,25 +114,12 @@ class PruningRun:
             )
             stages = stages[-1:] if fitted and answered.issuperset(part.layers) else stages
             done = answered if len(stages) == 1 else frozenset()  # what is in between is not stored
-            divisible = {
-                name
-                for name, layer in part.layers.items()
-                if not bound
-                and is_divisible(
-                    self.recipe.solver,
-                    [patterns[name] for patterns in stages if name in patterns],
-                    layer.problem_shape,
-                    self.ranks.count,
-                )
-            }
+            divisible = () if bound else self._divisible(part, stages)
             owners = calibration.owners(part, done, divisible)
-            together = {name for name, owner in owners.items() if owner is None}
             with calibration.observed(part, done, owners) as statistics:
                 for patterns in stages:
                     last = patterns is stages[-1]
-                    solve = partial(
-                        self._answers, calibration, part, statistics, patterns, last, bound, together
-                    )
+                    solve = partial(self._answers, calibration, part, statistics, patterns, last, bound, owners)
                     find = partial(_stored_or, solve, checkpoint, dense, done, part)
                     dealt = {name: owners[name] for name in patterns}
                     for name, answers in self.ranks.deal(dealt, find, part.device):
@@ -216,6 +203,15 @@ class PruningRun:
             return None
         return checkpoint.part(part.name, dense, fitted_shapes(part, self._shared))
 
+    def _divisible(self, part: Part, stages: Iterable[Mapping[str, Pattern]]) -> set[str]:
+        """The layers of a part of which every rank could solve some rows."""
+        found = set()
+        for name, layer in part.layers.items():
+            patterns = [by_layer[name] for by_layer in stages if name in by_layer]
+            if is_divisible(self.recipe.solver, patterns, layer.problem_shape, self.ranks.count):
+                found.add(name)
+        return found
+
     def _answers(
         self,
         calibration: CalibrationPass,
@@ -224,15 +220,15 @@ class PruningRun:
         patterns: Mapping[str, Pattern],
         last: bool,
         bound: bool,
-        together: Container[str],
+        owners: Mapping[str, int | None],
         name: str,
     ) -> list[LayerAnswer]:
         """A layer's answers by all objectives.
 
-        last: whether its statistics are not needed again; together: the layers that all ranks solve, each some rows.
+        last: whether its statistics are not needed again. Where it has no owner all ranks solve it, each some rows.
         """
         layer = part.layers[name]
-        solver = ByRows(self.recipe.solver, self.ranks) if name in together else self.recipe.solver
+        solver = ByRows(self.recipe.solver, self.ranks) if owners[name] is None else self.recipe.solver
         solved = self._solver(name, layer, patterns[name], statistics, bound and last, solver)
         # map lets go of each problem before the next one takes as much memory
         return list(map(solved, calibration.problems(name, layer, statistics, again=not last)))
