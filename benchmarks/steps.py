@@ -2,13 +2,13 @@
 
     python benchmarks/steps.py [--models llama vit resnet] [--patterns 2:4 70% 80% 90%] [--methods NAME ...]
                                [--seeds 0 1 2] [--samples N] [--budgets 90% ...] [--budget-samples N] [--by-refits]
-                               [--settings stages=2 ...] [--folder FOLDER]
+                               [--settings stages=2 ...] [--rotate] [--folder FOLDER]
 
 A seed chooses the calibration data, the random signs and the samples set aside. Every setting is a refit, the default
 one unless others are given. --budgets: the patterns for which budgets over layers are tried as well; --budget-samples:
-with fewer samples than the pruning has; --by-refits: compared by prunings with a refit. --folder: a Llama of one's own,
-with calibration.txt and heldout.txt beside model/, as train_demo_model.py writes it. Prints every result, perplexity or
-accuracy, and then a markdown table for each model.
+with fewer samples than the pruning has; --by-refits: compared by prunings with a refit. --rotate: the model on other
+axes of its residual stream. --folder: a Llama of one's own, with calibration.txt and heldout.txt beside model/, as
+train_demo_model.py writes it. Prints every result, perplexity or accuracy, and then a markdown table for each model.
 """
 
 import argparse
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--budget-samples", type=int)
     parser.add_argument("--by-refits", action="store_true")
     parser.add_argument("--settings", nargs="*", default=[""], help="none: without refits")
+    parser.add_argument("--rotate", action="store_true")
     parser.add_argument("--folder", type=Path, default=DEMO)
     arguments = parser.parse_args()
     for name in arguments.models:
@@ -73,6 +74,7 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
     values: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for seed in arguments.seeds:
         data, fewer = calibration(seed), calibration(seed, arguments.budget_samples or samples)
+        dense = ms.rotate(model, data) if arguments.rotate else model
         for pattern, method in product(patterns, arguments.methods):
             solver, joint, budgets = METHODS[method]
             if budgets and pattern not in arguments.budgets:
@@ -81,10 +83,10 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
             begin = time.perf_counter()
             chosen = pattern
             if budgets:
-                chosen = ms.allocate(model, fewer, pattern, refit=arguments.by_refits, **options)
+                chosen = ms.allocate(dense, fewer, pattern, refit=arguments.by_refits, **options)
             allocating = time.perf_counter() - begin
             for label, refit in refits.items():
-                pruned, begin = copy.deepcopy(model), time.perf_counter()
+                pruned, begin = copy.deepcopy(dense), time.perf_counter()
                 ms.prune(pruned, data, chosen, refit=refit, **options)
                 minutes = (allocating + time.perf_counter() - begin) / 60
                 result = measure(pruned), minutes
@@ -93,8 +95,9 @@ def compare(name: str, arguments: argparse.Namespace) -> None:
                     f"{name}, seed {seed}, {pattern}, {method}{label}: {result[0]:.2f}, {minutes:.1f} min",
                     flush=True,
                 )
-    dense = measure(model)
-    print(f"\n{name}, dense {dense:.2f}, {samples} samples, mean +- deviation over seeds {arguments.seeds}\n")
+    print(
+        f"\n{name}, dense {measure(model):.2f}, {samples} samples, mean +- deviation over seeds {arguments.seeds}\n"
+    )
     print("| method | " + " | ".join(patterns) + " | minutes |")
     print("|---" * (len(patterns) + 2) + "|")
     methods = [method + label for method in arguments.methods for label in refits]

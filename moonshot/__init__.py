@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moonshot.models.chain import ChainAdapter
     from moonshot.models.graph import GraphAdapter
     from moonshot.models.layer_view import LayerView
+    from moonshot.models.rotation import rotate
     from moonshot.models.shrink import shrink
     from moonshot.models.units import column_patterns
     from moonshot.pruning.allocate import allocate
@@ -77,6 +78,7 @@ __all__ = [
     "load_compact",
     "lower_bound",
     "prune",
+    "rotate",
     "shrink",
     "solve",
     "weighting_sweep",
@@ -96,6 +98,7 @@ _WITH_TORCH = {
     "compare": "pruning.compare",
     "load_compact": "files.compact",
     "prune": "pruning.prune",
+    "rotate": "models.rotation",
     "shrink": "models.shrink",
 }
 
