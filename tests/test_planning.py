@@ -20,6 +20,7 @@ from moonshot.files.plan import Plan, ResourceError, check_disk, free_memory, pl
 from moonshot.layer.patterns import as_pattern
 from moonshot.models.calibration import as_batches, batch_samples
 from moonshot.models.offload import Offload
+from moonshot.pruning import by_rows
 from tests.models import JOINT, block_layers, decoder, tokens
 from tests.processes import new_process
 from tests.stand_in import GPU, there_is_a_gpu
@@ -114,6 +115,7 @@ def test_ranks_take_less_each(monkeypatch):
     ],
 )
 def test_layers_and_their_rows_are_shared_by_ranks(monkeypatch, pattern, targets, share):
+    monkeypatch.setitem(by_rows._EXCHANGES, "cpu", 0)
     monkeypatch.setattr(planning, "_multiplication_rate", lambda device: 1e30)
     monkeypatch.setattr(planning, "_seconds", lambda device, run: 1.0)
     asked = dict(solver=ms.ADMM(), pattern=as_pattern(pattern), targets=targets)

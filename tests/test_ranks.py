@@ -22,6 +22,7 @@ import moonshot as ms
 from moonshot.app import cli
 from moonshot.models.calibration import as_batches
 from moonshot.models.ranks import RankError, owners, shares
+from moonshot.pruning import by_rows
 from tests.models import DEMO, JOINT, decoder, model_folder, network, tokens, weights
 from tests.processes import Workers
 from tests.test_cli import run
@@ -174,6 +175,15 @@ def grouped():
 
 
 BY_ROW = ms.Unstructured(0.5, "row")
+
+
+def pruned_by_rows(rank, *case):
+    """`pruned`, by ranks that may share rows of the smallest layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(by_rows._EXCHANGES, "cpu", 0)
+        return pruned(rank, *case)
+
+
 DOWN = dict(targets="down_proj")
 STAGES = dict(solver=ms.SparseGPT(), refit=ms.Refit(epochs=2, steps=2, stages=2))
 ROWS = {
@@ -191,7 +201,7 @@ ROWS = {
 def test_ranks_that_share_rows_find_what_one_process_finds(workers, name):
     count, make, data, pattern, arguments = ROWS[name]
     expected, losses, whole = pruned(0, make, data, pattern, arguments)
-    results = workers(count, pruned, make, data, pattern, arguments)
+    results = workers(count, pruned_by_rows, make, data, pattern, arguments)
     for state, relative, report in results:
         close(state, expected)
         assert relative == pytest.approx(losses, rel=1e-4)
@@ -214,7 +224,7 @@ def test_ranks_that_share_rows_find_what_one_process_finds(workers, name):
 def test_rows_are_shared_where_they_are_independent(workers, arguments, count, said):
     arguments = dict(solver=Telling(ms.Wanda()), targets="0.mlp.down_proj", pattern=BY_ROW) | arguments
     pattern = arguments.pop("pattern")
-    for _, _, report in workers(count, pruned, decoder, tokens(), pattern, arguments):
+    for _, _, report in workers(count, pruned_by_rows, decoder, tokens(), pattern, arguments):
         assert [layer.note for layer in report.layers.values()] == [said]
 
 
@@ -395,13 +405,15 @@ class FailsInItsRows(ms.ADMM):
 
 def test_an_error_in_some_rows_is_told_to_the_other_ranks(workers):
     assert_all_failed(
-        workers(3, pruned, decoder, tokens(), "2:4", dict(solver=FailsInItsRows(where=1)) | DOWN), 1, "no more"
+        workers(3, pruned_by_rows, decoder, tokens(), "2:4", dict(solver=FailsInItsRows(where=1)) | DOWN),
+        1,
+        "no more",
     )
 
 
 def test_a_rank_that_is_killed_in_its_rows_ends_the_others(workers):
     solver = FailsInItsRows(where=2, killed=True)
-    *others, last = workers(3, pruned, decoder, tokens(), "2:4", dict(solver=solver) | DOWN)
+    *others, last = workers(3, pruned_by_rows, decoder, tokens(), "2:4", dict(solver=solver) | DOWN)
     assert last is None
     for error in others:
         assert isinstance(error, RankError) and "has ended" in str(error)
@@ -448,12 +460,14 @@ def interrupted(rank, folder, arguments):
 
     model = decoder()
     place = folder if rank == 0 else "/proc/nothing/can/be/made/here"
-    return ms.prune(model, tokens(), "2:4", on_layer=on_layer, checkpoint=place, **arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(by_rows._EXCHANGES, "cpu", 0)
+        return ms.prune(model, tokens(), "2:4", on_layer=on_layer, checkpoint=place, **arguments)
 
 
 def pruned_with_a_checkpoint(rank, folder, arguments):
     place = folder if rank == 0 else "/proc/nothing/can/be/made/here"
-    return pruned(rank, decoder, tokens(), "2:4", arguments | dict(checkpoint=place))
+    return pruned_by_rows(rank, decoder, tokens(), "2:4", arguments | dict(checkpoint=place))
 
 
 # The command line

@@ -356,7 +356,7 @@ def _solver_seconds(
 
     def each(layer: Layer) -> float:
         """The time of each rank where all solve a layer together."""
-        cost = partial(work, solver, (layer.m, layer.d), counts.rank)
+        cost = partial(work, solver, (layer.m, layer.d), counts.rank, device)
         return one(layer) * cost(ranks) / cost()
 
     def last(block: list[Layer]) -> float:

@@ -13,16 +13,21 @@ from moonshot.models.ranks import Ranks
 from moonshot.solvers.base import Answer, Solver, check_answer, row_work
 
 _CUBES, _SQUARES = 3, 2  # how often d^3 and m d^2, to make a problem, factor its Hessian and grade its answer
+_EXCHANGES = {
+    "cpu": 2e9,
+    "cuda": 1e12,
+}  # multiply-adds in the time that ranks talk of one layer: a hundred exchanges
 
 
-def work(solver: Solver, shape: tuple[int, int], factors: int, ranks: int = 1) -> float:
+def work(solver: Solver, shape: tuple[int, int], factors: int, device: torch.device, ranks: int = 1) -> float:
     """About how many multiply-adds a layer (m, d) takes each of so many ranks that solve it together.
 
-    factors: of each row. A row takes what the solver says (solvers.base.row_work), or d^2.
+    factors: of each row; device: of each rank. A row takes what the solver says (solvers.base.row_work), or d^2.
     """
     m, d = shape
     by_row = row_work(solver, d, factors)
-    return _CUBES * d**3 + _SQUARES * m * d**2 + m / ranks * (d**2 if by_row is None else by_row)
+    at_once = _CUBES * d**3 + _SQUARES * m * d**2 + (ranks > 1) * _EXCHANGES[device.type]
+    return at_once + m / ranks * (d**2 if by_row is None else by_row)
 
 
 def is_divisible(solver: Solver, patterns: Iterable[Pattern], shape: tuple[int, int], count: int) -> bool:

@@ -17,7 +17,7 @@ from moonshot.models.in_turn import InTurn
 from moonshot.models.layer_view import LayerView
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
-from moonshot.models.precision import tensors_of
+from moonshot.models.precision import device_of_passes, tensors_of
 from moonshot.models.ranks import ALONE, Ranks
 from moonshot.models.statistics import LayerStatistics
 from moonshot.pruning.by_rows import work
@@ -128,7 +128,8 @@ class CalibrationPass:
         """
         shapes = {name: view.problem_shape for name, view in part.layers.items()}
         factors = min(self._recipe.factors, len(self._signs)) if "gradients" in self._union.needed else 0
-        cost = partial(work, self._recipe.solver, factors=factors)
+        device = device_of_passes() or part.device
+        cost = partial(work, self._recipe.solver, factors=factors, device=device)
         return self._ranks.owners(
             {name: cost(shape) for name, shape in shapes.items()},
             [name for name in shapes if name in done],
