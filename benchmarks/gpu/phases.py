@@ -32,7 +32,7 @@ PHASES = {  # by module: functions, or methods of a class
     "moonshot.linalg.hessian": ["RowHessian._take", "RowHessian.half_product", "RowHessian.shifted_inverse"],
     "moonshot.linalg.scaled": ["ScaledQuadratic.refit"],
     "moonshot.linalg.shifted": ["ShiftedInverse.solve"],
-    "moonshot.solvers.base": ["_checked"],
+    "moonshot.solvers.base": ["check_answer"],
     "moonshot.pruning.refit": ["PartFit.run"],
 }
 
