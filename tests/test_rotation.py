@@ -67,6 +67,6 @@ def test_what_is_not_built_so_is_refused():
 
 
 def test_it_can_be_pruned():
-    rotated = ms.rotate(decoder(), tokens())
+    rotated = ms.rotate(torch.nn.DataParallel(decoder()), tokens())
     report = ms.prune(rotated, tokens(), 0.5)
     assert report.sparsity == pytest.approx(0.5, abs=0.01)

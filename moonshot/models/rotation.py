@@ -20,7 +20,7 @@ from moonshot.models.calibration import (
     moved,
     real_tokens,
 )
-from moonshot.models.modules import ModelError, check_model, evaluating
+from moonshot.models.modules import ModelError, check_model, evaluating, unwrapped
 
 
 @torch.no_grad()
@@ -35,6 +35,7 @@ def rotate(model: nn.Module, calibration: Any) -> nn.Module:
     of the embeddings. Raises ModelError for what is not built so, which is seen by the outputs.
     """
     check_model(model)
+    model = unwrapped(model)
     device = next(model.parameters()).device
     batches = [moved(batch, device) for batch in as_batches(calibration)]
     if not all(map(batch_tokens, batches)):
