@@ -37,9 +37,8 @@ def raised_minorant(a: Array, minorant: Array, slope: Array, barrier: float) -> 
         gradient = gain + mu * (1 - xp.linalg.diagonal(within))
         curvature = mu * within**2 + identity * (mu + 2 * gain)
         unit = 1 / xp.sqrt(xp.linalg.diagonal(curvature))
-        curvature = (
-            curvature * (unit[:, None] * unit) + 1e-10 * identity
-        )  # close to the boundary it is singular
+        # close to the boundary it is singular
+        curvature = curvature * (unit[:, None] * unit) + 1e-10 * identity
         step = unit * solve(curvature, unit * gradient)
     except NotPositiveDefiniteError:
         return minorant

@@ -23,11 +23,11 @@ from moonshot.layer.objectives import Objective
 from moonshot.layer.patterns import Pattern, Unstructured
 from moonshot.layer.problem import Problem
 from moonshot.linalg.hessian import RowHessian
-from moonshot.models.batch_sizes import joined, logits_at_once, replayed_at_once
+from moonshot.models.batch_sizes import LOGIT_ARRAYS, joined, logits_at_once, replayed_at_once
 from moonshot.models.blocks import find_blocks
 from moonshot.models.calibration import Batch, batch_tokens, count_samples
 from moonshot.models.layers import layers_of
-from moonshot.models.precision import tensors_outside
+from moonshot.models.precision import home, tensors_outside
 from moonshot.models.ranks import owners
 from moonshot.models.targets import select
 from moonshot.pruning.by_rows import is_divisible, work
@@ -36,7 +36,6 @@ from moonshot.solvers.base import NotSupportedError, Solver
 
 _FACTORS, _SHARED, _WEIGHTS = 4, 6, 14  # arrays of each kind that a problem and its solver are, at most
 _FITTED = 5  # arrays of a part's size in its refit: gradients, two moments, supports, and the best so far
-_LOGITS = 4  # arrays of the size of a batch's logits in the loss and its gradient
 _PROBES = 256, 512  # sizes of the problems solved to time a solver
 _FIRST = 16  # size of the one solved before, because kernels are built the first time that they are needed
 _PATIENCE = (
@@ -140,7 +139,7 @@ def plan(
     device: where it would run, if not where the model is; on a GPU block by block, of which the next one comes early.
     ranks: how many processes share the work.
     """
-    device = device or next(model.parameters()).device
+    device = device or home(model)
     counts = count(
         model,
         batches,
@@ -202,13 +201,13 @@ def count(
     offloaded = sum(m * d for block in blocks for m, d, _ in block) * itemsize * (1 + trials)
     offloaded += own * hidden * itemsize * (2 + len(blocks) if replayed else 1 + (refit is not None))
     early = (
-        device.type == "cuda" and next(model.parameters()).device != device
-    )  # the next block: models.in_turn
+        device.type == "cuda" and home(model) != device
+    )  # the next block comes while one is there: models.in_turn
     coming = [early * sum(p.nbytes for p in block.parameters()) for _, block in parts[1:]] + [0]
     weights = [sum(p.numel() for p in block.parameters()) for _, block in parts]
     outside = sum(tensor.numel() for tensor in tensors_outside(model, [block for _, block in parts]))
     memory = max(
-        4 * outside + 4 * with_logits * vocabulary * _LOGITS,
+        4 * outside + 4 * with_logits * vocabulary * LOGIT_ARRAYS,
         *(
             4 * here
             + following

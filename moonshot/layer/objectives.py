@@ -26,6 +26,7 @@ from moonshot.layer.assembly import (
 from moonshot.layer.problem import Deviation, Problem, check_weight
 from moonshot.linalg import half_products
 from moonshot.linalg.backend import Array, all_finite, computing_on, is_numpy, namespace, native
+from moonshot.linalg.lowrank import by_row
 
 OBSERVATIONS = ("inputs", "output_gradients", "gradients")
 
@@ -277,8 +278,7 @@ class Fisher(Objective):
             raise ArgumentError(
                 f"gradients must be (n, m, d) with (m, d) = {tuple(weight.shape)}, got {(n, *shape)}"
             )
-        by_row = namespace(statistic).permute_dims(statistic, (1, 2, 0))
-        return Quadratic(factors=by_row, coefficient=1 / n)
+        return Quadratic(factors=by_row(statistic), coefficient=1 / n)
 
 
 @dataclass(frozen=True)

@@ -236,11 +236,9 @@ class Problem:
         """The same problem in NumPy arrays, without its terms, to be solved on the CPU; itself if it is there."""
         if is_numpy(self.centre):
             return self
-        factors = self.hessian.factors
-        stacked = None if factors is None else on_host(factors).transpose(1, 2, 0)
-        centre = on_host(self.centre)
-        hessian = RowHessian(on_host(self.hessian.A), stacked)
-        return Problem(centre, hessian, constant=self.constant, total=self.total)
+        factors = None if self.hessian.factors is None else by_row(on_host(self.hessian.factors))
+        hessian = RowHessian(on_host(self.hessian.A), factors)
+        return Problem(on_host(self.centre), hessian, constant=self.constant, total=self.total)
 
     def of_rows(self, first: int, stop: int, total: Callable[[float], float]) -> "Problem":
         """The problem of the rows from `first` to before `stop`, without terms. The F of all pieces add up to F.

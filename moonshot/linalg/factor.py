@@ -77,9 +77,8 @@ def inverse(a: Array) -> Array:
 def solve(a: Array, b: Array) -> Array:
     """x with `a x = b` for a positive definite matrix a (d, d) and a vector b (d,). Raises NotPositiveDefiniteError."""
     if is_numpy(a):
-        _, x, info = scipy.linalg.lapack.dposv(
-            a.T, b, lower=1
-        )  # which reads the transpose as it lies in memory
+        # LAPACK reads the transpose as it lies in memory
+        _, x, info = scipy.linalg.lapack.dposv(a.T, b, lower=1)
         if info != 0:
             raise NotPositiveDefiniteError("the matrix", smallest_pivot(a))
         return x

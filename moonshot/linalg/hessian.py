@@ -149,9 +149,8 @@ class RowHessian:
         a.reshape(-1)[:: self.columns + 1] += shift
         r = inverse_factor(a)
         single = as_dtype(r, dtype)
-        return single.T @ single, half_product_grams(
-            self.factors, as_dtype(r / scale, dtype)
-        ) if grams else None
+        found = half_product_grams(self.factors, as_dtype(r / scale, dtype)) if grams else None
+        return single.T @ single, found
 
     def matvec(self, V: Array) -> Array:
         """`H_i v_i` for every row of V (m, d)."""

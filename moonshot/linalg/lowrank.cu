@@ -33,16 +33,21 @@ extern "C" __global__ void project(const factor *factors, const real *x, const r
         out[blockIdx.x] = sum;
 }
 
+// Element j of S U_i c, the numbers of c being so many places apart.
+__device__ real combined(const factor *factors, const real *c, int apart, const real *scale, int j, int n, int m, int d)
+{
+    real sum = 0;
+    for (int k = 0; k < n; ++k)
+        sum += factors[((size_t)k * m + blockIdx.x) * d + j] * c[(size_t)k * apart];
+    return sum * scaled(scale, j);
+}
+
 // Add S U_i c_i to out (m, d), c (n, m). One thread block for each row.
 extern "C" __global__ void combine(const factor *factors, const real *c, const real *scale, real *out, int n, int m,
                                    int d)
 {
-    EACH(j, d) {
-        real sum = 0;
-        for (int k = 0; k < n; ++k)
-            sum += factors[((size_t)k * m + blockIdx.x) * d + j] * c[(size_t)k * m + blockIdx.x];
-        out[(size_t)blockIdx.x * d + j] += sum * scaled(scale, j);
-    }
+    EACH(j, d)
+        out[(size_t)blockIdx.x * d + j] += combined(factors, c + blockIdx.x, m, scale, j, n, m, d);
 }
 
 // out[k]: the products of all factors of this block's row with S x_i, in shared memory beyond `sums`. Some lanes share
@@ -72,15 +77,6 @@ __device__ void projected(const factor *factors, const real *x, const real *scal
     }
 }
 
-// Element j of S U_i c, c in shared memory.
-__device__ real combined(const factor *factors, const real *c, const real *scale, int j, int n, int m, int d)
-{
-    real sum = 0;
-    for (int k = 0; k < n; ++k)
-        sum += factors[((size_t)k * m + blockIdx.x) * d + j] * c[k];
-    return sum * scaled(scale, j);
-}
-
 // Add S U_i U_i' S x_i to out (m, d), x (m, d). One thread block for each row.
 extern "C" __global__ void apply(const factor *factors, const real *x, const real *scale, real *out, int n, int m,
                                  int d)
@@ -88,7 +84,7 @@ extern "C" __global__ void apply(const factor *factors, const real *x, const rea
     real *c = sums + blockDim.x;
     projected(factors, x, scale, c, n, m, d);
     EACH(j, d)
-        out[(size_t)blockIdx.x * d + j] += combined(factors, c, scale, j, n, m, d);
+        out[(size_t)blockIdx.x * d + j] += combined(factors, c, 1, scale, j, n, m, d);
 }
 
 // Add C_i^-1 (U_i' S x_i - c_i) to c (m, n), and put S U_i c_i into out (m, d); inverses (m, n, n) are the C_i^-1. One
@@ -109,7 +105,7 @@ extern "C" __global__ void refresh(const factor *factors, const real *x, const r
     }
     __syncthreads();
     EACH(j, d)
-        out[(size_t)blockIdx.x * d + j] = combined(factors, found, scale, j, n, m, d);
+        out[(size_t)blockIdx.x * d + j] = combined(factors, found, 1, scale, j, n, m, d);
 }
 
 // out (m, n, n): P_i' P_i, p (d, m, n) being the P_i by column; of columns so many in shared memory at once.

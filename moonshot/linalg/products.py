@@ -67,7 +67,7 @@ def half_product(factors: Array, r: Array, lanes: int) -> Array:
         from moonshot.linalg import split_cuda
 
         if split_cuda.possible(r):
-            return split_cuda.triangular_product(rows, contiguous(r)).reshape(d, tiles, n, lanes)
+            return split_cuda.triangular_product(rows, contiguous(r), _STRIP).reshape(d, tiles, n, lanes)
     columns = rows.T
     out = zeros_like_shape(columns, columns.shape)
     for start in range(0, d, _STRIP):

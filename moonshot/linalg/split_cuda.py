@@ -15,7 +15,6 @@ from moonshot.linalg.elementwise_cuda import kernel
 _LEAST = 512  # columns from which three products on tensor cores are faster than one without
 _TF32 = 3  # cuBLAS's CUBLAS_TF32_TENSOR_OP_MATH, which CuPy has no name for
 _CAPABILITY = 80  # Ampere, the first with TF32
-_STRIP = 256  # rows of a triangular matrix multiplied at once
 _NUMBERS = 2**27  # whose parts are there at once
 
 
@@ -45,8 +44,11 @@ def product(x: Any, matrix: tuple[Any, Any]) -> Any:
     return out
 
 
-def triangular_product(rows: Any, r: Any) -> Any:
-    """`R X`, (d, k), for an upper triangular R (d, d) and the columns of X (d, k) as rows (k, d), all in C order."""
+def triangular_product(rows: Any, r: Any, strip: int) -> Any:
+    """`R X`, (d, k), for an upper triangular R (d, d) and the columns of X (d, k) as rows (k, d), all in C order.
+
+    strip: rows of R multiplied at once.
+    """
     import cupy
     from cupy.cuda import cublas
 
@@ -61,8 +63,8 @@ def triangular_product(rows: Any, r: Any) -> Any:
     with _on_tensor_cores() as handle:
         for first in range(0, count, step):
             high, low = parts(rows[first : first + step])
-            for start in range(0, d, _STRIP):
-                m, n, k = len(high), min(_STRIP, d - start), d - start
+            for start in range(0, d, strip):
+                m, n, k = len(high), min(strip, d - start), d - start
                 into = at(out, start, first)
                 for x, factor, beta in ((high, r_low, zero), (low, r_high, one), (high, r_high, one)):
                     cublas.sgemm(  # which has columns one after the other, and so reads and writes transposes

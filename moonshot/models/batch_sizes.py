@@ -12,9 +12,9 @@ from moonshot.models.precision import tensors_of
 
 _TOKENS = 2048, 2**14  # in a batch, and at most on a GPU
 _LOGITS = 2**25, 2**28  # numbers, and at most on a GPU
-_LOGIT_ARRAYS = 4  # of the size of a batch's logits, in float32, in the loss and its gradient
+LOGIT_ARRAYS = 4  # of the size of a batch's logits, in float32, in the loss and its gradient
 _ACTIVATIONS = (
-    4  # numbers for each that a layer reads or returns: it, a copy that is recorded, and gradients of both
+    4  # numbers for each that a layer reads or returns: it, a recorded copy, and the gradients of both
 )
 _SHARE = 8  # the part of a GPU's memory, all of it and not what is free, is one divided by this
 _TILED = ("sdpa", "flash", "flex")  # attention that never has all of its scores at once
@@ -36,7 +36,7 @@ def logits_at_once(model: Any, device: torch.device | None = None) -> int:
     """
     embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     vocabulary = len(getattr(embeddings, "weight", ()))
-    return max(_count(_LOGITS, 4 * _LOGIT_ARRAYS, device) // max(vocabulary, 1), 1)
+    return max(_count(_LOGITS, 4 * LOGIT_ARRAYS, device) // max(vocabulary, 1), 1)
 
 
 def replayed_at_once(

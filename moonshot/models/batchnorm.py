@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from moonshot.models.calibration import Batch, CalibrationError
-from moonshot.models.modules import evaluating, patched
+from moonshot.models.modules import evaluating, hooked, patched
 from moonshot.models.ranks import ALONE, Ranks
 from moonshot.models.recording import counting
 
@@ -191,16 +191,16 @@ def _run_until(
         finished[part] = _copied(output)
 
     forwards = [lambda *_, part=part, **__: _copied(results[part]) for part in results]
-    handles = [layer.register_forward_pre_hook(record)]
-    handles += [part.register_forward_hook(keep) for part in parts if part not in results]
+    keeping = (part.register_forward_hook(keep) for part in parts if part not in results)
     try:
-        with patched(list(results), forwards):
+        with (
+            hooked([layer.register_forward_pre_hook(record)]),
+            hooked(keeping),
+            patched(list(results), forwards),
+        ):
             forward(model, batch)
     except _Reached:
         return finished
-    finally:
-        for handle in handles:
-            handle.remove()
     return {}
 
 

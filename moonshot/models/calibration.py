@@ -44,6 +44,19 @@ def as_batches(calibration: Any, batch_tokens: int = 2048, batch_samples: int = 
     return [_as_batch(batch, index) for index, batch in enumerate(batches)]
 
 
+def checked_batches(
+    model: Any, calibration: Any, device: torch.device, batch_tokens: int = 2048
+) -> list[Batch]:
+    """`as_batches` for a model, on a device.
+
+    Raises CalibrationError for texts longer than the model can read, and for tokens that it does not know.
+    """
+    batches = [moved(batch, device) for batch in as_batches(calibration, batch_tokens)]
+    check_length(model, batches)
+    check_vocabulary(model, batches)
+    return batches
+
+
 def longest_text(model: Any) -> int | None:
     """How many tokens a model can read at most; None where it does not say."""
     config = getattr(model, "config", None)

@@ -21,7 +21,7 @@ from moonshot.models.calibration import Batch, batch_samples, decoder_mask, take
 from moonshot.models.layer_view import LayerView
 from moonshot.models.left_out import shared_between
 from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of, naming_sample
-from moonshot.models.modules import ModelError, patched
+from moonshot.models.modules import ModelError, hooked, patched
 from moonshot.models.offload import Offload, Offloaded, read_all
 from moonshot.models.precision import (
     activation_dtype,
@@ -168,13 +168,11 @@ class GraphReplay:
             results.append(differentiable(output))
             return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
 
-        handles = [s.register_forward_pre_hook(before, with_kwargs=True) for _, s in self.parts]
-        handles += [s.register_forward_hook(after) for _, s in self.parts]
-        try:
+        with (
+            hooked(part.register_forward_pre_hook(before, with_kwargs=True) for _, part in self.parts),
+            hooked(part.register_forward_hook(after) for _, part in self.parts),
+        ):
             loss = loss_of(self._loss, self._model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
         check_loss(loss)
         if len(arguments) != len(self.parts):
             raise ModelError(

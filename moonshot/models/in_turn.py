@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.copies import Coming, to_device
+from moonshot.models.modules import hooked
 from moonshot.models.precision import device_of_passes, placed, tensors_of
 
 
@@ -54,20 +55,16 @@ class InTurn:
 @contextmanager
 def placed_in_turn(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Blocks of a model, each `placed` while it runs; the rest of the model is `placed` already."""
-    turns, running, handles = InTurn([tensors_of(block) for block in blocks]), ExitStack(), []
-    for index, block in enumerate(blocks):
-        handles.append(
-            block.register_forward_pre_hook(
-                lambda *_, index=index: running.enter_context(turns.placed(index)) and None
-            )
+    turns, running = InTurn([tensors_of(block) for block in blocks]), ExitStack()
+    begin = (
+        block.register_forward_pre_hook(
+            lambda *_, index=index: running.enter_context(turns.placed(index)) and None
         )
-        handles.append(block.register_forward_hook(lambda *_: running.close()))
-    try:
-        with running:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        for index, block in enumerate(blocks)
+    )
+    end = (block.register_forward_hook(lambda *_: running.close()) for block in blocks)
+    with hooked(begin), hooked(end), running:
+        yield
 
 
 def _can_copy(device: torch.device) -> bool:

@@ -1,11 +1,12 @@
 """Modules in another mode, or with another forward, for a while."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from moonshot.errors import ArgumentTypeError, MoonshotError
 
@@ -43,6 +44,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks of modules that are there inside; each is registered when it is asked for, and all are removed."""
+    there: list[RemovableHandle] = []
+    try:
+        for handle in handles:
+            there.append(handle)
+        yield
+    finally:
+        for handle in there:
+            handle.remove()
 
 
 @contextmanager

@@ -29,7 +29,14 @@ from moonshot.models.left_out import left_out, shared_between
 from moonshot.models.losses import Loss, model_loss, naming_sample
 from moonshot.models.modules import ModelError, check_model, evaluating
 from moonshot.models.offload import Offload
-from moonshot.models.precision import device_of_passes, itemsize_of_passes, placed, tensors_of, tensors_outside
+from moonshot.models.precision import (
+    device_of_passes,
+    home,
+    itemsize_of_passes,
+    placed,
+    tensors_of,
+    tensors_outside,
+)
 from moonshot.models.replay import Replay
 from moonshot.models.roles import routers
 from moonshot.models.targets import TargetError, listed, select
@@ -139,7 +146,7 @@ class Partition:
         return self.adapter.replay(model, self.parts, batches, loss, gradients, offload, dense)
 
     def _joined(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
-        device = device_of_passes() or next(model.parameters()).device
+        device = device_of_passes() or home(model)
         layers = [[view for _, view in self.layers_in(*part)] for part in self.parts]
         length = max((batch_tokens(batch) // batch_samples(batch) for batch in batches), default=0)
         return joined(batches, replayed_at_once(model, layers, length, itemsize_of_passes(model), device))
@@ -261,7 +268,7 @@ class _Trials:
 
     def placed(self) -> AbstractContextManager[None]:
         """What is there between trial runs: the whole model if it fits on the GPU, else what is outside of blocks."""
-        device = device_of_passes() or next(self.model.parameters()).device
+        device = device_of_passes() or home(self.model)
         if fits_whole(self.model, itemsize_of_passes(self.model), device):
             return placed(tensors_of(self.model))
         return placed(tensors_outside(self.model, [block for _, block in self.blocks]))

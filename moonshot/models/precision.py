@@ -81,6 +81,12 @@ def _changed(tensor: Tensor, original: Tensor, changes: int | None) -> bool:
     return changes != _changes(tensor)
 
 
+def home(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
 def device_of_passes() -> torch.device | None:
     """Where `placed` brings tensors; None where they stay."""
     return _passes.get().device

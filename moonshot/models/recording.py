@@ -12,6 +12,7 @@ from moonshot.linalg import half_products
 from moonshot.models.expert_view import ExpertView
 from moonshot.models.experts import Record, watching_experts
 from moonshot.models.layer_view import LayerView
+from moonshot.models.modules import hooked
 from moonshot.models.precision import widened
 
 Seen = dict[str, list[Tensor]]  # by layer name, a tensor for each call
@@ -29,18 +30,14 @@ def watching(layers: dict[str, LayerView], record: Record) -> Iterator[None]:
         return watch
 
     experts = {name: view for name, view in layers.items() if isinstance(view, ExpertView)}
-    handles = [
+    hooks = (
         module.register_forward_hook(hook(name), with_kwargs=True)
         for name, view in layers.items()
         if name not in experts
         for module in view.modules
-    ]
-    try:
-        with watching_experts(experts, record):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(hooks), watching_experts(experts, record):
+        yield
 
 
 @contextmanager
@@ -117,9 +114,5 @@ def counting(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, int]]:
     def count(module: nn.Module, _arguments: tuple) -> None:
         calls[module] = calls.get(module, 0) + 1
 
-    handles = [module.register_forward_pre_hook(count) for module in modules]
-    try:
+    with hooked(module.register_forward_pre_hook(count) for module in modules):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,26 +1,15 @@
 """A model that computes the same on other axes of its residual stream: those of what its layers read."""
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from moonshot.models.blocks import find_blocks
-from moonshot.models.calibration import (
-    Batch,
-    CalibrationError,
-    as_batches,
-    batch_tokens,
-    check_length,
-    check_vocabulary,
-    moved,
-    real_tokens,
-)
-from moonshot.models.modules import ModelError, check_model, evaluating, unwrapped
+from moonshot.models.calibration import Batch, CalibrationError, batch_tokens, checked_batches, real_tokens
+from moonshot.models.modules import ModelError, check_model, evaluating, hooked, unwrapped
+from moonshot.models.precision import home
 
 
 @torch.no_grad()
@@ -36,12 +25,9 @@ def rotate(model: nn.Module, calibration: Any) -> nn.Module:
     """
     check_model(model)
     model = unwrapped(model)
-    device = next(model.parameters()).device
-    batches = [moved(batch, device) for batch in as_batches(calibration)]
+    batches = checked_batches(model, calibration, home(model))
     if not all(map(batch_tokens, batches)):
         raise CalibrationError("only what reads texts can be put on other axes: give token ids")
-    check_length(model, batches)
-    check_vocabulary(model, batches)
     rotated: Any = copy.deepcopy(model)
     _separate_head(rotated)
     with evaluating(model), evaluating(rotated):
@@ -103,8 +89,8 @@ def _readers(model: nn.Module, batch: Batch) -> dict[Any, list[Any]]:
         if type(module).__name__.endswith("RMSNorm") and _width(module) == width
     ]
     with (
-        _hooks(layer.register_forward_pre_hook(read) for layer in layers),
-        _hooks(norm.register_forward_hook(normed) for norm in norms),
+        hooked(layer.register_forward_pre_hook(read) for layer in layers),
+        hooked(norm.register_forward_hook(normed) for norm in norms),
     ):
         model(**batch)
     return found
@@ -125,20 +111,9 @@ def _axes(model: nn.Module, norms: list[Any], batches: list[Batch]) -> Tensor:
             tokens = real_tokens(output, batch).flatten(0, -2).double()
             moment.addmm_(tokens.T, tokens)
 
-        with _hooks(norm.register_forward_hook(add) for norm in norms):
+        with hooked(norm.register_forward_hook(add) for norm in norms):
             model(**batch)
     return torch.linalg.eigh(moment)[1]
-
-
-@contextmanager
-def _hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Hooks that are removed afterwards."""
-    there = list(handles)
-    try:
-        yield
-    finally:
-        for handle in there:
-            handle.remove()
 
 
 def _turn(model: Any, readers: dict[Any, list[Any]], axes: Tensor) -> None:

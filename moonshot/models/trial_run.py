@@ -14,6 +14,7 @@ from moonshot.models.calibration import Batch
 from moonshot.models.in_turn import placed_in_turn
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss, check_loss, loss_of
+from moonshot.models.modules import hooked
 from moonshot.models.recording import counting, watching
 
 
@@ -93,13 +94,11 @@ def _nesting(model: nn.Module) -> Iterator[dict[nn.Module, set[nn.Module]]]:
         while running.pop() is not module:  # what ended by an error that the model caught
             pass
 
-    handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
-    handles += [module.register_forward_hook(leave) for module in model.modules()]
-    try:
+    with (
+        hooked(module.register_forward_pre_hook(enter) for module in model.modules()),
+        hooked(module.register_forward_hook(leave) for module in model.modules()),
+    ):
         yield around
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -13,10 +13,7 @@ from moonshot.models.ranks import Ranks
 from moonshot.solvers.base import Answer, Solver, check_answer, row_work
 
 _CUBES, _SQUARES = 3, 2  # how often d^3 and m d^2, to make a problem, factor its Hessian and grade its answer
-_EXCHANGES = {
-    "cpu": 2e9,
-    "cuda": 1e12,
-}  # multiply-adds in the time that ranks talk of one layer: a hundred exchanges
+_EXCHANGES = {"cpu": 2e9, "cuda": 1e12}  # multiply-adds while ranks talk of a layer, some hundred times
 
 
 def work(solver: Solver, shape: tuple[int, int], factors: int, device: torch.device, ranks: int = 1) -> float:

@@ -1,7 +1,7 @@
 """One pass of the calibration data through a model, part by part: from what layers see to their pruning problems."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
@@ -15,6 +15,7 @@ from moonshot.layer.weighting_sweep import weighting_sweeps
 from moonshot.models.calibration import Batch, batch_samples, count_samples
 from moonshot.models.in_turn import InTurn
 from moonshot.models.layer_view import LayerView
+from moonshot.models.modules import hooked
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
 from moonshot.models.precision import device_of_passes, tensors_of
@@ -159,18 +160,14 @@ class CalibrationPass:
             return _noted(name, weighting_sweeps(self._objectives, weight, quadratics, fraction))
 
 
-@contextmanager
-def _announced(parts: Iterable[tuple[str, nn.Module]], what: str, on_progress: OnProgress) -> Iterator[None]:
+def _announced(
+    parts: Iterable[tuple[str, nn.Module]], what: str, on_progress: OnProgress
+) -> AbstractContextManager[None]:
     """Say which part of the model runs, whenever one does."""
-    handles = [
+    return hooked(
         module.register_forward_pre_hook(lambda *_, name=name: on_progress(what, name))
         for name, module in parts
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
 
 
 def _noted(name: str, problems: Iterator[Problem]) -> Iterator[Problem]:

@@ -13,10 +13,10 @@ from moonshot.layer.assembly import check_fraction
 from moonshot.layer.objectives import Fisher, Objective, Reconstruction, TokenFisher
 from moonshot.models.adapter import Adapter
 from moonshot.models.batch_sizes import tokens_at_once
-from moonshot.models.calibration import Batch, as_batches, check_length, check_vocabulary, moved
+from moonshot.models.calibration import Batch, checked_batches
 from moonshot.models.chain import ChainAdapter
 from moonshot.models.losses import Loss, model_loss
-from moonshot.models.precision import Passes, as_device, runs_as_it_is
+from moonshot.models.precision import Passes, as_device, home, runs_as_it_is
 from moonshot.models.sample_targets import with_equal_targets
 from moonshot.solvers.admm import ADMM
 from moonshot.solvers.base import Solver
@@ -85,7 +85,7 @@ class Recipe:
     def passes(self, model: nn.Module) -> Passes:
         """How the parts of a model run."""
         device = as_device(self.device)
-        precision = self.precision or ("float32" if (device or _home(model)).type == "cpu" else "model")
+        precision = self.precision or ("float32" if (device or home(model)).type == "cpu" else "model")
         return Passes(device, widened=precision == "float32" or not runs_as_it_is(model))
 
     def batches(self, model: nn.Module, calibration: Any) -> tuple[list[Batch], dict[str, str]]:
@@ -93,16 +93,7 @@ class Recipe:
 
         Raises CalibrationError for texts longer than the model can read, and for tokens that it does not know.
         """
-        device = as_device(self.device) or _home(model)
+        device = as_device(self.device) or home(model)
         in_pieces = self.loss is model_loss and isinstance(self.adapter, ChainAdapter | None)
-        tokens = tokens_at_once(model, in_pieces)
-        batches = [moved(batch, device) for batch in as_batches(calibration, tokens)]
-        check_length(model, batches)
-        check_vocabulary(model, batches)
+        batches = checked_batches(model, calibration, device, tokens_at_once(model, in_pieces))
         return with_equal_targets(model, batches, self.loss)
-
-
-def _home(model: nn.Module) -> torch.device:
-    """Where a model is."""
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device

@@ -16,6 +16,7 @@ import numpy as np
 
 from moonshot.linalg.backend import Array, asarray_like, eye_like, namespace, triangular_solve, zeros_like_shape
 from moonshot.linalg.factor import NotPositiveDefiniteError, cholesky
+from moonshot.linalg.lowrank import by_row
 
 LOST = 1e-8
 _BLOCK = 64
@@ -68,8 +69,8 @@ def _slices(m: int, d: int) -> list[slice]:
 def _combined(shared: Array, factors: Array, sign: float) -> Array:
     """`shared + sign * factors_i factors_i'` of every row, (m, d, d)."""
     xp = namespace(shared)
-    by_row = xp.permute_dims(factors, (1, 2, 0))
-    return shared + sign * (by_row @ xp.permute_dims(by_row, (0, 2, 1)))
+    rows = by_row(factors)
+    return shared + sign * (rows @ xp.permute_dims(rows, (0, 2, 1)))
 
 
 def _trace(inverse, columns, weights, groups, quotas, total):

@@ -28,6 +28,7 @@ from moonshot.linalg.backend import (
 )
 from moonshot.linalg.factor import cholesky
 from moonshot.linalg.hessian import RowHessian
+from moonshot.linalg.lowrank import by_row
 from moonshot.solvers.obs_batched import LOST
 
 
@@ -123,5 +124,5 @@ class _Rest:
 def _restricted(hessian: RowHessian, columns: Array) -> RowHessian:
     """The Hessians on some of the columns."""
     factors = hessian.factors
-    rows = None if factors is None else namespace(factors).permute_dims(factors[:, :, columns], (1, 2, 0))
+    rows = None if factors is None else by_row(factors[:, :, columns])
     return RowHessian(hessian.A[columns][:, columns], rows)

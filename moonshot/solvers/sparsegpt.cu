@@ -3,6 +3,7 @@
 // sparsegpt_batched has the mathematics and the names. Compiled for one type and number of factors each:
 //   REAL    float or double
 //   RANK    factors of a row, n
+//   TILED   columns whose p and t are in shared memory at once
 // How much shared memory each kernel needs is said by sparsegpt_cuda.shared_bytes.
 //
 // a, z, keep: (d, m); r: (d, d); p, t: (d, m, n); phi: (d, m); residual: (m, n). Right for any number of threads.
@@ -11,7 +12,7 @@
 
 typedef REAL real;
 constexpr int rank = RANK, width = RANK ? RANK : 1;
-constexpr int tiled = 8; // columns whose p and t are in shared memory at once
+constexpr int tiled = TILED;
 
 extern __shared__ real shared[];
 

@@ -97,4 +97,4 @@ def _run(name: str, p: Array, columns: int, group: int, *arguments: Any) -> None
 
 def options(dtype: str, rank: int) -> tuple[str, ...]:
     """What the source is compiled with."""
-    return (f"-DREAL={cuda.real(dtype)}", f"-DRANK={rank}")
+    return (f"-DREAL={cuda.real(dtype)}", f"-DRANK={rank}", f"-DTILED={_TILED}")
