@@ -29,6 +29,15 @@ def parts(x):
     return high.view(Array), (x - high).view(Array)
 
 
+def beside(x, d, out):
+    """The kernel of `split_cuda.beside`, as it indexes memory."""
+    (high, low), flat = parts(x), out.reshape(-1)
+    for i in range(x.size):
+        at = i + 2 * d * (i // d)
+        flat[at] = flat[at + 2 * d] = high.flat[i]
+        flat[at + d] = low.flat[i]
+
+
 class Cublas:
     """`sgemm` on memory of the host, as BLAS defines it; on tensor cores it cuts its arguments to TF32."""
 
@@ -75,9 +84,11 @@ def cublas(monkeypatch):
     found = Cublas()
     cuda = SimpleNamespace(cublas=found, get_cublas_handle=lambda: 7)
     empty = lambda shape, dtype: np.full(shape, np.nan, dtype).view(Array)  # noqa: E731
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, empty=empty))
+    concatenate = lambda arrays: np.concatenate(arrays).view(Array)  # noqa: E731
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, empty=empty, concatenate=concatenate))
     monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
     monkeypatch.setattr(split_cuda, "parts", parts)
+    monkeypatch.setattr(split_cuda, "kernel", lambda *_: beside)
     return found
 
 
@@ -91,6 +102,18 @@ def test_triangular_products(cublas, monkeypatch, d, count, numbers):
     expected = r.astype("f8") @ rows.T.astype("f8")
     size = abs(r).astype("f8") @ abs(rows).T.astype("f8")
     assert np.max(abs(found - expected) / size) < 5e-7  # TF32 alone: 1e-3
+    assert (cublas.mode, cublas.pointers) == (0, 1)
+
+
+@pytest.mark.parametrize(("m", "d", "numbers"), [(4, 9, 18), (5, 9, 10**6), (1, 5, 1)])
+def test_products(cublas, monkeypatch, m, d, numbers):
+    monkeypatch.setattr(split_cuda, "_NUMBERS", numbers)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(m, d)).astype("f4").view(Array)
+    matrix = rng.normal(size=(d, d)).astype("f4").view(Array)
+    found = split_cuda.product(x, split_cuda.below(matrix))
+    size = abs(x).astype("f8") @ abs(matrix).astype("f8")
+    assert np.max(abs(found - x.astype("f8") @ matrix.astype("f8")) / size) < 5e-7  # TF32 alone: 1e-3
     assert (cublas.mode, cublas.pointers) == (0, 1)
 
 

@@ -26,19 +26,19 @@ class Times:
     """Products with one square matrix M (d, d), again and again: `x M` for x (m, d), in its own dtype."""
 
     def __init__(self, matrix: Array):
-        self._matrix, self._parts = matrix, None
+        self._matrix, self._by_parts = matrix, None
         if is_cupy(matrix):
             from moonshot.linalg import split_cuda
 
             if split_cuda.possible(matrix):
-                self._parts = split_cuda.parts(contiguous(matrix))
+                self._by_parts = split_cuda.below(contiguous(matrix))
 
     def __call__(self, x: Array) -> Array:
-        if self._parts is None:
+        if self._by_parts is None:
             return x @ self._matrix
         from moonshot.linalg import split_cuda
 
-        return split_cuda.product(contiguous(x), self._parts)
+        return split_cuda.product(contiguous(x), self._by_parts)
 
 
 def half_product(factors: Array, r: Array, lanes: int) -> Array:
