@@ -129,6 +129,18 @@ def test_one_block_at_a_time_is_there(gpu):
     assert block <= there.most
 
 
+def test_budgets_are_measured_with_one_block_at_a_time_there(gpu):
+    model = decoder(num_hidden_layers=6)
+    expected = ms.allocate(model, tokens(8), 0.5, rounds=1, **WORK)
+    blocks = [block for _, block in find_blocks(model)]
+    with StandIn([tensor for tensor in tensors_of(model) if tensor.ndim == 2]) as there:
+        found = ms.allocate(model, tokens(8), 0.5, rounds=1, device="cuda", **WORK)
+    block = sum(tensor.numel() for tensor in blocks[0].parameters() if tensor.ndim == 2)
+    outside = sum(tensor.numel() for tensor in tensors_outside(model, blocks) if tensor.ndim == 2)
+    assert block <= there.most <= block + outside
+    assert found == expected
+
+
 @pytest.mark.parametrize("fits", [False, True])
 def test_four_passes_show_how_a_decoder_runs_and_what_fits_moves_once(monkeypatch, fits):
     model = decoder()

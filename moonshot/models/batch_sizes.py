@@ -54,10 +54,13 @@ def replayed_at_once(
     return _count(_TOKENS, _ACTIVATIONS * (largest + scores) * itemsize, device)
 
 
-def fits_whole(model: nn.Module, itemsize: int, device: torch.device) -> bool:
-    """Whether a whole model takes at most an eighth of a GPU's memory. itemsize: bytes of a number in the passes."""
+def fits_whole(model: nn.Module, itemsize: int, device: torch.device, shares: int = 1) -> bool:
+    """Whether a whole model takes at most so many eighths of a GPU's memory.
+
+    itemsize: bytes of a number in the passes.
+    """
     size = sum(max(tensor.itemsize, itemsize) * tensor.numel() for tensor in tensors_of(model))
-    return device.type == "cuda" and size <= _share(device)
+    return device.type == "cuda" and size <= shares * _share(device)
 
 
 def joined(batches: list[Batch], tokens: int) -> list[Batch]:

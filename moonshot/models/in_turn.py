@@ -2,14 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from moonshot.models.batch_sizes import fits_whole
 from moonshot.models.copies import Coming, to_device
 from moonshot.models.modules import hooked
-from moonshot.models.precision import device_of_passes, placed, tensors_of
+from moonshot.models.precision import (
+    device_of_passes,
+    home,
+    itemsize_of_passes,
+    placed,
+    tensors_of,
+    tensors_outside,
+)
+
+_HALF = 4  # in eighths of a GPU's memory
 
 
 class InTurn:
@@ -64,6 +74,25 @@ def placed_in_turn(blocks: Sequence[nn.Module]) -> Iterator[None]:
     )
     end = (block.register_forward_hook(lambda *_: running.close()) for block in blocks)
     with hooked(begin), hooked(end), running:
+        yield
+
+
+def between_passes(
+    model: nn.Module, parts: Sequence[nn.Module], shares: int = 1
+) -> AbstractContextManager[None]:
+    """What is `placed` between passes of a whole model: what is outside of its parts, or all of it if that fits.
+
+    shares: how many eighths of the GPU's memory it may take.
+    """
+    device = device_of_passes() or home(model)
+    fits = fits_whole(model, itemsize_of_passes(model), device, shares)
+    return placed(tensors_of(model) if fits else tensors_outside(model, list(parts)))
+
+
+@contextmanager
+def passes_of(model: nn.Module, parts: Sequence[nn.Module]) -> Iterator[None]:
+    """A model that runs as a whole, again and again: on the GPU if it takes half of it at most, else part by part."""
+    with between_passes(model, parts, _HALF), placed_in_turn(parts):
         yield
 
 

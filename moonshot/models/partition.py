@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.adapter import Adapter, Parts
-from moonshot.models.batch_sizes import fits_whole, joined, logits_at_once, replayed_at_once
+from moonshot.models.batch_sizes import joined, logits_at_once, replayed_at_once
 from moonshot.models.batch_tree import leaves
 from moonshot.models.blocks import Chain, find_blocks
 from moonshot.models.calibration import (
@@ -23,7 +23,7 @@ from moonshot.models.calibration import (
 )
 from moonshot.models.chain import ChainAdapter
 from moonshot.models.graph import GraphAdapter
-from moonshot.models.in_turn import InTurn
+from moonshot.models.in_turn import InTurn, between_passes
 from moonshot.models.layer_view import LayerView
 from moonshot.models.left_out import left_out, shared_between
 from moonshot.models.losses import Loss, model_loss, naming_sample
@@ -33,9 +33,7 @@ from moonshot.models.precision import (
     device_of_passes,
     home,
     itemsize_of_passes,
-    placed,
     tensors_of,
-    tensors_outside,
 )
 from moonshot.models.replay import Replay
 from moonshot.models.roles import routers
@@ -267,11 +265,8 @@ class _Trials:
         self.views = dict(adapter.layers("", model))
 
     def placed(self) -> AbstractContextManager[None]:
-        """What is there between trial runs: the whole model if it fits on the GPU, else what is outside of blocks."""
-        device = device_of_passes() or home(self.model)
-        if fits_whole(self.model, itemsize_of_passes(self.model), device):
-            return placed(tensors_of(self.model))
-        return placed(tensors_outside(self.model, [block for _, block in self.blocks]))
+        """What is there between trial runs."""
+        return between_passes(self.model, [block for _, block in self.blocks])
 
     def run(self, batch: Batch) -> TrialRun:
         return trial_run(self.model, self.blocks, self.views, batch, self.loss)

@@ -17,12 +17,13 @@ from moonshot.layer.problem import Problem
 from moonshot.models.adapter import Adapter
 from moonshot.models.batchnorm import estimate_in_one_pass
 from moonshot.models.calibration import Batch, count_samples, own_batches, set_aside
+from moonshot.models.in_turn import passes_of
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import Loss, loss_of, mean_loss, model_loss, sample_losses
 from moonshot.models.modules import evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.partition import partition_model
-from moonshot.models.precision import passing, placed, tensors_of
+from moonshot.models.precision import passing
 from moonshot.models.ranks import Ranks, current
 from moonshot.models.restore import restored_on_failure
 from moonshot.models.settings import with_model_ready
@@ -167,7 +168,8 @@ def _allocated(
         calibrated = CalibrationPass(model, partition, views, fitted, [objective], recipe, ranks=ranks)
         offer = Offer(views, _solved(calibrated, menus, solver, advance, ranks), total, exact=patterns is None)
         del calibrated  # the hidden states it has offloaded
-        with placed(tensors_of(model)):
+        parts = [part for _, part in partition.parts]
+        with passes_of(model, parts):
             candidates = _candidates(
                 offer,
                 _PrunedModel(offer, model, fitted, partial(loss_of, loss), advance, ranks),
@@ -185,7 +187,7 @@ def _allocated(
                 refit=refit,
                 on_layer=lambda layer, _: advance(layer.name),
             )
-            with placed(tensors_of(model)):
+            with passes_of(model, parts):
                 losses = sample_losses(model, own_batches(ranks, held_out), partial(loss_of, loss))
             restore()
             return torch.cat(ranks.gather(losses))

@@ -14,13 +14,13 @@ from moonshot.layer.patterns import Pattern
 from moonshot.layer.problem import Problem
 from moonshot.models.batchnorm import reestimate, running_statistics
 from moonshot.models.calibration import Batch, own_batches
-from moonshot.models.in_turn import placed_in_turn
+from moonshot.models.in_turn import passes_of
 from moonshot.models.layer_view import LayerView
 from moonshot.models.losses import loss_of, sample_losses
 from moonshot.models.modules import evaluating, shared_parameters
 from moonshot.models.offload import Offload
 from moonshot.models.partition import Partition
-from moonshot.models.precision import in_float32, placed, tensors_of, tensors_outside
+from moonshot.models.precision import in_float32, tensors_of
 from moonshot.models.ranks import Ranks
 from moonshot.models.replay import Replay
 from moonshot.models.restore import restored_on_failure
@@ -152,7 +152,7 @@ class PruningRun:
 
     def losses(self, batches: list[Batch]) -> Tensor:
         """The model's loss on each sample (samples,)."""
-        with placed(tensors_outside(self.model, self._modules)), placed_in_turn(self._modules):
+        with passes_of(self.model, self._modules):
             own = sample_losses(self.model, own_batches(self.ranks, batches), self._loss)
         return torch.cat(self.ranks.gather(own))
 
@@ -174,7 +174,7 @@ class PruningRun:
 
     def _estimate_batch_norm(self, batches: list[Batch]) -> None:
         if self.estimates_batch_norm:
-            with placed(tensors_of(self.model)):
+            with passes_of(self.model, self._modules):
                 own = own_batches(self.ranks, batches)
                 reestimate(self.model, own, self._loss, self._modules, self.ranks)
 
