@@ -25,6 +25,8 @@ from moonshot.models.pieces import by_samples, can_be_taken_apart, in_pieces, is
 from moonshot.models.precision import as_read, tensors_outside
 from moonshot.models.settings import without_cache
 
+_UNCHAINED = "a block does not read what the one before it returned"
+
 
 @dataclass(frozen=True)
 class Call:
@@ -74,12 +76,15 @@ class Chain:
         """
         first: list[Tensor] = []
         calls: list[Call] = []
+        differ: list[Tensor] = []  # asked for once, after all blocks: the device may be behind
 
         def record(hidden, *args, **kwargs):
             if not calls:
                 first.append(hidden.clone())
-            elif not torch.equal(hidden, first[0] if len(calls) % 2 == 0 else -first[0]):
-                raise ModelError("a block does not read what the one before it returned")
+            elif hidden.shape != first[0].shape:
+                raise ModelError(_UNCHAINED)
+            else:
+                differ.append((hidden != (first[0] if len(calls) % 2 == 0 else -first[0])).any())
             calls.append(Call(*without_cache(args, kwargs)))
             if (
                 len(calls) == len(self.blocks) > 1
@@ -96,13 +101,15 @@ class Chain:
                 if self._returns_tuple or not calls:
                     raise
                 self._returns_tuple = True
-                first.clear()
-                calls.clear()
+                for seen in (first, calls, differ):
+                    seen.clear()
                 loss_of(self.loss, self.model, batch)
         if len(calls) != len(self.blocks):
             raise ModelError(
                 f"the loss called {len(calls)} of {len(self.blocks)} blocks: it must run the whole model once"
             )
+        if differ and bool(torch.stack(differ).any()):
+            raise ModelError(_UNCHAINED)
         return first[0], calls
 
     def leave(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
