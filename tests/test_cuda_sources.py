@@ -8,7 +8,7 @@ import pytest
 
 import moonshot
 from moonshot.linalg import conjugate_cuda, cuda, lowrank_cuda, smallest_cuda
-from moonshot.solvers import obs_cuda, sparsegpt_cuda
+from moonshot.solvers import iht_cuda, obs_cuda, sparsegpt_cuda
 
 DEVICES = ("80", "90")  # A100, H100
 OPTIONS = {
@@ -21,6 +21,7 @@ OPTIONS = {
         lowrank_cuda.options("float32", "float64", scaled=False),
     ],
     smallest_cuda.SOURCE: [smallest_cuda.options("float32", few=4), smallest_cuda.options("float64", few=64)],
+    iht_cuda.SOURCE: [iht_cuda.options("float32", shared=True), iht_cuda.options("float64", shared=False)],
     obs_cuda.SOURCE: [obs_cuda.options()],
     sparsegpt_cuda.SOURCE: [sparsegpt_cuda.options("float32", 16), sparsegpt_cuda.options("float64", 0)],
 }

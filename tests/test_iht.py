@@ -114,7 +114,7 @@ def test_a_step_minimises_its_model_over_every_support():
         quadratic = ScaledQuadratic.of(layer.hessian, layer.weight, np.sqrt(np.diag(layer.A)))
         keep = supports[seed : seed + 1]
         point = _at(quadratic, np.where(keep, rng.normal(size=(1, 8)), 0), keep, np.array([[0.5]]))
-        y, mask = _thresholded(quadratic, Unstructured(5 / 8), point)
+        y, mask, _ = _thresholded(quadratic, Unstructured(5 / 8), point)
 
         diagonal = quadratic.diagonal
 

@@ -8,8 +8,9 @@ from moonshot.layer.problem import Problem, Status, check_weight
 from moonshot.linalg.backend import Array, as_dtype, namespace, native, squares
 from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.solvers.base import Answer, lowest
+from moonshot.solvers.iht_steps import compared, descended, restricted, taken
 
-_FIRST, _LONGER, _SHORTER = 4.0, 1.25, 0.7  # the first step size, and its factors after success and failure
+_FIRST = 4.0  # the first step size
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,7 @@ class IHT:
                 continue
             point = _refitted(quadratic, point, self.refits)
             x[rows], mask[rows] = point.x, point.mask
-            moves = xp.nonzero(
-                _per_budget(_changed(point, _thresholded(quadratic, pattern, point)[1]), by_row)
-            )[0]
+            moves = xp.nonzero(_per_budget(_thresholded(quadratic, pattern, point)[2], by_row))[0]
             if len(moves) == 0:
                 status = Status.CONVERGED
                 break
@@ -128,17 +127,15 @@ def _at(quadratic: ScaledQuadratic, x: Array, mask: Array, step: Array) -> _Poin
     return _Point(x, mask, quadratic.matvec(x) - quadratic.pull, step)
 
 
-def _thresholded(quadratic: ScaledQuadratic, pattern: Pattern, point: _Point) -> tuple[Array, Array]:
-    """One gradient step and its projection onto the pattern, in the metric of the diagonal: (y, mask)."""
-    xp = namespace(point.x)
-    diagonal = quadratic.diagonal
-    y = point.x - point.step * point.gradient / diagonal
-    mask = pattern.keep(diagonal * y**2)
-    return xp.where(mask, y, xp.zeros_like(y)), mask
+def _thresholded(quadratic: ScaledQuadratic, pattern: Pattern, point: _Point) -> tuple[Array, Array, Array]:
+    """One gradient step and its projection onto the pattern, in the metric of the diagonal.
 
-
-def _changed(point: _Point, mask: Array) -> Array:
-    return namespace(mask).any(mask != point.mask, axis=1)
+    (y, its mask, the rows (m,) whose mask is another than before).
+    """
+    y, scores = descended(point.x, point.gradient, point.step, quadratic.diagonal)
+    mask = pattern.keep(scores)
+    y, changed = restricted(y, mask, point.mask)
+    return y, mask, changed
 
 
 def _per_budget(changed: Array, by_row: bool) -> Array:
@@ -150,23 +147,14 @@ def _advance(
     quadratic: ScaledQuadratic, pattern: Pattern, point: _Point, steps: int, by_row: bool
 ) -> tuple[_Point, Array]:
     """Take the step of each budget where it lowers F. Also returns where it would change the support, (m,)."""
-    xp = namespace(point.x)
-    y, mask = _thresholded(quadratic, pattern, point)
-    moved = _per_budget(_changed(point, mask), by_row)
-    there = _at(quadratic, quadratic.refit(y, mask, steps), mask, point.step)
-    rise = xp.sum((there.x - point.x) * (there.gradient + point.gradient), axis=1)  # F(y) - F(x), exactly
-    lower = (rise if by_row else xp.sum(rise) + 0 * rise) < 0
-    step = point.step * xp.where(lower, _LONGER + 0 * rise, _SHORTER + 0 * rise)[:, None]
-    take = lower[:, None]
-    return (
-        _Point(
-            xp.where(take, there.x, point.x),
-            xp.where(take, there.mask, point.mask),
-            xp.where(take, there.gradient, point.gradient),
-            xp.where(moved[:, None], step, point.step),
-        ),
-        moved,
-    )
+    y, mask, changed = _thresholded(quadratic, pattern, point)
+    moved = _per_budget(changed, by_row)
+    y = quadratic.refit(y, mask, steps)
+    gradient, rise = compared(point.x, point.gradient, y, quadratic.matvec(y), quadratic.pull)
+    lower = (rise if by_row else namespace(rise).sum(rise) + 0 * rise) < 0
+    here, there = (point.x, point.gradient, point.mask), (y, gradient, mask)
+    x, gradient, mask, step = taken(lower, moved, here, there, point.step)
+    return _Point(x, mask, gradient, step), moved
 
 
 def _refitted(quadratic: ScaledQuadratic, point: _Point, steps: int) -> _Point:
