@@ -18,6 +18,7 @@ from moonshot.models.offload import in_turn as in_turn_of
 from moonshot.models.partition import partition_model
 from moonshot.models.precision import Passes, as_device, passing, tensors_of, tensors_outside
 from moonshot.models.statistics import LayerStatistics
+from moonshot.pruning.refit import PartFit
 from tests.models import DEMO, JOINT, decoder, model_folder, network, tokens, weights
 from tests.stand_in import GPU, Moves, StandIn, there_is_a_gpu
 
@@ -297,6 +298,34 @@ def test_a_refit_after_passes_in_bfloat16_is_computed_in_float32():
     report = ms.prune(model, tokens(12), 0.5, precision="model", refit=ms.Refit(epochs=4), **WORK)
     assert any(part.aside_after < part.aside_before for part in report.parts.values())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("set_before", ["highest", "high", "medium"])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tf32"),
+    [
+        (torch.bfloat16, "model", True),
+        (torch.bfloat16, "float32", False),
+        (torch.float32, "model", False),
+        (torch.float16, "model", False),
+    ],
+)
+def test_a_refit_has_tf32_where_passes_have_no_more_digits(monkeypatch, dtype, precision, tf32, set_before):
+    found, fit = set(), PartFit.run
+
+    def run(*arguments):
+        found.add(torch.get_float32_matmul_precision())
+        return fit(*arguments)
+
+    monkeypatch.setattr(PartFit, "run", run)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(set_before)
+    try:
+        ms.prune(decoder(dtype=dtype), tokens(4), 0.5, precision=precision, refit=ms.Refit(epochs=1), **WORK)
+        assert torch.get_float32_matmul_precision() == set_before
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == {"high" if tf32 and set_before == "highest" else set_before}
 
 
 def test_precisions_that_are_none():

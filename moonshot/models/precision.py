@@ -94,9 +94,25 @@ def device_of_passes() -> torch.device | None:
 
 @contextmanager
 def in_float32(tensors: list[Tensor]) -> Iterator[None]:
-    """`placed`, in float32 whatever the precision of passes is."""
-    with passing(replace(_passes.get(), widened=True)), placed(tensors):
+    """`placed`, in float32 whatever the precision of passes is.
+
+    Where passes compute in half precision as it is, products on a GPU have the 11 bits of TF32, no fewer than passes.
+    """
+    passes = _passes.get()
+    half = not passes.widened and any(map(_is_half, tensors))
+    with passing(replace(passes, widened=True)), placed(tensors), _tf32() if half else nullcontext():
         yield
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Products of float32 on a GPU are rounded to TF32 before they are added up, unless they are less exact already."""
+    if (before := torch.get_float32_matmul_precision()) == "highest":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def widened(tensor: Tensor) -> Tensor:
