@@ -12,7 +12,7 @@ import moonshot as ms
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import models, phases, sparse
 from benchmarks.gpu.layers import time_layer
-from benchmarks.gpu.models import plain_sparsegpt, time_model, time_reference
+from benchmarks.gpu.models import plain_sparsegpt, time_model, time_reference, time_refit
 from benchmarks.gpu.rows import Rows
 
 
@@ -42,9 +42,10 @@ def test_every_row_of_a_model_has_a_figure(monkeypatch):
     monkeypatch.setattr(models, "plain_sparsegpt", spied)
     rows = Rows("cpu", 600.0, say=lambda row: None)
     time_model(rows, "tiny", 2, 2, 16)
+    time_refit(rows, "tiny", 2, 2, 16)
     time_reference(rows, "tiny", 2, 2, 16)
     assert [row.note for row in rows.all if row.seconds is None] == []
-    assert len(rows.all) == 6
+    assert len(rows.all) == 7
     assert pruned == [0.5] * 14 + [0.0]  # all but the head
 
 

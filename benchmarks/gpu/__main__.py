@@ -24,7 +24,7 @@ import torch
 
 from ..speed.machine import versions
 from .layers import time_layer
-from .models import time_model, time_reference
+from .models import time_model, time_reference, time_refit
 from .rows import Row, Rows
 from .sparse import time_sparse
 
@@ -137,10 +137,10 @@ def layers(limit: float) -> list[dict]:
 def models(limit: float) -> list[dict]:
     """Seconds of `prune` on each model."""
     rows = Rows("cuda", limit, say)
-    for time_one in (time_model, time_reference):
-        for model in MODELS:
-            time_one(rows, *model)
-            free()
+    timed = [(time_one, model) for time_one in (time_model, time_reference) for model in MODELS]
+    for time_one, model in [*timed, (time_refit, MODELS[0])]:
+        time_one(rows, *model)
+        free()
     return [asdict(row) for row in rows.all]
 
 

@@ -61,6 +61,15 @@ def time_model(rows: Rows, widths: str, blocks: int, samples: int, length: int) 
     )
 
 
+def time_refit(rows: Rows, widths: str, blocks: int, samples: int, length: int) -> None:
+    """SparseGPT with a refit of two of the blocks."""
+    group, calibration = _named(widths, 2, samples, length), tokens(widths, samples, length)
+    _time(
+        *(rows, group, "SparseGPT, default, refit", widths, 2, rows.device),
+        lambda model: ms.prune(model, calibration, "2:4", solver=ms.SparseGPT(), refit=True),
+    )
+
+
 def time_reference(rows: Rows, widths: str, blocks: int, samples: int, length: int) -> None:
     """Plain torch on the same model."""
     group, calibration = _named(widths, blocks, samples, length), tokens(widths, samples, length)
