@@ -1,5 +1,7 @@
 """The steps of IHT on a GPU, or its kernels on the CPU, against those of arrays."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,10 @@ CALLS = {
     "descended, one diagonal": (descended, (X, GRADIENT, STEP, rng.uniform(0.5, 2, size=(1, D)))),
     "restricted": (restricted, (X, THERE, MASK)),
     "compared": (compared, (X, GRADIENT, TO, PRODUCT, PULL)),
-    "taken": (taken, (LOWER, MOVED, (X, GRADIENT, MASK), (TO, PRODUCT, THERE), STEP)),
+    "taken": (
+        partial(taken, factors=(1.25, 0.7)),
+        (LOWER, MOVED, (X, GRADIENT, MASK), (TO, PRODUCT, THERE), STEP),
+    ),
 }
 OVERWRITTEN = {"restricted": {0}, "compared": {3}, "taken": {3}}  # which arguments may be
 SAME = dict(float32=1e-5, float64=1e-12)

@@ -10,7 +10,7 @@ from moonshot.linalg.scaled import ScaledQuadratic
 from moonshot.solvers.base import Answer, lowest
 from moonshot.solvers.iht_steps import compared, descended, restricted, taken
 
-_FIRST = 4.0  # the first step size
+_FIRST, _LONGER, _SHORTER = 4.0, 1.25, 0.7  # the first step size, and its factors after success and failure
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _advance(
     gradient, rise = compared(point.x, point.gradient, y, quadratic.matvec(y), quadratic.pull)
     lower = (rise if by_row else namespace(rise).sum(rise) + 0 * rise) < 0
     here, there = (point.x, point.gradient, point.mask), (y, gradient, mask)
-    x, gradient, mask, step = taken(lower, moved, here, there, point.step)
+    x, gradient, mask, step = taken(lower, moved, here, there, point.step, (_LONGER, _SHORTER))
     return _Point(x, mask, gradient, step), moved
 
 

@@ -6,7 +6,6 @@ import array_api_compat
 import numpy as np
 
 from moonshot.linalg import cuda
-from moonshot.solvers import iht_steps
 
 SOURCE = "solvers/iht.cu"
 _THREADS = 256
@@ -31,11 +30,11 @@ def compared(x, gradient, to, product, pull):
     return product, rise
 
 
-def taken(lower, moved, here, there, step):
+def taken(lower, moved, here, there, step, factors):
     xp, real = array_api_compat.array_namespace(step), step.dtype.type
     (x, gradient, mask), (to, gradient_there, mask_there) = here, there
     mask_taken, following = xp.empty(mask.shape, dtype=bool), xp.empty(step.shape, dtype=step.dtype)
-    read = (lower, moved, x, gradient, mask, mask_there, step, real(iht_steps.LONGER), real(iht_steps.SHORTER))
+    read = (lower, moved, x, gradient, mask, mask_there, step, *map(real, factors))
     _launch("taken", x, read, (to, gradient_there, mask_taken, following))
     return to, gradient_there, mask_taken, following
 

@@ -2,8 +2,6 @@
 
 from moonshot.linalg.backend import Array, is_cupy, namespace
 
-LONGER, SHORTER = 1.25, 0.7  # factors of the step size after success and failure
-
 
 def descended(x: Array, gradient: Array, step: Array, diagonal: Array) -> tuple[Array, Array]:
     """`y = x - step gradient / D`, and `D y^2`, by which its largest entries are found; both (m, d).
@@ -42,18 +40,25 @@ def compared(x: Array, gradient: Array, to: Array, product: Array, pull: Array) 
 
 
 def taken(
-    lower: Array, moved: Array, here: tuple[Array, Array, Array], there: tuple[Array, Array, Array], step: Array
+    lower: Array,
+    moved: Array,
+    here: tuple[Array, Array, Array],
+    there: tuple[Array, Array, Array],
+    step: Array,
+    factors: tuple[float, float],
 ) -> tuple[Array, Array, Array, Array]:
     """(x, gradient, mask) of every row: where it has arrived if F is lower there, else where it is; and its next step.
 
     lower, moved: (m,), whether F is lower in the row's budget, and whether a mask in that budget has changed: only then
-    the step (m, 1) does. here, there: (x, gradient, mask); there may be overwritten, but for its mask.
+    does the step (m, 1). factors: of the step, where F is lower and where it is not. here, there: (x, gradient, mask);
+    there may be overwritten, but for its mask.
     """
     if is_cupy(step):
         from moonshot.solvers import iht_cuda
 
-        return iht_cuda.taken(lower, moved, here, there, step)
+        return iht_cuda.taken(lower, moved, here, there, step, factors)
     xp = namespace(step)
     x, gradient, mask = (xp.where(lower[:, None], new, old) for new, old in zip(there, here, strict=True))
-    factor = xp.where(lower[:, None], LONGER + 0 * step, SHORTER + 0 * step)
+    longer, shorter = factors
+    factor = xp.where(lower[:, None], longer + 0 * step, shorter + 0 * step)
     return x, gradient, mask, xp.where(moved[:, None], step * factor, step)
