@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moonshot.linalg.backend import namespace, native, on_host
-from moonshot.linalg.products import Times, half_product, half_product_by_factor, half_product_grams
+from moonshot.linalg.products import Times, half_product, half_product_by_factor, half_product_grams, square
 
 sizes = st.sampled_from([1, 5, 31, 32, 33, 255, 257, 600])
 
@@ -60,3 +60,12 @@ def test_products_with_one_matrix(backend, dtype, size):
     error = abs(on_host(found) - single @ other) / (abs(single) @ abs(other))
     assert found.dtype == getattr(namespace(found), dtype)
     assert error.max() < {"float32": 1e-6, "float64": 1e-15}[dtype]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 600), ("float64", 40)])
+def test_a_square(backend, dtype, size):
+    r = np.triu(np.random.default_rng(0).normal(size=(size, size))).astype(dtype)
+    found = on_host(square(native(backend.array(r, dtype))))
+    error = abs(found - r.T.astype("f8") @ r) / (abs(r).T.astype("f8") @ abs(r))
+    assert found.dtype == dtype
+    assert error[np.isfinite(error)].max() < {"float32": 1e-6, "float64": 1e-15}[dtype]

@@ -26,7 +26,7 @@ from moonshot.linalg.factor import (
     rescaled,
 )
 from moonshot.linalg.lowrank import apply, by_factor, project
-from moonshot.linalg.products import half_product, half_product_by_factor, half_product_grams
+from moonshot.linalg.products import half_product, half_product_by_factor, half_product_grams, square
 
 _SYMMETRY = {"float32": 1e-4, "float64": 1e-9}  # largest |A - A'| accepted, relative to max |A|
 _REFINEMENTS = 10
@@ -148,9 +148,8 @@ class RowHessian:
         a = rescaled(self.A, scale)
         a.reshape(-1)[:: self.columns + 1] += shift
         r = inverse_factor(a)
-        single = as_dtype(r, dtype)
         found = half_product_grams(self.factors, as_dtype(r / scale, dtype)) if grams else None
-        return single.T @ single, found
+        return square(as_dtype(r, dtype)), found
 
     def matvec(self, V: Array) -> Array:
         """`H_i v_i` for every row of V (m, d)."""

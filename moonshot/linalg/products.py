@@ -41,6 +41,11 @@ class Times:
         return split_cuda.product(contiguous(x), self._by_parts)
 
 
+def square(r: Array) -> Array:
+    """`R'R`, (d, d), in the dtype of R."""
+    return Times(r)(r.T) if is_cupy(r) else r.T @ r  # of which NumPy computes one half
+
+
 def half_product(factors: Array, r: Array, lanes: int) -> Array:
     """`P_i = R U_i` for every row i, in tiles of rows: (d, tiles, n, lanes), zero beyond the last row.
 
