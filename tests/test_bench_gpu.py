@@ -9,6 +9,7 @@ import torch
 from torch.nn import Linear
 
 import moonshot as ms
+from benchmarks import costs
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import models, phases, sparse
 from benchmarks.gpu.layers import time_layer
@@ -16,7 +17,7 @@ from benchmarks.gpu.models import plain_sparsegpt, time_model, time_reference, t
 from benchmarks.gpu.rows import Rows
 
 
-def test_every_row_of_a_layer_has_a_figure():
+def test_every_row_of_a_layer_has_a_figure(monkeypatch):
     rows = Rows("cpu", 600.0, say=lambda row: None)
     time_layer(rows, 8, 16)
     assert [row.name for row in rows.all if row.seconds is None] == []
@@ -29,6 +30,8 @@ def test_every_row_of_a_layer_has_a_figure():
         "OBS, n = 16",
         "lower_bound",
     } <= {row.name for row in rows.all}
+    monkeypatch.setattr(costs, "LAYERS", ((8, 16),))
+    assert all(set(of_solver[8, 16]) == {0, 16} for of_solver in costs.layer_seconds(rows.all).values())
 
 
 def test_every_row_of_a_model_has_a_figure(monkeypatch):
@@ -47,6 +50,8 @@ def test_every_row_of_a_model_has_a_figure(monkeypatch):
     assert [row.note for row in rows.all if row.seconds is None] == []
     assert len(rows.all) == 7
     assert pruned == [0.5] * 14 + [0.0]  # all but the head
+    monkeypatch.setattr(costs, "MODELS", (("tiny", 2, 2, 16),))
+    assert {costs.WHOLE, costs.BY_PARTS} <= set(costs.model_seconds(rows.all)["tiny", 2, 2, 16])
 
 
 def test_both_kinds_of_blocks_run_for_every_length(monkeypatch):

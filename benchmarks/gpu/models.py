@@ -45,7 +45,7 @@ def time_model(rows: Rows, widths: str, blocks: int, samples: int, length: int) 
     """SparseGPT and ADMM on the reconstruction error and on the default objective, and SparseGPT on a model that stays
     on the CPU and moves part by part.
     """
-    group, calibration = _named(widths, blocks, samples, length), tokens(widths, samples, length)
+    group, calibration = model_group(widths, blocks, samples, length), tokens(widths, samples, length)
     if not rows.ended:  # kernels are compiled
         ms.prune(llama(widths, 1, rows.device), calibration[:4], "2:4")
     for solver in (ms.SparseGPT(), ms.ADMM()):
@@ -63,7 +63,7 @@ def time_model(rows: Rows, widths: str, blocks: int, samples: int, length: int) 
 
 def time_refit(rows: Rows, widths: str, blocks: int, samples: int, length: int) -> None:
     """SparseGPT with a refit of two of the blocks."""
-    group, calibration = _named(widths, 2, samples, length), tokens(widths, samples, length)
+    group, calibration = model_group(widths, 2, samples, length), tokens(widths, samples, length)
     _time(
         *(rows, group, "SparseGPT, default, refit", widths, 2, rows.device),
         lambda model: ms.prune(model, calibration, "2:4", solver=ms.SparseGPT(), refit=True),
@@ -72,14 +72,14 @@ def time_refit(rows: Rows, widths: str, blocks: int, samples: int, length: int) 
 
 def time_reference(rows: Rows, widths: str, blocks: int, samples: int, length: int) -> None:
     """Plain torch on the same model."""
-    group, calibration = _named(widths, blocks, samples, length), tokens(widths, samples, length)
+    group, calibration = model_group(widths, blocks, samples, length), tokens(widths, samples, length)
     _time(
         *(rows, group, "torch SparseGPT, block by block", widths, blocks, rows.device),
         lambda model: plain_sparsegpt(model, calibration),
     )
 
 
-def _named(widths: str, blocks: int, samples: int, length: int) -> str:
+def model_group(widths: str, blocks: int, samples: int, length: int) -> str:
     return f"{blocks} blocks of {widths}, {samples} x {length} tokens"
 
 
