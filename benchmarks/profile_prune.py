@@ -1,39 +1,35 @@
 """Where the time of `prune` goes on the shipped Llama.
 
-    python benchmarks/profile_prune.py [--solver ADMM] [--pattern 2:4] [--samples 64] [--length 256]
+    python -m benchmarks.profile_prune [--solver ADMM] [--pattern 2:4] [--samples 64] [--length 256]
 
-Shares of the whole, by the parts of the work: passes of the model, statistics, problems (their terms added up, damped
-and factored), solvers, grades. The rest is what it takes to hold that together.
+Shares of the whole, by the parts of the work. The rest is what it takes to hold them together.
 """
 
 import argparse
-import cProfile
-import pstats
+import sys
 from pathlib import Path
 
 import moonshot as ms
 from moonshot.files.load import load
 from moonshot.models.calibration import windows
 
+from .gpu.phases import Clock, watch_all
+
 DEMO = Path(ms.__file__).parent / "demo"
-PARTS = {  # by file and function, none of which calls another
-    "passes of the model": [
-        ("blocks.py", "run"),
-        ("blocks.py", "enter"),
-        ("blocks.py", "leave"),
-        ("cut.py", "_run"),
-    ],
-    "backward passes": [("__init__.py", "grad")],
-    "statistics": [("statistics.py", "observe"), ("statistics.py", "pop")],
-    "problems": [("objectives.py", "quadratics_of"), ("objectives.py", "weigh")],
-    "solver: factorisations": [("SOLVER", "init")],
-    "solver: the rest": [("SOLVER", "compute")],
-    "grades": [("problem.py", "graded"), ("problem.py", "zero_value"), ("problem.py", "value")],
+PARTS = {  # by part of the work and module: functions, or methods of a class
+    "a trial run": {"moonshot.pruning.prune": ["partition_model"]},
+    "passes of the model": {"moonshot.models.blocks": ["Chain.enter", "Chain.run", "Chain.leave"]},
+    "backward passes": {"torch.autograd": ["grad"]},
+    "statistics": {"moonshot.models.statistics": ["LayerStatistics.observe"]},
+    "problems": {"moonshot.pruning.calibration_pass": ["CalibrationPass.problems"]},
+    "grades": {"moonshot.layer.problem": ["Problem.graded"], "moonshot.solvers.base": ["check_answer"]},
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.profile_prune", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--solver", default="ADMM", choices=["ADMM", "SparseGPT", "IHT", "OBS"])
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--samples", type=int, default=64)
@@ -45,28 +41,19 @@ def main() -> None:
     calibration = windows(tokenizer, text, arguments.samples, arguments.length)
     ms.prune(model, calibration, arguments.pattern, solver=solver)  # what is compiled once
     model, _ = load(str(DEMO / "model"))
-    profile = cProfile.Profile()
-    report = profile.runcall(ms.prune, model, calibration, arguments.pattern, solver=solver)
-    stats = pstats.Stats(profile)
-    whole = stats.total_tt  # type: ignore[attr-defined]
+    clock = Clock()
+    names = {part: watch_all(clock, functions) for part, functions in PARTS.items()}
+    names["solver"] = watch_all(clock, {}, solver)
+    with clock.phase("the rest"):
+        ms.prune(model, calibration, arguments.pattern, solver=solver)
+    if unseen := [name for phases in names.values() for name in phases if not clock.times[name]]:
+        sys.exit(f"prune never called {', '.join(unseen)}: its time is in another part")
+    whole = sum(clock.seconds.values())
     print(f"{arguments.solver}, {arguments.pattern}, {arguments.samples} samples of {arguments.length} tokens")
-    rest = whole
-    for part, functions in PARTS.items():
-        seconds = sum(cumulative(stats, file, name, type(solver).__module__) for file, name in functions)
-        rest -= seconds
+    for part, phases in {**names, "the rest": ["the rest"]}.items():
+        seconds = sum(clock.seconds[phase] for phase in phases)
         print(f"{part:24} {seconds:7.2f} s  {100 * seconds / whole:5.1f} %")
-    print(f"{'the rest':24} {rest:7.2f} s  {100 * rest / whole:5.1f} %")
-    print(f"{'in all':24} {whole:7.2f} s, {report.seconds:.2f} s by the report")
-
-
-def cumulative(stats: pstats.Stats, file: str, name: str, solver: str) -> float:
-    """Seconds inside a function, its callees included."""
-    file = f"{solver.rpartition('.')[2]}.py" if file == "SOLVER" else file
-    return sum(
-        found[3]
-        for (path, _, function), found in stats.stats.items()  # type: ignore[attr-defined]
-        if function == name and Path(path).name == file and ("moonshot" in path or "autograd" in path)
-    )
+    print(f"{'in all':24} {whole:7.2f} s")
 
 
 if __name__ == "__main__":

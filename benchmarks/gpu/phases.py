@@ -7,12 +7,11 @@ The sum is more than the time without, in which the GPU works while Python goes 
 """
 
 import argparse
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import reduce, wraps
 from importlib import import_module
 from typing import Any
 
@@ -38,9 +37,12 @@ PHASES = {  # by module: functions, or methods of a class
 
 
 class Clock:
-    """Seconds of each phase without those of phases inside of it, and how often it came."""
+    """Seconds of each phase without those of phases inside of it, and how often it came.
 
-    def __init__(self, wait: Callable[[], None]):
+    wait: waits for the device, if there is one to wait for.
+    """
+
+    def __init__(self, wait: Callable[[], None] = lambda: None):
         self.seconds: Counter[str] = Counter()
         self.times: Counter[str] = Counter()
         self._wait, self._inside = wait, [0.0]  # what phases inside of each running one took
@@ -59,8 +61,8 @@ class Clock:
             self.times[name] += 1
             self._inside[-1] += took
 
-    def watch(self, owner: Any, name: str) -> None:
-        """Time a function of a module or a method of a class from now on."""
+    def watch(self, owner: Any, name: str) -> str:
+        """Time a function of a module or a method of a class from now on; returns the name of its phase."""
         function, named = getattr(owner, name), f"{getattr(owner, '__name__', '').split('.')[-1]}.{name}"
 
         @wraps(function)
@@ -69,18 +71,21 @@ class Clock:
                 return function(*arguments, **options)
 
         setattr(owner, name, timed)
+        return named
 
 
-def watch_all(clock: Clock, solver: ms.Solver) -> None:
-    """Time all PHASES, and what a solver does."""
-    for path, names in PHASES.items():
-        import_module(path)
-        for name in names:
-            *owners, last = name.split(".")
-            owner = getattr(sys.modules[path], owners[0]) if owners else sys.modules[path]
-            clock.watch(owner, last)
-    for name in ("init", "compute"):
-        clock.watch(type(solver), name)
+def owner_of(path: str, name: str) -> tuple[Any, str]:
+    """The module, or the class in it, that has a function, and what it is called there."""
+    *owners, last = name.split(".")
+    return reduce(getattr, owners, import_module(path)), last
+
+
+def watch_all(
+    clock: Clock, functions: Mapping[str, Iterable[str]], solver: ms.Solver | None = None
+) -> list[str]:
+    """Time functions by module, and what a solver does; returns the names of the phases."""
+    found = [clock.watch(*owner_of(path, name)) for path, names in functions.items() for name in names]
+    return found + [clock.watch(type(solver), name) for name in ("init", "compute") if solver is not None]
 
 
 def main() -> None:
@@ -96,8 +101,8 @@ def main() -> None:
     data = tokens(arguments.widths, arguments.samples, arguments.length)
     ms.prune(llama(arguments.widths, 1, arguments.device), data[:4], "2:4", solver=solver)  # compiles kernels
     model = llama(arguments.widths, arguments.blocks, arguments.device)
-    clock = Clock(torch.cuda.synchronize if arguments.device.startswith("cuda") else lambda: None)
-    watch_all(clock, solver)
+    clock = Clock(torch.cuda.synchronize) if arguments.device.startswith("cuda") else Clock()
+    watch_all(clock, PHASES, solver)
     with clock.phase("all else"):
         ms.prune(model, data, "2:4", solver=solver)
     print(f"{sum(clock.seconds.values()):9.3f} s in all")
