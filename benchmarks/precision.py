@@ -1,6 +1,7 @@
 """Passes in bfloat16 against passes in float32: held-out perplexity of the shipped Llama, in bfloat16, pruned by both.
 
 python benchmarks/precision.py [--solver ADMM] [--pattern 2:4] [--seeds 3] [--samples 64] [--length 256]
+                               [--device cpu]
 """
 
 import argparse
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     _, tokenizer = load(str(DEMO / "model"))
     held_out = windows(tokenizer, (DEMO / "heldout.txt").read_text("utf-8"), 40, 256, seed=None)
@@ -34,7 +36,8 @@ def main() -> None:
             model = load(str(DEMO / "model"))[0].to(torch.bfloat16)
             calibration = windows(tokenizer, text, arguments.samples, arguments.length, seed=seed)
             solver = getattr(ms, arguments.solver)()
-            ms.prune(model, calibration, arguments.pattern, solver=solver, seed=seed, precision=precision)
+            how = {"seed": seed, "precision": precision, "device": arguments.device}
+            ms.prune(model, calibration, arguments.pattern, solver=solver, **how)
             found[precision] = perplexity(model, held_out).value
         differences.append(found["model"] - found["float32"])
         print(f"seed {seed}: float32 {found['float32']:.3f}, bfloat16 {found['model']:.3f}", flush=True)
