@@ -1,5 +1,6 @@
 """Problem, Result and Status: what goes into a solver and what comes out, as plain data."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,6 +14,7 @@ from moonshot.linalg.backend import (
     computing_on,
     dtype_name,
     is_numpy,
+    largest,
     namespace,
     native,
     on_host,
@@ -56,7 +58,7 @@ class Term:
 
     def loss(self, V: Array) -> float:
         """`q_t(V) / q_t(0)` in float64; V: (m, d), computed on as it is (see backend.native)."""
-        return max(self.loss_of(Deviation(as_dtype(V, "float64") - self.centre)), 0.0)
+        return max(self.loss_of(Deviation.between(V, self.centre)), 0.0)
 
     def loss_of(self, deviation: "Deviation") -> float:
         """The loss of a V that is this far from the centre, below zero where rounding leaves nothing of it."""
@@ -68,6 +70,14 @@ class Deviation:
 
     def __init__(self, difference: Array):
         self._x = as_dtype(difference, "float64")
+
+    @classmethod
+    def between(cls, V: Array, centre: Array) -> "Deviation":
+        """`V - centre`, both (m, d), without another array of that size."""
+        xp = namespace(V)
+        difference = xp.astype(V, xp.float64)  # a copy
+        difference -= centre
+        return cls(difference)
 
     @property
     def squared_norm(self) -> float:
@@ -112,11 +122,11 @@ class AtZero:
 
     @property
     def limit(self) -> float:
-        """What F(0) is at most, without that product: the largest eigenvalue of A is below its trace."""
+        """What F(0) is at most, without a product: the largest eigenvalue of A is below its trace."""
         if self._shared is None:
             return self._known
         trace = float(namespace(self._shared).linalg.trace(self._shared))
-        return self._known + trace * Deviation(self._centre).squared_norm
+        return self._known + trace * math.prod(self._centre.shape) * largest(self._centre) ** 2
 
     @property
     def value(self) -> float:
@@ -203,8 +213,8 @@ class Problem:
     def value(self, V: Array) -> float:
         """F(V), in float64."""
         with computing_on(self.weight):
-            difference = as_dtype(native(V, "V"), "float64") - self.centre
-            return max(Deviation(difference).loss(self.hessian.A, self._factors), 0.0) + self.constant
+            moved = Deviation.between(native(V, "V"), self.centre)
+            return max(moved.loss(self.hessian.A, self._factors), 0.0) + self.constant
 
     @property
     def _factors(self) -> Array | None:
@@ -214,15 +224,15 @@ class Problem:
     def graded(self, V: Array) -> tuple[float, list[float]]:
         """F(V) and the loss of each term, in float64, with no product more than the losses take."""
         with computing_on(self.weight):
-            v = as_dtype(native(V, "V"), "float64")
+            v = native(V, "V")
             centres = {id(term.centre): term.centre for term in self.terms}
-            deviations = {key: Deviation(v - centre) for key, centre in centres.items()}
+            deviations = {key: Deviation.between(v, centre) for key, centre in centres.items()}
             losses = [term.loss_of(deviations[id(term.centre)]) for term in self.terms]
             moved = deviations.get(id(self.centre))  # that of terms which are all about the weight
             value = (
                 self.value(v)
                 if self.ridge is None
-                else self._sum_of_terms(losses, moved or Deviation(v - native(self.weight, "weight")))
+                else self._sum_of_terms(losses, moved or Deviation.between(v, native(self.weight, "weight")))
             )
             return value, [max(loss, 0.0) for loss in losses]
 

@@ -187,7 +187,13 @@ def squares(x: Array) -> Array:
 
 def unit(x: Array) -> float:
     """The power of two in which the largest `|x|` is between a half and one; dividing by it rounds nothing."""
-    return 2.0 ** math.frexp(float(namespace(x).max(abs(x))))[1]
+    return 2.0 ** math.frexp(largest(x))[1]
+
+
+def largest(x: Array) -> float:
+    """The largest `|x|`, without an array of them."""
+    xp = namespace(x)
+    return float(xp.maximum(xp.max(x), -xp.min(x)))
 
 
 def transposed(array: Array) -> Array:

@@ -43,20 +43,20 @@ def inverse_factor(a: Array) -> Array:
     """
     a = as_dtype(a, "float64")
     if is_numpy(a):
-        upper, info = scipy.linalg.lapack.dpotrf(_reversed(a).T, lower=0, clean=1, overwrite_a=1)
+        from moonshot.linalg import kernels
+
+        # rows and columns in reverse: in C order that is the whole of it backwards
+        backwards = a.ravel()[::-1].copy().reshape(a.shape)
+        upper, info = scipy.linalg.lapack.dpotrf(backwards.T, lower=0, clean=1, overwrite_a=1)
         if info == 0:  # LAPACK reads the transpose as it lies in memory
             inverse, info = scipy.linalg.lapack.dtrtri(upper, lower=0, overwrite_c=1)
         if info != 0:
             raise NotPositiveDefiniteError("the shared matrix A", smallest_pivot(a))
-        return _reversed(inverse.T)
+        kernels.reverse(inverse.T.reshape(-1))
+        return inverse.T
     xp = namespace(a)
     lower = cholesky(xp.flip(a), "the shared matrix A")
     return xp.flip(triangular_solve(lower, eye_like(a, a.shape[0]), lower=True))
-
-
-def _reversed(a: np.ndarray) -> np.ndarray:
-    """A copy with rows and columns in reverse: in C order that is the whole of it backwards."""
-    return a.ravel()[::-1].copy().reshape(a.shape)
 
 
 def inverse(a: Array) -> Array:

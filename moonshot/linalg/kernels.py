@@ -209,6 +209,14 @@ def transposed(a):
 
 
 @kernel
+def reverse(a):
+    """Turn a vector round, in place."""
+    last = len(a) - 1
+    for i in prange(len(a) // 2):
+        a[i], a[last - i] = a[last - i], a[i]
+
+
+@kernel
 def asymmetry(a):
     """The largest `|a_ij - a_ji|` of a square matrix."""
     d = len(a)
