@@ -1,6 +1,7 @@
 """Kernels on two threads, and called by two at once: the same answers, bit for bit.
 
-Other tests run with one thread in each process, so these have a process of their own.
+Other tests run with one thread in each process, so these have a process of their own. And OpenBLAS's threads, which
+sleep as soon as they have nothing to do.
 """
 
 import os
@@ -101,3 +102,42 @@ def test_what_is_set_before_the_import_stays(environment, before, found):
         [sys.executable, "-c", script], env=clean | environment, capture_output=True, text=True, check=True
     )
     assert ran.stdout.strip() == found
+
+
+AFTER_NUMPY = """
+import ctypes, threading
+import numpy as np
+from threadpoolctl import threadpool_info
+a = np.ones((600, 600))
+a @ a
+{before}
+import moonshot
+paths = [found["filepath"] for found in threadpool_info() if found["threading_layer"] == "pthreads"]
+ask = [getattr(ctypes.CDLL(path), "openblas_thread_timeout", lambda: "unknown") for path in paths]
+print(*{{each() for each in ask}} or {{"unknown"}}, int((a @ a).sum()), threading.active_count())
+"""
+BUSY = "threading.Thread(target=lambda: [sum(range(100)) for _ in range(10**9)], daemon=True).start()"
+WAITING = "threading.Thread(target=threading.Event().wait, daemon=True).start()"
+
+
+@pytest.mark.parametrize(
+    "environment, before, cycles, threads",
+    [
+        ({}, "", 6, 1),
+        ({}, WAITING, 6, 2),
+        ({}, BUSY, 0, 2),  # it may be in the middle of a product
+        ({"OPENBLAS_THREAD_TIMEOUT": "20"}, "", 20, 1),
+    ],
+)
+def test_openblas_that_was_loaded_before_sleeps_too(environment, before, cycles, threads):
+    """As a power of two, 0 for what OpenBLAS has by itself; and it multiplies as before."""
+    clean = {name: value for name, value in os.environ.items() if name != "OPENBLAS_THREAD_TIMEOUT"}
+    script = AFTER_NUMPY.format(before=before)
+    environment = clean | {"OPENBLAS_NUM_THREADS": "2"} | environment
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    found = ran.stdout.split()
+    if found[0] == "unknown":
+        pytest.skip("NumPy's BLAS does not say how long its threads spin")
+    assert found == [str(cycles), str(600**3), str(threads)]
