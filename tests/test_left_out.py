@@ -142,6 +142,22 @@ def test_two_layers_with_one_weight_are_one_layer_with_both_uses(apart):
     assert len(list(layers_of("", model))) == 6
 
 
+def test_weights_that_lie_partly_in_the_same_memory_are_left_alone():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6) for _ in range(4)]
+    model, memory = nn.Sequential(*layers), torch.randn(20, 6)
+    for layer, first in zip(layers, (0, 6, 11), strict=False):  # the last two of these have a row in common
+        layer.weight.data = memory[first : first + 6]
+    layers[3].weight.data = torch.randn(6, 1).expand(6, 6)
+    report = pruned(model, 6)
+    assert report.skipped == {
+        "1": "its weight shares memory with 2.weight",
+        "2": "its weight shares memory with 1.weight",
+        "3": "entries of its weight share memory: give it a copy first (weight.data.clone())",
+    }
+    assert list(report.layers) == ["0"] and zeros(memory[:6]) == 0.5 and zeros(memory[6:]) == 0
+
+
 class Transposed(nn.Module):
     """An autoencoder whose decoder is a product with the encoder's weight."""
 

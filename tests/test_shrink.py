@@ -107,6 +107,46 @@ def test_a_vits_hidden_units_can_go_and_its_heads_cannot():
         )
 
 
+def test_both_sides_of_an_encoder_decoder_become_smaller():
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=61,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=16,
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    patterns = ms.column_patterns(model, 0.25)
+    assert {name.removesuffix(".fc2") for name in patterns} == {
+        "model.encoder.layers.0",
+        "model.encoder.layers.1",
+        "model.decoder.layers.0",
+    }
+    batch = {"input_ids": tokens()[:, :12], "labels": tokens()[:, :8].contiguous()}
+    ms.prune(model, [batch], patterns, solver=ms.Magnitude(), objective=ms.Reconstruction())
+    shrunk = ms.shrink(model)
+    assert shrunk.config.encoder_ffn_dim == shrunk.config.decoder_ffn_dim == 24
+    with torch.no_grad():
+        torch.testing.assert_close(shrunk(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_model_generates_with_stays():
+    model = decoder()
+    model.generation_config.max_new_tokens = 7
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.down_proj.weight[:, :8] = 0
+    assert ms.shrink(model).generation_config.max_new_tokens == 7
+    model.model.norm.weight.data = torch.ones(3)  # no longer what the configuration says
+    with pytest.raises(ModelError, match=r"whose size follows from .* size mismatch for model.norm.weight"):
+        ms.shrink(model)
+
+
 def test_tied_weights_stay_tied_and_dtypes_what_they_are():
     model = decoder(dtype=torch.bfloat16, tie_word_embeddings=True).eval()
     model.model.norm.float()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.modules import ModelError
+from moonshot.models.targets import listed
 from moonshot.models.units import Units, reason_against, units_of
 
 
@@ -18,7 +19,8 @@ def shrink(model: nn.Module) -> nn.Module:
     attention, has zero columns, such as `prune(model, calibration, column_patterns(model, 0.25))` leaves. It stays as
     it is. Every block must have the same number of them, which is what a configuration can say.
 
-    Raises ModelError where blocks differ, and where nothing is zero.
+    Raises ModelError where blocks differ, where nothing is zero, and for a model whose sizes do not follow from its
+    configuration alone.
     """
     units = units_of(model)
     remaining = {each.reader: _remaining(model, each) for each in units}
@@ -39,8 +41,16 @@ def shrink(model: nn.Module) -> nn.Module:
             _cut(tensors, f"{maker}.bias", left, rows, axis=0)
     kind: Any = type(model)
     small = kind(config).to(next(model.parameters()).device)
-    small.load_state_dict(tensors, assign=True)  # each in its own dtype
+    try:
+        small.load_state_dict(tensors, assign=True)  # each in its own dtype
+    except RuntimeError as error:
+        raise ModelError(
+            f"{kind.__name__} has other layers whose size follows from {listed(sizes)} in its configuration, so that "
+            f"its units cannot be cut out: {str(error).splitlines()[-1].strip()}"
+        ) from error
     small.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        small.generation_config = copy.deepcopy(model.generation_config)
     small.train(model.training)
     return small
 
