@@ -279,10 +279,20 @@ def test_a_model_with_nan_is_refused_before_anything_is_pruned():
     model = decoder()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = np.nan
     before = weights(model)
-    with pytest.raises(ModelError, match="finite scalar, got nan"):
+    words = (
+        r"^model.layers.1.mlp.up_proj.weight hold NaN or infinity \(the loss must be a finite scalar, got nan\)"
+    )
+    with pytest.raises(ModelError, match=words):
         ms.prune(model, tokens(), "2:4", objective=ms.Reconstruction(), solver=ms.Magnitude())
     for name, parameter in model.named_parameters():
         assert torch.equal(before[name].nan_to_num(9), parameter.nan_to_num(9))
+
+
+def test_ids_of_any_integer_dtype_give_the_same():
+    model, other = decoder(), decoder()
+    ms.prune(model, tokens(), "2:4", solver=ms.SparseGPT())
+    ms.prune(other, tokens().int(), "2:4", solver=ms.SparseGPT())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_meta_device_and_models_without_blocks_are_refused():
@@ -292,6 +302,9 @@ def test_meta_device_and_models_without_blocks_are_refused():
         ms.prune(model, tokens(), 0.5)
     with pytest.raises(ModelError, match="no Linear or convolutional layer"):
         ms.prune(torch.nn.Embedding(61, 3), tokens(), 0.5)
+    lazy = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LazyLinear(3))
+    with pytest.raises(ModelError, match="1.weight, 1.bias have no shape yet: run the model once"):
+        ms.prune(lazy, [(torch.randn(4, 8),)], 0.5, loss=lambda model, batch: model(batch[0]).mean())
 
 
 def test_zeros_beyond_the_pattern_are_counted():

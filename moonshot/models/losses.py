@@ -31,7 +31,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
         raise CalibrationError(f'input_ids are a {type(ids).__name__}: give a tensor (return_tensors="pt")')
     if "labels" not in batch and "input_ids" in batch and predicts_the_next_token(model):
         mask = token_mask(batch)
-        ids = batch["input_ids"]
+        ids = batch["input_ids"].long()  # a cross entropy takes no int32
         batch["labels"] = ids if mask is None else ids.masked_fill(~mask, -100)
     if "use_cache" in signature(model.forward).parameters:
         batch["use_cache"] = False
