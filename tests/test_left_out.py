@@ -175,6 +175,29 @@ def test_a_weight_that_a_module_of_ones_own_uses_too_is_left_alone():
     assert report.skipped == {"encoder": "its weight is also decoder.dictionary"} and len(report.layers) == 1
 
 
+class Autoencoder(nn.Module):
+    """Its decoder multiplies by the encoder's weight, which no module but the encoder holds."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.middle = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return (torch.relu(self.middle(self.encoder(x))) @ self.encoder.weight)[:, :3]
+
+
+def test_a_layer_that_is_called_and_whose_weight_is_multiplied_by_as_well_is_left_alone():
+    def penalised(model, batch):  # reads all weights, which are no other use of them
+        return pair_loss(model, batch) + sum((parameter @ parameter.T).trace() for parameter in weights)
+
+    model = Autoencoder()
+    weights = [model.encoder.weight, model.middle.weight]
+    report = pruned(model, 6, loss=penalised)
+    assert report.skipped == {"encoder": "the model also multiplies by its weight without calling it"}
+    assert list(report.layers) == ["middle"]
+
+
 def test_blocks_that_share_a_weight_are_no_chain():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

@@ -192,6 +192,11 @@ def partition_model(
         for name in views
         if name in run.uncalled and name not in reached
     }
+    reasons |= {
+        name: "the model also multiplies by its weight without calling it"
+        for name in views
+        if name in run.elsewhere and name in reached and name not in reasons
+    }
     parts = adapter.parts(model, run)
     _check_parts(model, parts, run.order)
     _check_uses(adapter, parts, run)
