@@ -305,6 +305,10 @@ def test_meta_device_and_models_without_blocks_are_refused():
     lazy = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LazyLinear(3))
     with pytest.raises(ModelError, match="1.weight, 1.bias have no shape yet: run the model once"):
         ms.prune(lazy, [(torch.randn(4, 8),)], 0.5, loss=lambda model, batch: model(batch[0]).mean())
+    sparse = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
+    sparse[1].weight = torch.nn.Parameter(sparse[1].weight.detach().to_sparse())
+    with pytest.raises(ModelError, match=r"1.weight is torch.sparse_coo: make it dense first \(to_dense\(\)\)"):
+        ms.prune(sparse, [(torch.randn(4, 8),)], 0.5, loss=lambda model, batch: model(batch[0]).mean())
 
 
 def test_zeros_beyond_the_pattern_are_counted():

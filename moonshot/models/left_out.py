@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from moonshot.models.layer_view import LayerView
 from moonshot.models.layers import UnsupportedLayerError, layer_view
@@ -75,7 +74,7 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, range]]]:
         (f"{name}.{key}".lstrip("."), module, _place(parameter))
         for name, module in model.named_modules()
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-        if not is_lazy(parameter) and parameter.numel()
+        if parameter.numel()
     ]
     by_place: dict[int, list[tuple[str, nn.Module, range]]] = {}
     together: list[tuple[str, nn.Module, range]] = []

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
@@ -29,6 +30,9 @@ def check_model(model: nn.Module) -> None:
         raise ModelError("the model is on the meta device and holds no weights: load it first")
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
         raise ModelError(f"{', '.join(lazy)} have no shape yet: run the model once")
+    for name, parameter in model.named_parameters():
+        if parameter.layout != torch.strided:
+            raise ModelError(f"{name} is {parameter.layout}: make it dense first (to_dense())")
 
 
 def shared_parameters(model: nn.Module) -> set[nn.Parameter]:
