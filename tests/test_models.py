@@ -226,6 +226,7 @@ def test_extreme_sparsities(sparsity):
         (dict(loss=lambda model, batch: 1.0), ModelError, "scalar tensor, got float"),
         (dict(targets="nothing"), TargetError, "matches no layer"),
         (dict(ignore="nothing"), TargetError, "matches no layer"),
+        (dict(ignore="layers.0.*"), TargetError, r"matches no layer; did you mean \*.layers.0.\*\?"),
         (dict(pattern={"nothing": 0.5}), TargetError, "no such layer"),
         (dict(pattern={1: 0.5}), TargetError, "no such layer: 1; layers are .*, .*, .*, .*, ...$"),
         (dict(pattern={}), TargetError, "mapping of patterns is empty"),

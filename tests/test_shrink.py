@@ -178,6 +178,10 @@ def test_from_the_command_line_to_a_smaller_model(monkeypatch, tmp_path, capsys)
         (["--columns", 0.25, "--pattern", "2:4"], "leave --pattern and --sparsity out"),
         (["--columns", 0.25, "--targets", "*.0.*"], "leave --allocate, --targets and --adapter out"),
         (["--columns", 0.25, "--solver", "sparsegpt"], "has no `groups"),
+        (
+            ["--columns", 0.0001, "--shrink"],
+            "--columns 0.0001 prunes no whole unit that --shrink could cut out",
+        ),
     ):
         code, said = run(*wrong)
         assert code == 1 and words in said.err

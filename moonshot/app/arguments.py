@@ -173,6 +173,10 @@ class PruneArguments:
         patterns: dict[str, Pattern]
         if self.columns is not None:
             patterns = dict(column_patterns(skeleton, self.columns))
+            if self.shrink and not any(p.zeros(views[name].problem_shape) for name, p in patterns.items()):
+                raise ArgumentError(
+                    f"--columns {self.columns:g} prunes no whole unit that --shrink could cut out"
+                )
             check_fits({name: views[name] for name in patterns}, patterns)
         else:
             others = [name for name, _ in skeleton.named_modules() if name not in views]  # may be named, too
