@@ -253,7 +253,7 @@ def test_bad_input_is_refused_and_changes_nothing(change, error, words):
 
 
 def test_perplexity_and_windows_say_what_they_take():
-    for ids in (None, tokens().tolist()):
+    for ids in (None, tokens().tolist(), tokens().float()):
         with pytest.raises(TypeError, match="ids must be a tensor"):
             perplexity(decoder(), ids)
     with pytest.raises(CalibrationError, match="vocabulary has 61"):
