@@ -1,11 +1,13 @@
 """A pruned model without its zeros, where whole units are zero: an ordinary smaller model."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moonshot.layer.columns import Columns
 from moonshot.models.modules import ModelError
 from moonshot.models.targets import listed
 from moonshot.models.units import Units, reason_against, units_of
@@ -24,6 +26,25 @@ def shrink(model: nn.Module) -> nn.Module:
     """
     units = units_of(model)
     remaining = {each.reader: _remaining(model, each) for each in units}
+    return _cut_down(model, units, remaining)
+
+
+def check_shrinks(model: nn.Module, patterns: Mapping[str, Columns]) -> None:
+    """Raises ModelError where `shrink` will, once the layers are pruned to these patterns.
+
+    model: may be on the meta device. patterns: those of `column_patterns`, or some.
+    """
+    units = units_of(model)
+    remaining = {}
+    for each in units:
+        pattern = patterns.get(each.reader, Columns(0, each.columns))
+        left = each.count - pattern.pruned_groups((1, each.count * each.columns))
+        remaining[each.reader] = torch.arange(left)
+    _cut_down(model, units, remaining)
+
+
+def _cut_down(model: nn.Module, units: list[Units], remaining: dict[str, Tensor]) -> nn.Module:
+    """A model with the units of these indices, by the name of the layer that reads them."""
     sizes = _sizes(units, remaining)
     if all(getattr(model.config, field) == size for field, size in sizes.items()):
         raise ModelError("no unit is zero as a whole: prune with column_patterns(model, 0.25) first")
@@ -40,7 +61,8 @@ def shrink(model: nn.Module) -> nn.Module:
             _cut(tensors, f"{maker}.weight", left, rows, axis=0)
             _cut(tensors, f"{maker}.bias", left, rows, axis=0)
     kind: Any = type(model)
-    small = kind(config).to(next(model.parameters()).device)
+    with torch.device(next(model.parameters()).device):
+        small = kind(config)
     try:
         small.load_state_dict(tensors, assign=True)  # each in its own dtype
     except RuntimeError as error:

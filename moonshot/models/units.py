@@ -118,7 +118,7 @@ def _all_blocks(model: nn.Module, config: Any) -> list[tuple[str, nn.Module]]:
 
 def _of_block(config: Any, prefix: str, block: nn.Module) -> Iterator[Units]:
     sides = [f"{side}_ffn_dim" for side in ("encoder", "decoder") if side in prefix.split(".")]
-    field = next((key for key in (*sides, *_WIDTHS) if getattr(config, key, None) is not None), None)
+    field = next((key for key in (*sides, *_WIDTHS) if isinstance(getattr(config, key, None), int)), None)
     for name, module in block.named_modules(prefix=prefix):
         for makers, reader in _MLPS:
             layers = _named(module, (*makers, reader))
