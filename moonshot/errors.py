@@ -23,7 +23,7 @@ def meant_path(path: str | Path) -> str:
         found = _nearest(Path(path))
     except OSError:  # a folder that may not be read, or a name that is too long
         found = None
-    return "" if found is None else f"; did you mean {found}?"
+    return "" if found in (None, Path(path)) else f"; did you mean {found}?"
 
 
 def _nearest(path: Path) -> Path | None:

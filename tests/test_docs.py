@@ -12,6 +12,7 @@ import typer
 
 import moonshot as ms
 from moonshot.app import cli
+from moonshot.checks import check_objective
 
 ROOT = Path(ms.__file__).parent.parent
 
@@ -27,6 +28,7 @@ def test_the_code_of_the_readme_runs(monkeypatch, capsys):
     assert 10 < dense < pruned < 1.4 * dense
     assert names["report"].sparsity == 0.5
     assert 0 <= names["result"].gap <= 1
+    check_objective(names["ClippedReconstruction"]())
 
 
 def docstrings():

@@ -79,6 +79,7 @@ def test_an_option_of_any_value_is_refused_by_name_or_gives_an_answer(kind, opti
         ("model/nothing", None),
         ("x/y", None),
         ("m" * 300, None),
+        ("model", None),
     ],
 )
 def test_a_path_that_is_nearly_there(tmp_path, wrong, meant):

@@ -288,6 +288,17 @@ def test_accuracy_counts_images(dtype, size):
     assert (found.value, found.images) == (0.8, 10) and str(found) == "80.00 % (10 images)"
 
 
+def test_where_a_model_says_nan_it_is_not_right():
+    class Broken(Fixed):
+        def forward(self, pixel_values):
+            logits = super().forward(pixel_values).logits
+            logits[3:] = torch.nan  # of which argmax says class 0
+            return SimpleNamespace(logits=logits)
+
+    batch = {"pixel_values": torch.zeros(10, 1), "labels": torch.zeros(10, dtype=torch.int64)}
+    assert accuracy(Broken(), [batch]).value == 0.3
+
+
 def test_accuracy_of_nothing():
     with pytest.raises(ValueError, match="no images"):
         accuracy(Fixed(), [])

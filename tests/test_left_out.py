@@ -142,6 +142,22 @@ def test_two_layers_with_one_weight_are_one_layer_with_both_uses(apart):
     assert len(list(layers_of("", model))) == 6
 
 
+def test_weights_that_lie_partly_in_the_same_memory_are_left_alone():
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6) for _ in range(4)]
+    model, memory = nn.Sequential(*layers), torch.randn(20, 6)
+    for layer, first in zip(layers, (0, 6, 11), strict=False):  # the last two of these have a row in common
+        layer.weight.data = memory[first : first + 6]
+    layers[3].weight.data = torch.randn(6, 1).expand(6, 6)
+    report = pruned(model, 6)
+    assert report.skipped == {
+        "1": "its weight shares memory with 2.weight",
+        "2": "its weight shares memory with 1.weight",
+        "3": "entries of its weight share memory: give it a copy first (weight.data.clone())",
+    }
+    assert list(report.layers) == ["0"] and zeros(memory[:6]) == 0.5 and zeros(memory[6:]) == 0
+
+
 class Transposed(nn.Module):
     """An autoencoder whose decoder is a product with the encoder's weight."""
 
@@ -157,6 +173,29 @@ class Transposed(nn.Module):
 def test_a_weight_that_a_module_of_ones_own_uses_too_is_left_alone():
     report = pruned(Transposed(), 6)
     assert report.skipped == {"encoder": "its weight is also decoder.dictionary"} and len(report.layers) == 1
+
+
+class Autoencoder(nn.Module):
+    """Its decoder multiplies by the encoder's weight, which no module but the encoder holds."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.middle = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return (torch.relu(self.middle(self.encoder(x))) @ self.encoder.weight)[:, :3]
+
+
+def test_a_layer_that_is_called_and_whose_weight_is_multiplied_by_as_well_is_left_alone():
+    def penalised(model, batch):  # reads all weights, which are no other use of them
+        return pair_loss(model, batch) + sum((parameter @ parameter.T).trace() for parameter in weights)
+
+    model = Autoencoder()
+    weights = [model.encoder.weight, model.middle.weight]
+    report = pruned(model, 6, loss=penalised)
+    assert report.skipped == {"encoder": "the model also multiplies by its weight without calling it"}
+    assert list(report.layers) == ["middle"]
 
 
 def test_blocks_that_share_a_weight_are_no_chain():

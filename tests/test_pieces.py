@@ -42,8 +42,9 @@ def entered(model, batch, loss=model_loss):
 def test_pieces_have_every_target_once(name, size):
     batch = BATCHES[name]
     found = list(pieces(batch, size))
-    is_target = batch.get("attention_mask", torch.ones(6, 16)).bool() & (batch.get("labels", tokens()) != -100)
-    assert sum(piece.targets for piece in found) == int(is_target[:, 1:].sum())
+    real = batch.get("attention_mask", torch.ones(6, 16)).bool()
+    is_target = real[:, 1:] & real[:, :-1] & (batch.get("labels", tokens()) != -100)[:, 1:]
+    assert sum(piece.targets for piece in found) == int(is_target.sum())
     assert all(piece.batch["input_ids"].shape[1] <= size + 1 for piece in found)
 
 

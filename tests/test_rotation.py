@@ -70,3 +70,15 @@ def test_it_can_be_pruned():
     rotated = ms.rotate(torch.nn.DataParallel(decoder()), tokens())
     report = ms.prune(rotated, tokens(), 0.5)
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_is_set_around_it_changes_nothing():
+    expected = ms.rotate(decoder(), tokens())
+    model = decoder().train()
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(block, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        rotated = ms.rotate(model, tokens())
+    for parameter, same in zip(rotated.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(parameter, same) and parameter.requires_grad and not parameter.is_inference()
+    assert rotated.training and rotated.config.use_cache == expected.config.use_cache

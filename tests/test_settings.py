@@ -316,6 +316,17 @@ def test_wrapped_models_are_pruned_inside():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
+def test_compiled_modules_inside_a_model_run_as_they_are():
+    model, expected = network(), pruned(network())
+    inner = model[2]
+    model[2] = compiled = torch.compile(inner, backend="eager")
+    forward = compiled.forward
+    report = pruned(model)
+    assert_same({name.removesuffix("._orig_mod"): layer for name, layer in report.items()}, expected)
+    assert model[2] is compiled and compiled.forward == forward and compiled._orig_mod is inner
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
 def test_a_scripted_model_has_no_layers():
     with pytest.raises(ModelError, match="0: RecursiveScriptModule holds weight and is no Linear"):
         pruned(torch.jit.script(network()))

@@ -12,6 +12,7 @@ import moonshot as ms
 from moonshot.app import cli
 from moonshot.checks import check_pattern
 from moonshot.models.modules import ModelError
+from moonshot.models.shrink import check_shrinks
 from strategies import random_layer
 from tests.models import SIZES, decoder, tokens
 
@@ -107,6 +108,62 @@ def test_a_vits_hidden_units_can_go_and_its_heads_cannot():
         )
 
 
+def test_both_sides_of_an_encoder_decoder_become_smaller():
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=61,
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=16,
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    patterns = ms.column_patterns(model, 0.25)
+    assert {name.removesuffix(".fc2") for name in patterns} == {
+        "model.encoder.layers.0",
+        "model.encoder.layers.1",
+        "model.decoder.layers.0",
+    }
+    batch = {"input_ids": tokens()[:, :12], "labels": tokens()[:, :8].contiguous()}
+    ms.prune(model, [batch], patterns, solver=ms.Magnitude(), objective=ms.Reconstruction())
+    shrunk = ms.shrink(model)
+    assert shrunk.config.encoder_ffn_dim == shrunk.config.decoder_ffn_dim == 24
+    with torch.no_grad():
+        torch.testing.assert_close(shrunk(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_model_generates_with_stays():
+    model = decoder()
+    model.generation_config.max_new_tokens = 7
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.down_proj.weight[:, :8] = 0
+    assert ms.shrink(model).generation_config.max_new_tokens == 7
+    model.model.norm.weight.data = torch.ones(3)  # no longer what the configuration says
+    with pytest.raises(ModelError, match=r"whose size follows from .* size mismatch for model.norm.weight"):
+        ms.shrink(model)
+
+
+def test_whether_a_model_can_be_shrunk_is_seen_before_it_is_pruned():
+    """An attention sink for each head follows from their number too, and is no row of a layer."""
+    sizes = dict(num_local_experts=2, num_experts_per_tok=1, head_dim=8)
+    with torch.device("meta"):
+        llama, gpt_oss = decoder(), decoder(transformers.GptOssConfig, **sizes)
+    check_shrinks(llama, ms.column_patterns(llama, 0.5))
+    with pytest.raises(ModelError, match=r"size follows from num_attention_heads, .* size mismatch .*sinks"):
+        check_shrinks(gpt_oss, ms.column_patterns(gpt_oss, 0.5))
+
+
+def test_sizes_that_are_lists_are_no_number_of_units():
+    model = decoder()
+    vars(model.config)["intermediate_size"] = [48, 48]  # as Gemma 3n's, of each block
+    assert {name.rpartition(".")[2] for name in ms.column_patterns(model, 0.5)} == {"o_proj"}
+
+
 def test_tied_weights_stay_tied_and_dtypes_what_they_are():
     model = decoder(dtype=torch.bfloat16, tie_word_embeddings=True).eval()
     model.model.norm.float()
@@ -138,9 +195,14 @@ def test_from_the_command_line_to_a_smaller_model(monkeypatch, tmp_path, capsys)
         (["--columns", 0.25, "--pattern", "2:4"], "leave --pattern and --sparsity out"),
         (["--columns", 0.25, "--targets", "*.0.*"], "leave --allocate, --targets and --adapter out"),
         (["--columns", 0.25, "--solver", "sparsegpt"], "has no `groups"),
+        (["--columns", 0.25, "--shrink", "--ignore", "*.0.*"], "has 640 units left and model.layers.1"),
+        (
+            ["--columns", 0.0001, "--shrink"],
+            "--columns 0.0001 prunes no whole unit that --shrink could cut out",
+        ),
     ):
         code, said = run(*wrong)
-        assert code == 1 and words in said.err
+        assert code == 1 and words in said.err and "of 8: " not in said.out
     code, said = run("--columns", 0.25, "--shrink")
     assert code == 0 and "cut out" in said.out
     sizes = [

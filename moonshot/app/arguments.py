@@ -21,6 +21,7 @@ from moonshot.models.blocks import find_blocks
 from moonshot.models.layers import layers_of
 from moonshot.models.precision import as_device
 from moonshot.models.roles import heads, routers
+from moonshot.models.shrink import check_shrinks
 from moonshot.models.targets import select
 from moonshot.models.units import column_patterns
 from moonshot.pruning import checkpoint
@@ -172,7 +173,15 @@ class PruneArguments:
         views = dict(layers_of("", skeleton))
         patterns: dict[str, Pattern]
         if self.columns is not None:
-            patterns = dict(column_patterns(skeleton, self.columns))
+            names = set(select(views, None, self.ignore))
+            columns = {name: p for name, p in column_patterns(skeleton, self.columns).items() if name in names}
+            if self.shrink and not any(pattern.sparsity for pattern in columns.values()):
+                raise ArgumentError(
+                    f"--columns {self.columns:g} prunes no whole unit that --shrink could cut out"
+                )
+            if self.shrink:
+                check_shrinks(skeleton, columns)
+            patterns = dict(columns)
             check_fits({name: views[name] for name in patterns}, patterns)
         else:
             others = [name for name, _ in skeleton.named_modules() if name not in views]  # may be named, too

@@ -15,7 +15,7 @@ from moonshot.app.terminal import say
 from moonshot.files import plan as planning
 from moonshot.files.folder import Opened
 from moonshot.files.load import Source
-from moonshot.files.plan import Plan
+from moonshot.files.plan import Plan, ResourceError
 from moonshot.layer.patterns import Pattern
 from moonshot.models.batch_sizes import tokens_at_once
 from moonshot.models.calibration import as_batches
@@ -101,10 +101,15 @@ class Resources:
 
     def _needs_disk(self, plan: Plan) -> bool:
         """Whether what can be offloaded goes to disk, for lack of memory. Raises ResourceError as the plan does."""
-        device, on_host = self.asked.used_device, torch.device("cpu")
-        if device.type == "cpu":
-            return plan.needs_offload(planning.free_memory(on_host, self.asked.memory) // processes_here())
-        plan.needs_offload(planning.free_memory(device, self.asked.memory))
+        device, on_host, most = self.asked.used_device, torch.device("cpu"), self.asked.memory
+        try:
+            if device.type == "cpu":
+                return plan.needs_offload(planning.free_memory(on_host, most) // processes_here())
+            plan.needs_offload(planning.free_memory(device, most))
+        except ResourceError as error:
+            if most is not None:
+                error.add_note(f"(--memory {most:g} counts what this process has taken already)")
+            raise
         return plan.offloaded > planning.free_memory(on_host) // processes_here()
 
 

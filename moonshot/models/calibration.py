@@ -174,6 +174,16 @@ def token_mask(batch: Batch) -> Tensor | None:
     return _mask(batch, "input_ids", "attention_mask")
 
 
+def next_token_mask(batch: Batch) -> Tensor | None:
+    """True (samples, tokens) for a real token after a real one, which that one predicts; None where none is padding."""
+    mask = token_mask(batch)
+    if mask is None:
+        return None
+    before = mask.roll(1, -1)
+    before[..., 0] = True
+    return mask & before
+
+
 def decoder_mask(batch: Batch) -> Tensor | None:
     """The same of the decoder in an encoder-decoder: its own mask, or where labels are not -100."""
     if isinstance(batch, Mapping) and "decoder_attention_mask" not in batch:

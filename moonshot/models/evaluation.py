@@ -39,8 +39,9 @@ def perplexity(model: nn.Module, ids: Tensor, batch_size: int | None = None) -> 
     ids: token ids (windows, context).
     batch_size: windows at once; unless given as many as 2048 tokens are, fewer where the vocabulary is large.
     """
-    if not isinstance(ids, Tensor):
-        raise ArgumentTypeError(f"ids must be a tensor (windows, context), got {type(ids).__name__}")
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise ArgumentTypeError(f"ids must be a tensor (windows, context) of integers, got {got}")
     if ids.ndim != 2 or ids.numel() == 0 or ids.shape[1] < 2:
         raise ArgumentError(
             f"ids must be (windows, context) with a context of 2 or more, got {tuple(ids.shape)}"
@@ -53,12 +54,12 @@ def perplexity(model: nn.Module, ids: Tensor, batch_size: int | None = None) -> 
         for part in ids.split(size):
             total += float(model_loss(model, {"input_ids": part.to(device)})) * len(part)
     mean = total / len(ids)
-    return Perplexity(math.exp(mean) if mean < _LARGEST else math.inf, ids.shape[1], len(ids))
+    return Perplexity(math.inf if mean >= _LARGEST else math.exp(mean), ids.shape[1], len(ids))
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of `images` for which the model's highest logit is that of their label."""
+    """The share of `images` for which the model's highest logit is that of their label; not where one is NaN."""
 
     value: float
     images: int
@@ -78,7 +79,8 @@ def accuracy(model: nn.Module, batches: Iterable[Batch]) -> Accuracy:
         for batch in batches:
             inputs = {name: _like(tensor, parameter) for name, tensor in batch.items()}
             labels = inputs.pop("labels")
-            right += int((model(**inputs).logits.argmax(-1) == labels).sum())
+            logits = model(**inputs).logits
+            right += int(((logits.argmax(-1) == labels) & ~logits.isnan().any(-1)).sum())
             images += len(labels)
     if not images:
         raise ArgumentError("there are no images to measure accuracy on")

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from moonshot.models.layer_view import LayerView
 from moonshot.models.layers import UnsupportedLayerError, layer_view
@@ -49,19 +48,51 @@ def _is_matrix(parameter: Tensor) -> bool:
 
 
 def _tied(model: nn.Module, views: Mapping[str, LayerView]) -> dict[str, str]:
-    """Layers whose weight something else in the model holds too, as the same parameter or in the same memory."""
-    holders: dict[int, list[tuple[str, nn.Module]]] = {}  # by where the weight lies
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if not is_lazy(parameter) and parameter.numel():
-                holders.setdefault(parameter.data_ptr(), []).append((f"{name}.{key}".lstrip("."), module))
+    """Layers whose weight something else in the model holds too, as a parameter or in the same memory."""
+    holders = _holders(model)
     reasons = {}
     for name, view in views.items():
         parameter = getattr(view.module, view.parameter)
         uses = [module for module in view.modules if getattr(module, view.parameter) is parameter]
-        if others := [holder for holder, module in holders.get(parameter.data_ptr(), ()) if module not in uses]:
-            reasons[name] = f"its weight is also {', '.join(others)}"
+        place = _place(parameter)
+        others = {
+            holder: other == place
+            for holder, module, other in holders.get(place.start, ())
+            if module not in uses and other.start < place.stop and place.start < other.stop
+        }
+        if others:
+            words = "its weight is also" if all(others.values()) else "its weight shares memory with"
+            reasons[name] = f"{words} {', '.join(others)}"
+        elif any(size > 1 and not step for size, step in zip(parameter.shape, parameter.stride(), strict=True)):
+            reasons[name] = "entries of its weight share memory: give it a copy first (weight.data.clone())"
     return reasons
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, range]]]:
+    """By where a parameter lies: (name, module, place) of all in the memory around it that has no gap."""
+    found = [
+        (f"{name}.{key}".lstrip("."), module, _place(parameter))
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if parameter.numel()
+    ]
+    by_place: dict[int, list[tuple[str, nn.Module, range]]] = {}
+    together: list[tuple[str, nn.Module, range]] = []
+    end = 0
+    for holder in sorted(found, key=lambda holder: holder[2].start):
+        if holder[2].start >= end:
+            together = []
+        together.append(holder)
+        by_place[holder[2].start] = together
+        end = max(end, holder[2].stop)
+    return by_place
+
+
+def _place(parameter: Tensor) -> range:
+    """The addresses from a tensor's first entry to its last."""
+    steps = zip(parameter.shape, parameter.stride(), strict=True)
+    span = 1 + sum((size - 1) * step for size, step in steps)
+    return range(parameter.data_ptr(), parameter.data_ptr() + span * parameter.element_size())
 
 
 def shared_between(parts: Iterable[Iterable[Named]]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moonshot.models.batch_tree import leaves, map_tensors, unshared
-from moonshot.models.calibration import Batch, CalibrationError, batch_samples, take, token_mask
+from moonshot.models.calibration import Batch, CalibrationError, batch_samples, next_token_mask, take
 from moonshot.models.modules import ModelError, evaluating
 from moonshot.models.precision import as_given
 
@@ -30,8 +30,8 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(ids := batch.get("input_ids", torch.empty(0)), Tensor):
         raise CalibrationError(f'input_ids are a {type(ids).__name__}: give a tensor (return_tensors="pt")')
     if "labels" not in batch and "input_ids" in batch and predicts_the_next_token(model):
-        mask = token_mask(batch)
-        ids = batch["input_ids"]
+        mask = next_token_mask(batch)
+        ids = batch["input_ids"].long()  # a cross entropy takes no int32
         batch["labels"] = ids if mask is None else ids.masked_fill(~mask, -100)
     if "use_cache" in signature(model.forward).parameters:
         batch["use_cache"] = False

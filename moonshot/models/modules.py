@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from moonshot.errors import ArgumentTypeError, MoonshotError
@@ -16,7 +18,7 @@ class ModelError(MoonshotError):
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises ArgumentTypeError for what is no module, ModelError for one without weights."""
+    """Raises ArgumentTypeError for what is no module, ModelError for one whose weights are not there."""
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model must be a torch module, got {type(model).__name__}")
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
@@ -26,6 +28,11 @@ def check_model(model: nn.Module) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("the model is on the meta device and holds no weights: load it first")
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise ModelError(f"{', '.join(lazy)} have no shape yet: run the model once")
+    for name, parameter in model.named_parameters():
+        if parameter.layout != torch.strided:
+            raise ModelError(f"{name} is {parameter.layout}: make it dense first (to_dense())")
 
 
 def shared_parameters(model: nn.Module) -> set[nn.Parameter]:

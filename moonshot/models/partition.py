@@ -1,7 +1,7 @@
 """A model divided into parts that run one after the other, and what is to be known of the layers in them."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -26,7 +26,7 @@ from moonshot.models.graph import GraphAdapter
 from moonshot.models.in_turn import InTurn, between_passes
 from moonshot.models.layer_view import LayerView
 from moonshot.models.left_out import left_out, shared_between
-from moonshot.models.losses import Loss, model_loss, naming_sample
+from moonshot.models.losses import Loss, LossNotFiniteError, model_loss, naming_sample
 from moonshot.models.modules import ModelError, check_model, evaluating
 from moonshot.models.offload import Offload
 from moonshot.models.precision import (
@@ -168,7 +168,7 @@ def partition_model(
             + (f": {_reasons(reasons)}" if reasons else "")
         )
     with evaluating(model), trials.placed():
-        with naming_sample(0, 1, lambda _: None):
+        with _naming_weights(model), naming_sample(0, 1, lambda _: None):
             run = trials.run(take(batches[0], [0]))
         if not run.rows:
             raise ModelError("the loss ran no layer of the model: it must call model")
@@ -192,6 +192,11 @@ def partition_model(
         for name in views
         if name in run.uncalled and name not in reached
     }
+    reasons |= {
+        name: "the model also multiplies by its weight without calling it"
+        for name in views
+        if name in run.elsewhere and name in reached and name not in reasons
+    }
     parts = adapter.parts(model, run)
     _check_parts(model, parts, run.order)
     _check_uses(adapter, parts, run)
@@ -214,6 +219,24 @@ def partition_model(
         reasons = {name: reason for name, reason in reasons.items() if name not in outside}
     found = routers(model) if routed else frozenset()
     return Partition(adapter, parts, head, found, unreached, routed, alone, reasons, decoder, outside)
+
+
+@contextmanager
+def _naming_weights(model: nn.Module) -> Iterator[None]:
+    """Where a loss is not finite and weights are not either, say that it is these."""
+    try:
+        yield
+    except LossNotFiniteError as error:
+        broken = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.is_floating_point() and not bool(parameter.float().isfinite().all())
+        ]
+        if broken:
+            raise ModelError(
+                f"{listed(broken)} hold NaN or infinity ({error}): load the model once more"
+            ) from None
+        raise
 
 
 def _reasons(left_out: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moonshot.models.calibration import Batch, token_mask
+from moonshot.models.calibration import Batch, next_token_mask
 
 _IGNORED = -100  # the label of what is no target
 _TRIED = 24  # tokens of a text on which it is tried whether the loss may be taken in pieces
@@ -92,5 +92,5 @@ def _targets(batch: Batch) -> Tensor:
     """(samples, tokens), True for what the token before it is to predict."""
     if "labels" in batch:
         return batch["labels"] != _IGNORED
-    mask = token_mask(batch)
+    mask = next_token_mask(batch)
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask

@@ -10,9 +10,9 @@ from moonshot.models.blocks import find_blocks
 from moonshot.models.calibration import Batch, CalibrationError, batch_tokens, checked_batches, real_tokens
 from moonshot.models.modules import ModelError, check_model, evaluating, hooked, unwrapped
 from moonshot.models.precision import home
+from moonshot.models.settings import ready
 
 
-@torch.no_grad()
 def rotate(model: nn.Module, calibration: Any) -> nn.Module:
     """A new model of the same class with the same outputs up to rounding, to be pruned to a fraction of zeros.
 
@@ -28,9 +28,10 @@ def rotate(model: nn.Module, calibration: Any) -> nn.Module:
     batches = checked_batches(model, calibration, home(model))
     if not all(map(batch_tokens, batches)):
         raise CalibrationError("only what reads texts can be put on other axes: give token ids")
-    rotated: Any = copy.deepcopy(model)
-    _separate_head(rotated)
-    with evaluating(model), evaluating(rotated):
+    with torch.inference_mode(False):
+        rotated: Any = copy.deepcopy(model)
+    with ready(model), ready(rotated), torch.no_grad(), evaluating(model), evaluating(rotated):
+        _separate_head(rotated)
         expected = _logits(model, batches[0])
         readers = _readers(rotated, batches[0])
         blocks = {module for _, block in find_blocks(rotated) for module in block.modules()}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moonshot.models.calibration import Batch, CalibrationError, batch_samples, take, token_mask
+from moonshot.models.calibration import Batch, CalibrationError, batch_samples, next_token_mask, take
 from moonshot.models.losses import Loss, model_loss, predicts_the_next_token
 
 _IGNORED = -100  # the label of what is no target, for every loss of transformers and torch
@@ -59,7 +59,7 @@ def _targets(model: nn.Module, batch: Batch, loss: Loss) -> list[Any] | None:
         ]  # of detection: without an object there still is a target
     text = ids if loss is model_loss and isinstance(ids, Tensor) and predicts_the_next_token(model) else None
     if labels is None and text is not None:
-        mask = token_mask(batch)
+        mask = next_token_mask(batch)
         labels = torch.zeros_like(text) if mask is None else torch.where(mask, 0, _IGNORED)
     if not isinstance(labels, Tensor) or not labels.ndim or labels.is_floating_point():
         return None

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from moonshot.models.batchnorm import running_statistics
-from moonshot.models.modules import ModelError, check_model, unwrapped
+from moonshot.models.modules import ModelError, check_model, patched, unwrapped
 from moonshot.models.ranks import joined
 
 Arguments = ParamSpec("Arguments")
@@ -128,14 +128,20 @@ def _with_its_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """Modules after `module.compile()` run as they are: what is compiled would not see their layers observed."""
+    """Modules that are compiled run as they are: what is compiled would not see their layers observed."""
+    inside = [
+        (module, inner)
+        for module in model.modules()
+        if isinstance(inner := getattr(module, "_orig_mod", None), nn.Module)
+    ]
     compiled = [
         (module, call) for module in model.modules() if (call := module._compiled_call_impl) is not None
     ]
     for module, _ in compiled:
         module._compiled_call_impl = None
     try:
-        yield
+        with patched([outer for outer, _ in inside], [inner.__call__ for _, inner in inside]):
+            yield
     finally:
         for module, call in compiled:
             module._compiled_call_impl = call

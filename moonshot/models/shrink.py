@@ -1,12 +1,15 @@
 """A pruned model without its zeros, where whole units are zero: an ordinary smaller model."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moonshot.layer.columns import Columns
 from moonshot.models.modules import ModelError
+from moonshot.models.targets import listed
 from moonshot.models.units import Units, reason_against, units_of
 
 
@@ -18,10 +21,30 @@ def shrink(model: nn.Module) -> nn.Module:
     attention, has zero columns, such as `prune(model, calibration, column_patterns(model, 0.25))` leaves. It stays as
     it is. Every block must have the same number of them, which is what a configuration can say.
 
-    Raises ModelError where blocks differ, and where nothing is zero.
+    Raises ModelError where blocks differ, where nothing is zero, and for a model whose sizes do not follow from its
+    configuration alone.
     """
     units = units_of(model)
     remaining = {each.reader: _remaining(model, each) for each in units}
+    return _cut_down(model, units, remaining)
+
+
+def check_shrinks(model: nn.Module, patterns: Mapping[str, Columns]) -> None:
+    """Raises ModelError where `shrink` will, once the layers are pruned to these patterns.
+
+    model: may be on the meta device. patterns: those of `column_patterns`, or some.
+    """
+    units = units_of(model)
+    remaining = {}
+    for each in units:
+        pattern = patterns.get(each.reader, Columns(0, each.columns))
+        left = each.count - pattern.pruned_groups((1, each.count * each.columns))
+        remaining[each.reader] = torch.arange(left)
+    _cut_down(model, units, remaining)
+
+
+def _cut_down(model: nn.Module, units: list[Units], remaining: dict[str, Tensor]) -> nn.Module:
+    """A model with the units of these indices, by the name of the layer that reads them."""
     sizes = _sizes(units, remaining)
     if all(getattr(model.config, field) == size for field, size in sizes.items()):
         raise ModelError("no unit is zero as a whole: prune with column_patterns(model, 0.25) first")
@@ -38,9 +61,18 @@ def shrink(model: nn.Module) -> nn.Module:
             _cut(tensors, f"{maker}.weight", left, rows, axis=0)
             _cut(tensors, f"{maker}.bias", left, rows, axis=0)
     kind: Any = type(model)
-    small = kind(config).to(next(model.parameters()).device)
-    small.load_state_dict(tensors, assign=True)  # each in its own dtype
+    with torch.device(next(model.parameters()).device):
+        small = kind(config)
+    try:
+        small.load_state_dict(tensors, assign=True)  # each in its own dtype
+    except RuntimeError as error:
+        raise ModelError(
+            f"{kind.__name__} has other layers whose size follows from {listed(sizes)} in its configuration, so that "
+            f"its units cannot be cut out: {str(error).splitlines()[-1].strip()}"
+        ) from error
     small.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        small.generation_config = copy.deepcopy(model.generation_config)
     small.train(model.training)
     return small
 

@@ -50,6 +50,8 @@ def _matching(names: list[str], expressions: str | Iterable[str], kind: str) -> 
         if not found:
             endings = {name.rpartition(".")[2] for name in names}
             close = get_close_matches(expression, [*names, *sorted(endings)], 1)
+            if any(_matches(f"*.{expression}", name) for name in names):  # a glob is of the whole name
+                close = [f"*.{expression}"]
             meant = f"did you mean {close[0]}? " if close else ""
             raise TargetError(f"the {kind} {expression!r} matches no layer; {meant}layers are {listed(names)}")
         matched |= found

@@ -27,6 +27,7 @@ class TrialRun:
     sums: {layer name: for each of its calls the sum of the absolute values of each row, which tells rows apart}.
     loss: of the first batch.
     uncalled: names of the layers whose weight the model read in a pass without calling them.
+    elsewhere: names of the layers by whose weight a module multiplied that is not the layer itself.
     around: {module: those that were running in all of its calls, itself included}.
     """
 
@@ -37,6 +38,7 @@ class TrialRun:
     sums: dict[str, list[Tensor]]
     loss: float
     uncalled: set[str] = field(default_factory=set)
+    elsewhere: set[str] = field(default_factory=set)
     around: dict[nn.Module, set[nn.Module]] = field(default_factory=dict)
 
     def and_then(self, other: "TrialRun") -> "TrialRun":
@@ -45,9 +47,10 @@ class TrialRun:
             name: self.rows.get(name, []) + other.rows.get(name, []) for name in {**self.rows, **other.rows}
         }
         once, uncalled = self.once & other.once, self.uncalled | other.uncalled
+        elsewhere = self.elsewhere | other.elsewhere
         around = {**self.around, **other.around}
         around |= {module: self.around[module] & around[module] for module in self.around}
-        return TrialRun(self.order, once, rows, self.tokens, self.sums, self.loss, uncalled, around)
+        return TrialRun(self.order, once, rows, self.tokens, self.sums, self.loss, uncalled, elsewhere, around)
 
     def encloses(self, part: nn.Module, views: Iterable[LayerView]) -> bool:
         """Whether these layers of a part ran in no other place than inside of it."""
@@ -62,27 +65,43 @@ class TrialRun:
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]  # what changes a weight's dtype
 
 
-class _Reads(TorchFunctionMode):
-    """The names of the layers from whose weights something is computed."""
+_MULTIPLIES = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "addmm", "einsum", "t", "transpose"}
+_TRANSPOSED = (Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 
-    def __init__(self, views: dict[str, LayerView]):
+
+class _Reads(TorchFunctionMode):
+    """The names of the layers from whose weights something is computed, and where `elsewhere` than in their calls.
+
+    running: the modules that run at the moment.
+    """
+
+    def __init__(self, views: dict[str, LayerView], running: list[nn.Module]):
         super().__init__()
         self.names: set[str] = set()
-        self._layers = {id(getattr(view.module, view.parameter)): name for name, view in views.items()}
+        self.elsewhere: set[str] = set()
+        self._running = running
+        self._layers = {
+            id(getattr(view.module, view.parameter)): (name, view.modules) for name, view in views.items()
+        }
 
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor | tuple) and function != _DATA:
-            ids = map(id, tree_leaves((args, kwargs)))
-            self.names.update(self._layers[i] for i in ids if i in self._layers)
+            found = [self._layers[i] for i in map(id, tree_leaves((args, kwargs))) if i in self._layers]
+            self.names.update(name for name, _ in found)
+            multiplies = function in _TRANSPOSED or getattr(function, "__name__", "") in _MULTIPLIES
+            if multiplies and self._running:  # not by the loss, as a penalty on weights does
+                self.elsewhere.update(
+                    name for name, modules in found if not set(modules).intersection(self._running)
+                )
         return result
 
 
 @contextmanager
-def _nesting(model: nn.Module) -> Iterator[dict[nn.Module, set[nn.Module]]]:
-    """TrialRun.around of the calls inside."""
+def _nesting(model: nn.Module) -> Iterator[tuple[list[nn.Module], dict[nn.Module, set[nn.Module]]]]:
+    """The modules that are running at the moment, and TrialRun.around of the calls inside."""
     running: list[nn.Module] = []
     around: dict[nn.Module, set[nn.Module]] = {}
 
@@ -98,7 +117,7 @@ def _nesting(model: nn.Module) -> Iterator[dict[nn.Module, set[nn.Module]]]:
         hooked(module.register_forward_pre_hook(enter) for module in model.modules()),
         hooked(module.register_forward_hook(leave) for module in model.modules()),
     ):
-        yield around
+        yield running, around
 
 
 @torch.no_grad()
@@ -126,10 +145,10 @@ def trial_run(
     parts = [block for _, block in blocks]
     with (
         counting(model.modules()) as calls,
-        _nesting(model) as around,
+        _nesting(model) as (running, around),
         watching(views, record),
         placed_in_turn(parts),
-        _Reads(views) as reads,
+        _Reads(views, running) as reads,
     ):
         value = loss_of(loss, model, batch)
     check_loss(value)
@@ -141,5 +160,6 @@ def trial_run(
         sums,
         float(value),
         {name for name in reads.names if calls.keys().isdisjoint(views[name].modules)},
+        reads.elsewhere,
         around,
     )

@@ -24,7 +24,7 @@ _MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("dense_h_to_4h",), "dense_4h_to_h"),
     (("intermediate.dense",), "output.dense"),
 )
-_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim")
+_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff")
 _ATTENTIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("q_proj", "k_proj", "v_proj"), "o_proj"),
     (("q_proj", "k_proj", "v_proj"), "out_proj"),
@@ -73,9 +73,7 @@ def units_of(model: nn.Module) -> list[Units]:
     Raises ModelError where there are none.
     """
     config = getattr(model, "config", None)
-    found = (
-        [] if config is None else [units for block in find_blocks(model) for units in _of_block(config, *block)]
-    )
+    found = [units for block in _all_blocks(model, config) for units in _of_block(config, *block)]
     if not found:
         channels = (
             "; the channels inside a block of convolutions follow from its outputs, by a ratio that no configuration "
@@ -104,11 +102,26 @@ def column_patterns(model: nn.Module, sparsity: float) -> dict[str, Columns]:
     return {each.reader: patterns[each.count, each.columns] for each in units}
 
 
+def _all_blocks(model: nn.Module, config: Any) -> list[tuple[str, nn.Module]]:
+    """(name, block) of a transformer's blocks, in an encoder-decoder of both sides."""
+    if not getattr(config, "is_encoder_decoder", False):
+        return find_blocks(model)
+    sides = [
+        (name, side)
+        for name, side in model.named_modules()
+        if name.rpartition(".")[2] in ("encoder", "decoder")
+    ]
+    return list(
+        {f"{name}.{inner}": block for name, side in sides for inner, block in find_blocks(side)}.items()
+    )
+
+
 def _of_block(config: Any, prefix: str, block: nn.Module) -> Iterator[Units]:
+    sides = [f"{side}_ffn_dim" for side in ("encoder", "decoder") if side in prefix.split(".")]
+    field = next((key for key in (*sides, *_WIDTHS) if isinstance(getattr(config, key, None), int)), None)
     for name, module in block.named_modules(prefix=prefix):
         for makers, reader in _MLPS:
             layers = _named(module, (*makers, reader))
-            field = next((key for key in _WIDTHS if getattr(config, key, None) is not None), None)
             if layers and field and {_outputs(layer) for layer in layers[:-1]} == {getattr(config, field)}:
                 rows = {f"{name}.{maker}": 1 for maker in makers}
                 yield Units(f"{name}.{reader}", getattr(config, field), 1, rows, {field: 1})
