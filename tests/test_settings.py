@@ -397,3 +397,67 @@ def test_two_models_in_two_threads():
     for layers in found.values():
         assert_same(layers, expected)
     assert len(found) == 3
+
+
+# hooks
+
+
+class Shifted(nn.Module):
+    """A module whose input is scaled and whose output is shifted: what the hooks of `hooked_at` do to it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(0.5 * x) + 0.1
+
+
+def hooked_at(module):
+    module.register_forward_pre_hook(lambda _, args: (0.5 * args[0],))
+    module.register_forward_hook(lambda _, __, output: output + 0.1)
+
+
+@pytest.mark.parametrize("refit", [False, ms.Refit(epochs=1)], ids=["plain", "refit"])
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_hooks_that_change_what_a_module_reads_and_returns_are_part_of_the_model(place, refit):
+    model, other = network(), network()
+    hooked_at(model[place])
+    other[place] = Shifted(other[place])
+    found, expected = pruned(model, refit=refit), pruned(other, refit=refit)
+    for one, same in zip(found.values(), expected.values(), strict=True):
+        assert one.terms == pytest.approx(same.terms, rel=1e-5), one.name
+
+
+@pytest.mark.parametrize("adapter", [None, ms.GraphAdapter()], ids=["chain", "graph"])
+def test_hooks_of_a_transformers_blocks_are_part_of_it_too(adapter):
+    def models():
+        shift = torch.randn(32, generator=torch.Generator().manual_seed(1))
+        model, other = llama(), llama()
+        for part in (model.model.layers[0], model.model.layers[0].mlp):
+            part.register_forward_hook(lambda _, __, output: output + shift)
+        other.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + shift, *args[1:]))
+        other.model.layers[0].mlp.down_proj.bias = nn.Parameter(shift)
+        return model, other
+
+    with torch.no_grad():
+        model, other = models()
+        torch.testing.assert_close(model(tokens()).logits, other(tokens()).logits)
+    assert_same(pruned(model, adapter=adapter), pruned(other, adapter=adapter), rel=1e-4)
+
+
+def test_layers_that_a_model_runs_without_gradients_have_none():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.features, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = torch.relu(self.features(x))
+            return self.head(x)
+
+    found = pruned(Frozen())
+    assert found["features"].terms["Fisher"] == 0 and "does not depend on it" in found["features"].note
+    assert found["features"].terms["Reconstruction"] > 0 and found["head"].terms["Fisher"] > 0

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from moonshot.models.calibration import Batch, CalibrationError
-from moonshot.models.modules import evaluating, hooked, patched
+from moonshot.models.modules import evaluating, hooked, replaced
 from moonshot.models.ranks import ALONE, Ranks
 from moonshot.models.recording import counting
 
@@ -196,7 +196,7 @@ def _run_until(
         with (
             hooked([layer.register_forward_pre_hook(record)]),
             hooked(keeping),
-            patched(list(results), forwards),
+            replaced(list(results), forwards),
         ):
             forward(model, batch)
     except _Reached:

@@ -20,7 +20,7 @@ from moonshot.models.losses import (
     model_loss,
     predicts_the_next_token,
 )
-from moonshot.models.modules import ModelError, patched
+from moonshot.models.modules import ModelError, replaced
 from moonshot.models.pieces import by_samples, can_be_taken_apart, in_pieces, is_text
 from moonshot.models.precision import as_read, tensors_outside
 from moonshot.models.settings import without_cache
@@ -94,7 +94,7 @@ class Chain:
                 (-hidden,) if self._returns_tuple else -hidden
             )  # nothing but the next block can have read this
 
-        with suppress(_Entered), patched(self.blocks, [record] * len(self.blocks)):
+        with suppress(_Entered), replaced(self.blocks, [record] * len(self.blocks)):
             try:
                 loss_of(self.loss, self.model, batch)
             except (TypeError, IndexError, AttributeError):
@@ -140,7 +140,7 @@ class Chain:
         def replace(_hidden, *args, **kwargs):
             return (leaf,) if self._returns_tuple else leaf
 
-        with patched(self.blocks, [replace] * len(self.blocks)):
+        with replaced(self.blocks, [replace] * len(self.blocks)):
             loss = loss_of(self.loss, self.model, batch)
             check_scalar(loss)
             (gradient,) = gradients_of(loss, [leaf])

@@ -21,7 +21,7 @@ from moonshot.models.calibration import Batch, batch_samples, decoder_mask, take
 from moonshot.models.layer_view import LayerView
 from moonshot.models.left_out import shared_between
 from moonshot.models.losses import Loss, check_loss, gradients_of, loss_of, naming_sample
-from moonshot.models.modules import ModelError, hooked, patched
+from moonshot.models.modules import ModelError, hooked, replaced
 from moonshot.models.offload import Offload, Offloaded, read_all
 from moonshot.models.precision import (
     activation_dtype,
@@ -169,7 +169,9 @@ class GraphReplay:
             return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
 
         with (
-            hooked(part.register_forward_pre_hook(before, with_kwargs=True) for _, part in self.parts),
+            hooked(
+                part.register_forward_pre_hook(before, with_kwargs=True, prepend=True) for _, part in self.parts
+            ),
             hooked(part.register_forward_hook(after) for _, part in self.parts),
         ):
             loss = loss_of(self._loss, self._model, batch)
@@ -266,8 +268,7 @@ class GraphReplay:
             return lambda *args, **kwargs: _to_read(self._results[b][k])
 
         forwards = [returned(k) for k in range(index)] + [stop]
-        replaced = patched([part for _, part in self.parts[: index + 1]], forwards)
-        with replaced, suppress(_Reached):
+        with replaced([part for _, part in self.parts[: index + 1]], forwards), suppress(_Reached):
             loss_of(self._loss, self._model, self.batches[b])
         if not found:
             raise ModelError(f"{self.parts[index][0]} did not run: every batch must call the same parts once")

@@ -1,6 +1,6 @@
 """Modules in another mode, or with another forward, for a while."""
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -79,6 +79,29 @@ def patched(blocks: list[nn.Module], forwards: list[Callable]) -> Iterator[None]
             del block.forward
             if forward is not None:
                 block.forward = forward  # type: ignore[method-assign]
+
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+@contextmanager
+def replaced(blocks: list[nn.Module], forwards: list[Callable]) -> Iterator[None]:
+    """Modules whose calls are other functions inside: `patched`, and without their hooks, which would run once more."""
+    own = [{name: vars(block)[name] for name in _HOOKS if name in vars(block)} for block in blocks]
+    with patched(blocks, forwards):
+        for block, hooks in zip(blocks, own, strict=True):
+            vars(block).update({name: OrderedDict() for name in hooks})
+        try:
+            yield
+        finally:
+            for block, hooks in zip(blocks, own, strict=True):
+                vars(block).update(hooks)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

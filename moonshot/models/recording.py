@@ -31,7 +31,7 @@ def watching(layers: dict[str, LayerView], record: Record) -> Iterator[None]:
 
     experts = {name: view for name, view in layers.items() if isinstance(view, ExpertView)}
     hooks = (
-        module.register_forward_hook(hook(name), with_kwargs=True)
+        module.register_forward_hook(hook(name), with_kwargs=True, prepend=True)
         for name, view in layers.items()
         if name not in experts
         for module in view.modules
@@ -79,12 +79,16 @@ def output_gradients(results: Any, gradients: list[Tensor | None], outputs: Seen
         if gradient is not None and result.requires_grad
     ]
     calls = [(name, output) for name, made in outputs.items() for output in made]
-    if not pairs or not calls:
+    watched = [
+        output for _, output in calls if output.requires_grad
+    ]  # not where the model sets torch.no_grad()
+    if not pairs or not watched:
         return {name: [torch.zeros_like(output) for output in made] for name, made in outputs.items()}
     tops, seeds = zip(*pairs, strict=True)
-    found = torch.autograd.grad(tops, [output for _, output in calls], seeds, allow_unused=True)
+    found = iter(torch.autograd.grad(tops, watched, seeds, allow_unused=True))
     deltas: Seen = {}
-    for (name, output), delta in zip(calls, found, strict=True):
+    for name, output in calls:
+        delta = next(found) if output.requires_grad else None
         deltas.setdefault(name, []).append(torch.zeros_like(output) if delta is None else as_observed(delta))
     return deltas
 
