@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import hub
 import moonshot
 from moonshot.app import cli
 from moonshot.files.load import load
 from moonshot.models import evaluation
+from tests.models import SIZES
 
 DEMO = Path(moonshot.__file__).parent / "demo"
 LINES = (DEMO / "heldout.txt").read_text("utf-8").split("\n")
@@ -130,7 +132,7 @@ def test_too_little_memory_is_one_line(run, monkeypatch, error):
     def too_large(*arguments):
         raise error
 
-    monkeypatch.setattr(evaluation, "model_loss", too_large)
+    monkeypatch.setattr(evaluation, "next_token_loss", too_large)
     assert "not enough memory to run the model: give a smaller --seqlen" in run(
         "eval", "dense", "--data", "c4", "--seqlen", 32, status=1
     )
@@ -146,9 +148,28 @@ def test_a_model_that_does_not_fit_into_memory_is_not_loaded(run, monkeypatch):
 
 @pytest.mark.parametrize(("loss", "value"), [(1e5, "inf"), (float("nan"), "nan")])
 def test_a_broken_model_s_perplexity_is_infinite_or_no_number(loss, value, monkeypatch):
-    monkeypatch.setattr(evaluation, "model_loss", lambda model, batch: torch.tensor(loss))
+    monkeypatch.setattr(evaluation, "next_token_loss", lambda model, ids: torch.tensor(loss))
     found = evaluation.perplexity(torch.nn.Linear(1, 1), torch.ones(2, 4, dtype=torch.int64))
     assert str(found.value) == value
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mixtral", "Bart"])
+def test_perplexity_is_of_the_next_token_alone_whatever_the_model_s_own_loss(kind):
+    """Mixtral's has that of its routers in it if its configuration says so; Bart's is of the token that is read."""
+    mixed = dict(num_local_experts=4, output_router_logits=True) if kind == "Mixtral" else {}
+    bart = dict(d_model=16, decoder_ffn_dim=16, decoder_layers=1, decoder_attention_heads=2, vocab_size=61)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**(bart if kind == "Bart" else SIZES | mixed))
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for weight in model.parameters():
+        weight.data.mul_(4)
+    ids = torch.randint(4, 61, (5, 12))
+    with torch.no_grad():
+        chances = model(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])
+    expected = float(chances.mean().neg().exp())
+    for size in (None, 2):
+        found = evaluation.perplexity(model, ids.int(), size)
+        assert found.value == pytest.approx(expected, rel=1e-5) and found.windows == 5
 
 
 def accuracy_by_hand(folder, rows):

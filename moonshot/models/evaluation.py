@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moonshot.errors import ArgumentError, ArgumentTypeError
 from moonshot.models.batch_sizes import tokens_at_once
 from moonshot.models.calibration import Batch, check_vocabulary
-from moonshot.models.losses import model_loss
+from moonshot.models.losses import next_token_loss
 from moonshot.models.modules import evaluating
 
 _LARGEST = math.log(sys.float_info.max)  # a loss whose exp is still a number
@@ -34,7 +34,7 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, ids: Tensor, batch_size: int | None = None) -> Perplexity:
-    """Perplexity of a causal language model.
+    """Perplexity of a causal language model, from its logits: its own loss may have more in it (next_token_loss).
 
     ids: token ids (windows, context).
     batch_size: windows at once; unless given as many as 2048 tokens are, fewer where the vocabulary is large.
@@ -52,7 +52,7 @@ def perplexity(model: nn.Module, ids: Tensor, batch_size: int | None = None) -> 
     size = max(tokens_at_once(model) // ids.shape[1], 1) if batch_size is None else batch_size
     with evaluating(model):
         for part in ids.split(size):
-            total += float(model_loss(model, {"input_ids": part.to(device)})) * len(part)
+            total += float(next_token_loss(model, part.to(device))) * len(part)
     mean = total / len(ids)
     return Perplexity(math.inf if mean >= _LARGEST else math.exp(mean), ids.shape[1], len(ids))
 

@@ -10,6 +10,7 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from moonshot.models.batch_tree import leaves, map_tensors, unshared
 from moonshot.models.calibration import Batch, CalibrationError, batch_samples, next_token_mask, take
@@ -26,22 +27,40 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
             f"a batch is a {type(batch).__name__}: pass loss=, a callable (model, batch) -> scalar, or batches that "
             "are mappings for model(**batch)"
         )
-    batch = dict(unshared(batch))
+    batch = dict(batch)
     if not isinstance(ids := batch.get("input_ids", torch.empty(0)), Tensor):
         raise CalibrationError(f'input_ids are a {type(ids).__name__}: give a tensor (return_tensors="pt")')
     if "labels" not in batch and "input_ids" in batch and predicts_the_next_token(model):
         mask = next_token_mask(batch)
         ids = batch["input_ids"].long()  # a cross entropy takes no int32
         batch["labels"] = ids if mask is None else ids.masked_fill(~mask, -100)
-    if "use_cache" in signature(model.forward).parameters:
-        batch["use_cache"] = False
-    loss = getattr(model(**batch), "loss", None)
+    loss = getattr(_without_cache(model, batch), "loss", None)
     if loss is None:
         raise CalibrationError(
             f"{type(model).__name__} returns no loss for a batch of {', '.join(batch)}: add labels, or pass loss=, a "
             "callable (model, batch) -> scalar"
         )
     return loss
+
+
+def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """The mean cross entropy of every token but the first of each text, from the logits; in float32.
+
+    A model's own loss may have its routers' in it as well, or not compare logits with the token that comes next. That
+    of a model that returns no logits is taken all the same. ids: token ids (texts, tokens).
+    """
+    logits = getattr(_without_cache(model, {"input_ids": ids}), "logits", None)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
+        return model_loss(model, {"input_ids": ids})
+    following = ids.long().roll(-1, 1).to(logits.device)  # a cross entropy takes no int32
+    following[:, -1] = -100  # which it leaves out
+    return cross_entropy(logits.flatten(0, 1).float(), following.flatten())
+
+
+def _without_cache(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """What a model returns for a batch."""
+    more = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    return model(**unshared(batch) | more)
 
 
 def predicts_the_next_token(model: nn.Module) -> bool:
