@@ -15,6 +15,7 @@ from moonshot.app import cli
 from moonshot.files.compact import compact_folder, load_compact, unpack_folder
 from moonshot.files.folder import save
 from moonshot.files.load import load
+from moonshot.files.mapped import DTYPES
 from moonshot.files.source import FolderError, weight_files
 from tests.models import decoder, tokens
 
@@ -30,6 +31,10 @@ def saved(tmp_path_factory):
         report = ms.prune(model, tokens(), pattern, solver=ms.Magnitude(), objective=ms.Reconstruction())
         folders[pattern] = save(model, None, report, tmp_path_factory.mktemp("plain") / "model")
     return folders
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def size(folder, suffix):
@@ -80,6 +85,7 @@ def test_minus_zero_scalars_and_other_kinds_of_numbers(saved, tmp_path):
         "double": torch.eye(5, dtype=torch.float64),
         "dense": torch.randn(5, 3).half(),
     }
+    odd |= {name: torch.tensor([0, 0, 1] * 30).to(dtype) for name, dtype in DTYPES.items()}
     save_file(odd, plain / "model.safetensors")
     compact = compact_folder(plain, tmp_path / "compact")
     again = unpack_folder(compact, tmp_path / "again")
@@ -88,6 +94,30 @@ def test_minus_zero_scalars_and_other_kinds_of_numbers(saved, tmp_path):
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         as_bytes = [each.reshape(-1).view(torch.uint8) for each in (found[name], tensor)]
         assert torch.equal(*as_bytes), name
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_of_the_hubs_cache_is_copied_with_all_its_files(saved, tmp_path, there):
+    """There every file is a link; one that leads elsewhere is named."""
+    snapshot = tmp_path / "models--org--pruned" / "snapshots" / "0123"
+    blobs = shutil.copytree(saved["2:4"], snapshot.parent.parent / "blobs" if there else tmp_path / "elsewhere")
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    if there:
+        compact = compact_folder(snapshot, tmp_path / "compact")
+        shutil.copytree(compact, blobs, dirs_exist_ok=True)
+        for path in snapshot.iterdir():
+            path.unlink()
+        for path in compact.iterdir():
+            (snapshot / path.name).symlink_to(blobs / path.name)
+        again = unpack_folder(snapshot, tmp_path / "again")
+        assert names(again) == names(saved["2:4"]) and not any(path.is_symlink() for path in again.iterdir())
+        assert AutoModelForCausalLM.from_pretrained(again)
+    else:
+        with pytest.raises(FolderError, match="is a link out of its folder"):
+            compact_folder(snapshot, tmp_path / "compact")
+        assert names(tmp_path) == ["elsewhere", "models--org--pruned"]
 
 
 def test_shards_stay_shards(tmp_path):

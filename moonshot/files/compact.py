@@ -28,6 +28,7 @@ from moonshot.files.source import (
     INDEX,
     FolderError,
     check_folder,
+    check_link,
     check_weights,
     is_inside,
     reading,
@@ -178,11 +179,16 @@ def _packed(key: str, tensor: Tensor, read: Callable[[], Tensor]) -> dict[str, E
 
 def _present(tensor: Tensor) -> Tensor:
     """Where a tensor, flattened, has any bit set: minus zero is a value too."""
-    return tensor.reshape(-1).view(_AS_BITS[tensor.itemsize]) != 0
+    return _as_bits(tensor) != 0
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    """A tensor, flattened, as integers of its size: what torch can do with any kind of number."""
+    return tensor.reshape(-1).view(_AS_BITS[tensor.itemsize])
 
 
 def _values(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1)[_present(tensor)]
+    return _as_bits(tensor)[_present(tensor)].view(tensor.dtype)
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -195,7 +201,7 @@ def _unpacked(file: Any, key: str, described: dict[str, Any]) -> Tensor:
     shape, bits = described["shape"], file.get_tensor(f"{key}.bits").numpy()
     present = np.unpackbits(bits, count=prod(shape)).astype(bool)
     tensor = torch.zeros(prod(shape), dtype=DTYPES[described["dtype"]])
-    tensor[torch.from_numpy(present)] = file.get_tensor(f"{key}.values")
+    _as_bits(tensor)[torch.from_numpy(present)] = _as_bits(file.get_tensor(f"{key}.values"))
     return tensor.reshape(shape)
 
 
@@ -233,9 +239,10 @@ def _digest(path: Path) -> str:
 
 
 def _copy_others(source: Path, destination: Path, without: set[str]) -> None:
-    """Copy the files of a folder, and of those below it, but for these."""
+    """Copy the files of a folder, and of those below it, but for these. Raises FolderError for a link out of it."""
     for path in sorted(source.rglob("*")):
         name = str(path.relative_to(source))
-        if path.is_file() and name not in without and not path.is_symlink():
+        if path.is_file() and name not in without:
+            check_link(path, source)
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, destination / name)

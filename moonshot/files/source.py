@@ -152,7 +152,7 @@ def companions(folder: Path, code: bool = False) -> list[str]:
     names += sorted((folder / _TEMPLATES).glob("*.jinja"))
     files = [path for path in names if path.is_file()]
     for path in (*files, *(folder / name for name in sorted(_OURS))):  # of ours the model may have its own
-        _check_link(path, folder)
+        check_link(path, folder)
     return [str(path.relative_to(folder)) for path in files]
 
 
@@ -163,8 +163,8 @@ def _goes_along(path: Path, code: bool) -> bool:
     return path.suffix in _SUFFIXES or name.lower().startswith(_LEGAL) or (code and path.suffix == ".py")
 
 
-def _check_link(path: Path, folder: Path) -> None:
-    """A link may lead to where the hub's cache has its files, and nowhere else out of the folder."""
+def check_link(path: Path, folder: Path) -> None:
+    """Raises FolderError for a link out of the folder, unless it leads to where the hub's cache has its files."""
     target, inside = path.resolve(), [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
         inside.append(folder.resolve().parent.parent / "blobs")
