@@ -438,6 +438,18 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(monkeypatch, tmp_path, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_counts_what_the_run_will_write(monkeypatch, tmp_path, capsys):
+    """For a model's weights there is space, for a second time, in a checkpoint or beside compact ones, there is not."""
+    weights = (DEMO / "model" / "model.safetensors").stat().st_size
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3 * weights // 2))
+    options = prune_arguments(tmp_path)
+    for flags in (["--compact"], ["--checkpoint", tmp_path / "answers"]):
+        assert run(monkeypatch, "prune", DEMO / "model", *options, *flags, "--dry-run") == 1
+        assert "choose a folder on another disk" in capsys.readouterr().err
+    assert run(monkeypatch, "prune", DEMO / "model", *options, "--dry-run") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_prune_refuses_what_does_not_fit(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(planning, "free_memory", lambda device, most: 1000)
     assert run(monkeypatch, "prune", DEMO / "model", *prune_arguments(tmp_path)) == 1

@@ -142,7 +142,7 @@ def test_a_model_that_does_not_fit_into_memory_is_not_loaded(run, monkeypatch):
     monkeypatch.setattr(
         "moonshot.files.plan.free_memory", lambda device: 6 * 10**6
     )  # of 3.2 M weights of 2 bytes
-    words = "the weights of dense take 0.0 GiB, 0.0 GiB of memory are free"
+    words = "the weights of dense take 6.3 MiB, 5.7 MiB of memory are free"
     assert words in run("eval", "dense", "--data", "c4", "--seqlen", 32, status=1)
 
 

@@ -1,5 +1,6 @@
 """The report as a page: every figure of every layer, nothing from outside as markup, the whole file or none."""
 
+import errno
 import math
 import os
 import re
@@ -7,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from moonshot.files import plan as planning
 from moonshot.files.folder import Opened
 from moonshot.pruning.chart import COLOURS, chart, kinds
 from moonshot.pruning.html import html, save_html
@@ -183,6 +185,30 @@ def test_prune_writes_it_and_measures_before_and_after(monkeypatch, tmp_path, ca
     assert (
         run(monkeypatch, "prune", DEMO / "model", *again, "--overwrite") == 0
     )  # all in the folder is moonshot's
+
+
+@pytest.mark.parametrize("option", ["html", "save", "checkpoint"])
+def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_done(
+    monkeypatch, tmp_path, capsys, option
+):
+    """Also by --dry-run."""
+    folder, temporary = tmp_path / "reports", planning.TemporaryFile
+    folder.mkdir()
+
+    def read_only(dir):
+        if dir == folder:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return temporary(dir=dir)
+
+    monkeypatch.setattr(planning, "TemporaryFile", read_only)
+    arguments = prune_arguments(tmp_path, **{option: folder if option == "checkpoint" else folder / "a.html"})
+    monkeypatch.setattr("moonshot.app.prune.Source", None)
+    for more in ([], ["--dry-run"]):
+        assert run(monkeypatch, "prune", DEMO / "model", *arguments, *more) == 1
+        assert f"no file can be made in {folder}: [Errno 30] Read-only file system; choose another folder" in (
+            capsys.readouterr().err
+        )
+    assert list(tmp_path.rglob("*")) == [folder]
 
 
 def test_a_folder_that_is_gone_is_said_after_the_model_is_saved(monkeypatch, tmp_path, capsys):

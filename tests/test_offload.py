@@ -85,10 +85,12 @@ def test_nothing_is_left_in_the_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_and_a_full_disk_are_named(tmp_path, monkeypatch):
+def test_a_folder_is_made_and_a_full_disk_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a file").touch()
     with pytest.raises(OSError, match="choose another folder"):
-        Offload(tmp_path / "nowhere")
-    offload = Offload(tmp_path)
+        Offload(tmp_path / "a file" / "nowhere")
+    offload = Offload(tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder").is_dir()
 
     class FullDisk:
         def seek(self, offset): ...

@@ -16,7 +16,7 @@ from torch import nn
 
 import moonshot as ms
 from moonshot.files import plan as planning
-from moonshot.files.plan import Plan, ResourceError, check_disk, free_memory, plan
+from moonshot.files.plan import Plan, ResourceError, check_disk, free_memory, plan, told_apart
 from moonshot.layer.patterns import as_pattern
 from moonshot.models.calibration import as_batches, batch_samples
 from moonshot.models.offload import Offload
@@ -282,11 +282,24 @@ def test_disk_that_is_not_there(tmp_path):
         check_disk({tmp_path: shutil.disk_usage(tmp_path).total + 1})
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        (2**20, 2**21, ("1 MiB", "2 MiB")),
+        (2**20, 2**20 + 2**18, ("1.0 MiB", "1.2 MiB")),
+        (2**40, 2**40 + 1, ("1024.000000000 GiB", "1024.000000001 GiB")),
+        (2**30 - 1, 2**30, ("1024 MiB", "1.0 GiB")),
+    ],
+)
+def test_sizes_of_which_one_is_too_large_do_not_look_the_same(one, other, words):
+    assert told_apart(one, other) == words
+
+
 def test_folders_on_one_disk_need_it_together(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     check_disk({tmp_path: 50, tmp_path / "new": 50})
-    with pytest.raises(ResourceError, match="takes 0 MiB there: choose"):
+    with pytest.raises(ResourceError, match="has 0.000095 MiB left and pruning takes 0.000096 MiB there"):
         check_disk({tmp_path: 51, tmp_path / "new": 50})
 
 

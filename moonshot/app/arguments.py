@@ -163,6 +163,14 @@ class PruneArguments:
         }
         checkpoint.refuse_other(self.checkpoint, earlier, json.loads(json.dumps(now)))
 
+    def _check_writable(self) -> None:
+        """Raises OSError for a place that nothing can be written to."""
+        planning.check_writable(self.save.parent)
+        if self.html is not None and not self._html_inside:
+            planning.check_writable(self.html.parent)
+        if self.checkpoint is not None:
+            planning.check_writable(self.checkpoint)
+
     def _check_layers(self, skeleton: nn.Module) -> dict[str, Pattern]:
         """The layers inside a transformer's blocks that are pruned; which others are is found out when it runs.
 

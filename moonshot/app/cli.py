@@ -70,7 +70,10 @@ def demo(
     from moonshot.app.compare import show
     from moonshot.app.demo import IDEAS, setting
     from moonshot.app.progress import progress
+    from moonshot.files.plan import check_writable
 
+    save.mkdir(parents=True, exist_ok=True)
+    check_writable(save)
     with console.status("loading"):
         begin = setting(samples=24)
     console.print(str(begin), highlight=False)
@@ -81,7 +84,6 @@ def demo(
             on_progress=steps.doing if console.is_terminal else None,
         )
     show(comparison, console, IDEAS)
-    save.mkdir(parents=True, exist_ok=True)
     comparison.plot(save / "demo.png")
     say(console, f"picture: {save / 'demo.png'}")
 

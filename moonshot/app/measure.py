@@ -69,9 +69,8 @@ def check_memory(source: Source) -> None:
     weights = size * sum(parameter.numel() for parameter in source.skeleton().parameters())
     free = planning.free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if weights > free:
-        raise planning.ResourceError(
-            f"the weights of {source.name} take {weights / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free"
-        )
+        taken, left = planning.told_apart(weights, free)
+        raise planning.ResourceError(f"the weights of {source.name} take {taken}, {left} of memory are free")
 
 
 def dense_source(source: Source) -> Source | None:

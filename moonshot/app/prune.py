@@ -76,6 +76,7 @@ class PruneCommand(PruneArguments):
         if ranks.is_first:
             check_free(self.save, self.overwrite)
             self._check_checkpoint()
+            self._check_writable()
             if self.push is not None:
                 self.push.check(self.model)
         source = Source(self.model, self.trust_remote_code)

@@ -46,16 +46,12 @@ class Resources:
         Raises ResourceError where there is not enough memory or disk.
         """
         plan = self._plan(work.model, calibration)
-        if plan is None:
-            return None
-        say(console, str(plan))
-        on_disk = self._needs_disk(plan)
-        needed = {work.draft: work.unwritten + plan.offloaded * on_disk * processes_here()}
-        if self.asked.checkpoint is not None and ranks.is_first:
-            weights = sum(parameter.nbytes for parameter in work.model.parameters())
-            needed[self.asked.checkpoint] = weights * (1 + (self.asked.refit is not None))
-        planning.check_disk(needed)
-        return work.draft if on_disk else None
+        if plan is not None:
+            say(console, str(plan))
+        offloaded = self._on_disk(plan)
+        weights = sum(parameter.nbytes for parameter in work.model.parameters())
+        self._check_disk(work.draft, work.unwritten, weights, offloaded, ranks.is_first)
+        return work.draft if offloaded else None
 
     def say_what_it_would_do(
         self,
@@ -72,13 +68,9 @@ class Resources:
         if not layers or source.is_image_classifier:
             say(console, "which layers outside of blocks would be pruned is found out when it runs")
         plan = self._plan(skeleton, calibration)
-        needed = _weights(source)
-        if plan is None:
-            say(console, "what it will take can only be said of a language model")
-        else:
-            say(console, str(plan))
-            needed += plan.offloaded * self._needs_disk(plan)
-        planning.check_disk({asked.save.parent: needed})
+        say(console, str(plan or "what it will take can only be said of a language model"))
+        weights = _weights(source)
+        self._check_disk(asked.save.parent, weights, weights, self._on_disk(plan))
         say(console, f"it would be saved to {asked.save}; nothing was done: leave out --dry-run to prune")
 
     def _plan(self, model: nn.Module, calibration: Any) -> Plan | None:
@@ -98,6 +90,24 @@ class Resources:
             device=asked.used_device,
             ranks=current().count,
         )
+
+    def _check_disk(
+        self, folder: Path, unwritten: int, weights: int, offloaded: int, is_first: bool = True
+    ) -> None:
+        """Raises ResourceError where the run would fill a disk: with weights, what is offloaded, and a checkpoint.
+
+        folder: where the model is saved. unwritten: bytes of its weights that are not there yet.
+        """
+        asked = self.asked
+        # a compact model is written while the plain one is there, and is never larger
+        needed = {folder: unwritten + asked.compact * weights + offloaded * processes_here()}
+        if asked.checkpoint is not None and is_first:
+            needed[asked.checkpoint] = weights * (1 + (asked.refit is not None))
+        planning.check_disk(needed)
+
+    def _on_disk(self, plan: Plan | None) -> int:
+        """Bytes that each process offloads to disk."""
+        return plan.offloaded if plan is not None and self._needs_disk(plan) else 0
 
     def _needs_disk(self, plan: Plan) -> bool:
         """Whether what can be offloaded goes to disk, for lack of memory. Raises ResourceError as the plan does."""

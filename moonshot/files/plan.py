@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import torch
@@ -71,8 +72,9 @@ class Plan:
         Raises ResourceError where that does not fit either.
         """
         if self.memory > free:
+            taken, left = told_apart(self.memory, free)
             raise ResourceError(
-                f"pruning takes {_gib(self.memory)} of memory, and {_gib(free)} are free: take fewer factors, shorter "
+                f"pruning takes {taken} of memory, and {left} are free: take fewer factors, shorter "
                 "samples, an objective without Fisher(), or a machine with more"
             )
         return self.memory + self.offloaded > free
@@ -485,10 +487,19 @@ def check_disk(needed: Mapping[Path, int]) -> None:
     for folders in disks.values():
         free, taken = shutil.disk_usage(_there(folders[0])).free, sum(needed[folder] for folder in folders)
         if taken > free:
+            left, needs = told_apart(free, taken)
             raise ResourceError(
-                f"{folders[0]} has {_gib(free)} left and pruning takes {_gib(taken)} there: choose a folder on another "
-                "disk"
+                f"{folders[0]} has {left} left and pruning takes {needs} there: choose a folder on another disk"
             )
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where no file can be made in a folder; one that is not there yet counts where it will be made."""
+    try:
+        with TemporaryFile(dir=_there(folder)):
+            pass
+    except OSError as error:
+        raise OSError(f"no file can be made in {folder}: {error}; choose another folder") from error
 
 
 def _there(folder: Path) -> Path:
@@ -497,5 +508,12 @@ def _there(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+def told_apart(one: float, other: float) -> tuple[str, str]:
+    """Two numbers of bytes, which are not the same, in words that are not the same either."""
+    words = ((_gib(one, more), _gib(other, more)) for more in range(10))
+    return next(pair for pair in words if pair[0] != pair[1])
+
+
+def _gib(size: float, more: int = 0) -> str:
+    """A number of bytes in words. more: decimals beyond the usual ones."""
+    return f"{size / 2**30:.{1 + more}f} GiB" if size >= 2**30 else f"{size / 2**20:.{more}f} MiB"

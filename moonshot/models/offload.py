@@ -28,7 +28,9 @@ class Offloaded(Protocol):
 
 
 class Offload:
-    """Stores tensors in memory, or in an unnamed file in `folder`, which is gone with the process or this object.
+    """Stores tensors in memory, or in an unnamed file in `folder`, which is made where it is not there.
+
+    The file is gone with the process or this object.
 
     to_host: whether those on a GPU are stored in main memory where there is no folder.
     """
@@ -38,6 +40,7 @@ class Offload:
         self._file: _Unnamed | None = None
         if folder is not None:
             try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
                 self._file = _Unnamed(folder)
             except OSError as error:
                 raise OSError(
