@@ -192,6 +192,29 @@ def test_code_runs_for_those_who_trust_it_and_goes_along(folder, tmp_path):
     assert torch.equal(model.lm_head.weight, llama().lm_head.weight)
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_what_is_not_read_as_it_is_in_the_files_is_said(folder, tmp_path, cast):
+    """A layer too many in the file, and norms in another dtype, with which the model is loaded and not mapped."""
+    weights = load_file(folder / "model.safetensors")
+    layer = "model.layers.2.mlp.up_proj.weight"
+    norms = [name for name in weights if "norm" in name]
+    weights |= {layer: torch.ones(2, 2), f"{layer}s": torch.ones(2)}
+    if cast:
+        weights |= {name: weights[name].float() for name in norms}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning) as said, opened(folder, tmp_path / "pruned") as work:
+        work.save(report())
+    fate = "left out" if cast else "saved as they are"
+    words = f"{folder} has tensors that LlamaForCausalLM does not, which are {fate}: {layer} and 1 more"
+    assert words in [str(warning.message) for warning in said]
+    casts = [str(warning.message) for warning in said if "are cast" in str(warning.message)]
+    assert [
+        f": {sorted(norms)[0]} from float32 to bfloat16 and {len(norms) - 1} more" in each for each in casts
+    ] == [True] * cast
+    saved = load_file(tmp_path / "pruned" / "model.safetensors")
+    assert (layer in saved) != cast and saved[norms[0]].dtype == torch.bfloat16
+
+
 def test_tensors_of_a_bin_file_are_read(folder, tmp_path):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

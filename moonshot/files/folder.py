@@ -162,9 +162,12 @@ def _mapped(source: Source, draft: Draft) -> Opened | None:
         maps = [MappedFile(draft.path / name) for name in names]
         tensors = {key: tensor for file in maps for key, tensor in file.tensors.items()}
         with quiet():
-            model = kind.from_pretrained(None, config=source.config, state_dict=tensors, dtype="auto")
+            model, found = kind.from_pretrained(
+                None, config=source.config, state_dict=tensors, dtype="auto", output_loading_info=True
+            )
         places = {(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors.values()}
         if all((t.data_ptr(), t.dtype, t.shape) in places for t in model.state_dict().values()):
+            source.say_unread(kind, found, "saved as they are")
             return Opened(model, source.processor, draft, maps, source)
     except Exception:  # whatever a library raises for a folder of this kind
         pass  # loading it says what is wrong, if anything is

@@ -2,15 +2,18 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from moonshot.extras import from_extra
+from moonshot.files.mapped import DTYPES
 from moonshot.files.source import CONTENTS, FolderError, check_weights, find_folder, reading, weight_files
 
 _COUNT, _MODULES = (
@@ -86,7 +89,8 @@ class Source:
     def load(self, on_gpu: bool | None = None) -> nn.Module:
         """The model in the dtype it was saved in. on_gpu: whether on the GPU; unless given, if there is one.
 
-        Raises FolderError where the files lack weights that the configuration asks for, or have others.
+        Raises FolderError where the files lack weights that the configuration asks for, or have others. Warns of
+        tensors that the model has no use for, and of weights that are in another dtype in its files.
         """
         self.check_files()
         with reading(self.kind, self.name), quiet():
@@ -98,6 +102,8 @@ class Source:
                 ignore_mismatched_sizes=True,
             )
         self._check_complete(model, found)
+        self.say_unread(type(model), found, "left out")
+        self._say_cast(model)
         return model.to("cuda" if default_on_gpu(on_gpu) else "cpu")
 
     def check_files(self) -> list[str]:
@@ -153,6 +159,30 @@ class Source:
 
         self.model_class  # noqa: B018 - looks whether it is one
         return AutoModelForImageClassification if self.is_image_classifier else AutoModelForCausalLM
+
+    def say_unread(self, kind: type, found: dict[str, Any], fate: str) -> None:
+        """Warn of tensors in the files that the model has no use for. fate: what becomes of them."""
+        if unread := sorted(found["unexpected_keys"]):
+            warnings.warn(
+                f"{self.name} has tensors that {kind.__name__} does not, which are {fate}: {unread[0]}{_more(unread)}",
+                stacklevel=1,
+            )
+
+    def _say_cast(self, model: nn.Module) -> None:
+        """Warn of weights that the model has in another dtype than its files, as its configuration says."""
+        weights, cast = model.state_dict(), []
+        for name in weight_files(self.folder):
+            with safe_open(self.folder / name, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 - it is no dictionary
+                    there = DTYPES.get(file.get_slice(key).get_dtype())
+                    if key in weights and weights[key].dtype != there:
+                        cast.append(f"{key} from {_word(there)} to {_word(weights[key].dtype)}")
+        if cast := sorted(cast):
+            warnings.warn(
+                f"{self.name} has weights in another dtype than its config.json says, which are cast: {cast[0]}"
+                f"{_more(cast)}",
+                stacklevel=1,
+            )
 
     def _check_complete(self, model: nn.Module, found: dict[str, Any]) -> None:
         weights = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
@@ -231,6 +261,10 @@ def _entries(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _entries(value, key)
     else:
         yield key, config
+
+
+def _word(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _more(names: list[Any]) -> str:

@@ -95,8 +95,8 @@ def prune(
     its layers are pruned; True for the defaults of Refit. Masks do not change.
     unfit: what becomes of layers that cannot have the pattern, such as 2:4 on a convolution with three channels: an
     error that names them all, or "skip", as above.
-    scratch: a folder to offload to, made where it is not there, in files that are gone afterwards: the layers' weights as they were, and the hidden
-    states and gradients between the model's parts. In memory unless given.
+    scratch: a folder to offload to, made where it is not there, in files that are gone afterwards: the layers' weights
+    as they were, and the hidden states and gradients between the model's parts. In memory unless given.
     adapter: how the model is divided into parts, and what its layers are (models.adapter); found out unless given.
     checkpoint: a folder for every layer's answer, written as soon as there is one. A call with the same arguments
     and model continues an interrupted one from there, with the same result.
