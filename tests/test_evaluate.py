@@ -104,6 +104,8 @@ def test_files_that_are_no_text_are_named(run, tmp_path):
         (["dense"], "say what to measure: --data wikitext2"),
         (["dense", "--data", "c4", "--include-path", "."], "add --tasks"),
         (["dense", "--data", "c4", "--seqlen", 1], "at least two tokens"),
+        (["dense", "--data", "c4", "--seqlen", 8, "--nsamples", -3], "0 for all, got -3"),
+        (["dense", "--tasks", "arc_easy", "--nsamples", 10], "--tasks have all of theirs"),
         (["dense", "--data", "./wikitext"], "is no file, folder or loadable dataset"),
         (["dense", "--data", "./wikitext2"], "(did you mean wikitext2?)"),
         (

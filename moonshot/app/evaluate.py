@@ -38,6 +38,13 @@ class EvalCommand:
             raise ArgumentError(
                 "say what to measure: --data wikitext2, c4, a file or a folder, or --tasks arc_easy"
             )
+        if self.nsamples < 0:
+            raise ArgumentError(f"--nsamples is how many windows or images, 0 for all, got {self.nsamples}")
+        if self.data is None and (self.nsamples or self.seqlen is not None or self.text_column is not None):
+            raise ArgumentError(
+                "--nsamples, --seqlen and --text-column are of --data, and --tasks have all of theirs: leave them out, "
+                "or add --data"
+            )
         if self.include_path is not None and self.tasks is None:
             raise ArgumentError("--include-path is where --tasks are found: add --tasks")
         source = Source(self.model, self.trust_remote_code)
