@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 import moonshot as ms
 from moonshot.files import draft as drafts
@@ -213,6 +214,26 @@ def test_what_is_not_read_as_it_is_in_the_files_is_said(folder, tmp_path, cast):
     ] == [True] * cast
     saved = load_file(tmp_path / "pruned" / "model.safetensors")
     assert (layer in saved) != cast and saved[norms[0]].dtype == torch.bfloat16
+
+
+def test_shrunk_and_compact_models_end_a_text_where_the_dense_one_does(folder, tmp_path):
+    """What ends a text of a chat model is said in generation_config.json alone."""
+    settings = {"eos_token_id": [2, 5], "max_new_tokens": 7}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    for name in ("shrunk", "compact"):
+        with opened(folder, tmp_path / name) as work:
+            assert work.mapped
+            if name == "shrunk":
+                columns = ms.column_patterns(work.model, 0.5)
+                ms.prune(work.model, tokens(), columns, objective=ms.Reconstruction(), solver=ms.Magnitude())
+                work.replace(ms.shrink(work.model))
+            work.save(report(), compact=name == "compact")
+        read = ms.load_compact if name == "compact" else LlamaForCausalLM.from_pretrained
+        found = read(tmp_path / name).generation_config.to_dict()
+        assert {key: found[key] for key in settings} == settings
+    (folder / "generation_config.json").write_text("{")
+    with opened(folder, tmp_path / "broken") as work:
+        assert work.mapped
 
 
 def test_tensors_of_a_bin_file_are_read(folder, tmp_path):

@@ -158,6 +158,7 @@ def load_compact(folder: str | Path) -> nn.Module:
         )
     if missing := set(found["missing_keys"]) & set(model.state_dict()):
         raise FolderError(f"{path} lacks weights that {kind.__name__} has: {', '.join(sorted(missing)[:3])}")
+    source.set_generation(model)
     return model
 
 

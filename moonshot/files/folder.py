@@ -168,6 +168,7 @@ def _mapped(source: Source, draft: Draft) -> Opened | None:
         places = {(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors.values()}
         if all((t.data_ptr(), t.dtype, t.shape) in places for t in model.state_dict().values()):
             source.say_unread(kind, found, "saved as they are")
+            source.set_generation(model)
             return Opened(model, source.processor, draft, maps, source)
     except Exception:  # whatever a library raises for a folder of this kind
         pass  # loading it says what is wrong, if anything is

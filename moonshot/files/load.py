@@ -4,7 +4,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -80,6 +80,16 @@ class Source:
         auto = AutoImageProcessor if self.is_image_classifier else AutoTokenizer
         with reading("the image processor" if self.is_image_classifier else "the tokenizer", self.name):
             return auto.from_pretrained(self.folder, trust_remote_code=self.trusted)
+
+    def set_generation(self, model: nn.Module) -> None:
+        """Give a model that was made of tensors what generation_config.json says, as one that is loaded has it."""
+        from transformers import GenerationConfig
+
+        if getattr(model, "generation_config", None) is not None:
+            with suppress(
+                OSError
+            ):  # there is none, or none that can be read: transformers does without it as well
+                model.generation_config = GenerationConfig.from_pretrained(self.folder)  # type: ignore[assignment]
 
     def skeleton(self) -> nn.Module:
         """The model without weights, on the meta device."""
