@@ -48,9 +48,14 @@ class Hub:
         folder = self.root / (name if "/" in name else f"me/{name}")
         if folder.exists() and not exist_ok:
             raise OSError("409 Client Error: Conflict\n\nYou already created this model repo")
+        if not folder.exists():
+            self.private[folder.name] = private  # of one that is there it stays as it is
         folder.mkdir(parents=True, exist_ok=True)
-        self.private[folder.name] = private
         return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{folder.name}")
+
+    @checked
+    def model_info(self, name):
+        return SimpleNamespace(private=self.private.get(Path(name).name))
 
     @checked
     def upload_folder(self, *, repo_id, folder_path, commit_message, allow_patterns, delete_patterns):
@@ -112,10 +117,26 @@ def test_a_repository_that_is_there_is_replaced_only_if_asked(hub, prune, tmp_pa
     ended = prune("--push-to-hub", "me/small")
     assert ended.code == 1 and "is on the hub already" in ended.error and not (tmp_path / "pruned").exists()
     assert prune("--push-to-hub", "me/small", "--overwrite").code == 0
-    assert hub.private == {"small": None}  # as one's settings say
+    assert hub.private == {}  # as it was
     assert (there / "notes.md").exists() and {path.name for path in there.glob("model*")} == {
         "model.safetensors"
     }
+
+
+def test_what_is_to_be_private_is_not_pushed_to_where_everybody_sees_it(hub, prune, tmp_path):
+    """Neither what is there at the start nor what somebody has made public meanwhile."""
+    there, push = tmp_path / "hub/me/small", Push("me/small", private=True, overwrite=True)
+    there.mkdir(parents=True)
+    ended = prune("--push-to-hub", "me/small", "--overwrite", "--private")
+    assert ended.code == 1 and "me/small is public on the hub: make it private" in ended.error
+    assert not (tmp_path / "pruned").exists()
+    with pytest.raises(HubError, match="is public on the hub"):
+        push.send(tmp_path / "dense")
+    assert list(there.iterdir()) == []
+    hub.private["small"] = True
+    push.check("dense")
+    push.send(tmp_path / "dense")
+    assert (there / "model.safetensors").is_file()
 
 
 def test_a_push_that_fails_leaves_what_is_saved_and_is_repeated_with_the_command(hub, prune, tmp_path):
@@ -131,6 +152,7 @@ def test_a_push_that_fails_leaves_what_is_saved_and_is_repeated_with_the_command
     assert (
         ended.code == 0 and "done already" in ended.said and (tmp_path / "hub/me/small/config.json").is_file()
     )
+    assert hub.private == {"small": None}  # as one's settings say
 
 
 def test_what_cannot_work_is_said_before_anything_is_pruned(hub, prune, tmp_path, monkeypatch):

@@ -62,6 +62,8 @@ class Push:
             user = HfApi().whoami()["name"]
             name = self.name if "/" in self.name else f"{user}/{self.name}"
             there = HfApi().repo_exists(name)
+            if there and self.overwrite:
+                self._check_private(name)
         if model == name and not Path(model).exists():
             raise HubError(f"--push-to-hub {name} is the dense model itself: choose another name")
         if there and not self.overwrite:
@@ -80,6 +82,7 @@ class Push:
         others = [name for name in files if not any(matching([name], known) for known in _KNOWN)]
         with self._answering(f"{folder} is saved: hf upload {shlex.join([self.name, str(folder)])} sends it"):
             place = HfApi().create_repo(self.name, private=self.private or None, exist_ok=self.overwrite)
+            self._check_private(place.repo_id)
             HfApi().upload_folder(
                 repo_id=place.repo_id,
                 folder_path=folder,
@@ -89,11 +92,22 @@ class Push:
             )
         return str(place), others
 
+    def _check_private(self, name: str) -> None:
+        """Raises HubError where everybody sees what is to be private: to push to a repository does not change that."""
+        from huggingface_hub import HfApi
+
+        if self.private and not HfApi().model_info(name).private:
+            raise HubError(
+                f"{name} is public on the hub: make it private in its settings, or leave --private out"
+            )
+
     @contextmanager
     def _answering(self, state: str) -> Iterator[None]:
         """Whatever goes wrong on the way to the hub is said in a line. state: what there is meanwhile."""
         try:
             yield
+        except HubError:
+            raise
         except Exception as error:  # of the network, of the hub, of the disk
             reason = " ".join(str(error).split()) or type(error).__name__
             raise HubError(f"could not push to {self.name}: {reason} ({state})") from error
