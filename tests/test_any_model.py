@@ -681,6 +681,73 @@ def test_blocks_side_by_side_are_no_chain_whatever_the_loss():
     assert isinstance(side_by_side.adapter, GraphAdapter)
 
 
+class Gated(nn.Module):
+    """Returns what is passed on, and its gate, as attention does that returns its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.outer = nn.Linear(6, 16), nn.Linear(8, 6)
+
+    def forward(self, x):
+        h, gate = self.both(x).chunk(2, -1)
+        gate = torch.sigmoid(3 * gate)
+        return x + self.outer(torch.tanh(h) * gate), gate
+
+
+class Gates(nn.Module):
+    """Blocks that return tuples; gates go into the output if they are `wanted`."""
+
+    def __init__(self, wanted=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.wanted = nn.ModuleList(Gated() for _ in range(3)), wanted
+
+    def forward(self, x):
+        gates = 0
+        for block in self.blocks:
+            outputs = block(x)
+            x = outputs[0]
+            if self.wanted:
+                gates = gates + outputs[1]
+        return (x + 0.1 * gates[..., :6] if self.wanted else x).mean(1)[:, :3]
+
+
+def gate_loss(model, batch):
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+def gate_pairs():
+    return torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_result_that_a_part_computes_another_from_counts_once(wanted):
+    model, (x, y) = Gates(wanted), gate_pairs()
+    name = "blocks.0.both"
+    weight, gradients = model.get_parameter(f"{name}.weight"), []
+    for k in range(6):
+        (gradient,) = torch.autograd.grad(gate_loss(model, (x[k : k + 1], y[k : k + 1])), weight)
+        gradients.append(gradient)
+    problem = ms.Fisher().problem(weight.detach().clone(), gradients=torch.stack(gradients))
+    expected = ms.solve(problem, 0.5, ms.SparseGPT())
+    ms.prune(
+        model,
+        [(x, y)],
+        {name: 0.5},
+        objective=ms.Fisher(),
+        solver=ms.SparseGPT(),
+        loss=gate_loss,
+        adapter=GraphAdapter(),
+    )
+    torch.testing.assert_close(weight.detach(), expected.weight, rtol=1e-3, atol=1e-5)
+
+
+def test_blocks_that_return_tuples_are_a_chain():
+    found = partition_model(Gates(wanted=False), [gate_pairs()], gate_loss)
+    assert isinstance(found.adapter, ChainAdapter)
+    assert isinstance(partition_model(Gates(), [gate_pairs()], gate_loss).adapter, GraphAdapter)
+
+
 def test_a_layer_of_a_chain_that_never_runs_is_named():
     model = Different(chained=True)
     for block in model.blocks:

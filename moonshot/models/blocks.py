@@ -97,7 +97,7 @@ class Chain:
         with suppress(_Entered), replaced(self.blocks, [record] * len(self.blocks)):
             try:
                 loss_of(self.loss, self.model, batch)
-            except (TypeError, IndexError, AttributeError):
+            except (TypeError, IndexError, AttributeError, ModelError):
                 if self._returns_tuple or not calls:
                     raise
                 self._returns_tuple = True

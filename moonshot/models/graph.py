@@ -165,8 +165,9 @@ class GraphReplay:
             output = tree_map(
                 _tracked, output
             )  # a part without gradients of its own, such as a frozen one, too
-            results.append(differentiable(output))
-            return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+            outside = tree_map(_viewed, output)  # not what the part itself makes of one result for another
+            results.append(differentiable(outside))
+            return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, outside)
 
         with (
             hooked(
@@ -286,6 +287,11 @@ class GraphReplay:
 def _to_read(tree: Any) -> Any:
     """A copy of stored tensors, which a module may change in place, as it reads them."""
     return tree_map(lambda leaf: as_read(leaf) if isinstance(leaf, Tensor) else leaf, read_all(tree))
+
+
+def _viewed(leaf: Any) -> Any:
+    """A tensor with a place of its own in the graph that gradients are computed by."""
+    return leaf.view_as(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def _tracked(leaf: Any) -> Any:
