@@ -100,6 +100,51 @@ def test_the_loss_of_a_sample_is_the_mean_over_its_own_targets():
     assert report.layers[name].terms == pytest.approx(expected.terms, rel=1e-3)
 
 
+def rows():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(7, 8, generator=generator), torch.arange(7) % 3, torch.rand(7, generator=generator)
+
+
+def classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+
+
+def summed(model, batch):
+    return cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+def weighted(model, batch):
+    losses = cross_entropy(model(batch[0]), batch[1], reduction="none")
+    return (losses * batch[2]).sum() / batch[2].sum()
+
+
+def contrastive(model, batch):
+    outputs = nn.functional.normalize(model(batch[0]), dim=-1)
+    signs = 2 * torch.eye(len(outputs)) - 1
+    return -nn.functional.logsigmoid(3 * (outputs @ outputs.T) * signs).sum() / len(outputs)
+
+
+@pytest.mark.parametrize("loss", [summed, weighted])
+def test_a_loss_that_is_no_mean_over_samples_gives_the_same_however_they_are_batched(loss):
+    """Each sample's loss is what it is by itself."""
+    model, name = classifier(), "0"
+    weight, gradients = model.get_parameter("0.weight"), []
+    for k in range(7):
+        batch = [column[k : k + 1] for column in rows()]
+        gradients += torch.autograd.grad(loss(model, batch), weight)
+    problem = ms.Fisher().problem(weight.detach().clone(), gradients=torch.stack(gradients))
+    expected = ms.solve(problem, 0.5, ms.SparseGPT())
+    batches = [tuple(column[:5] for column in rows()), tuple(column[5:] for column in rows())]
+    ms.prune(model, batches, {name: 0.5}, objective=ms.Fisher(), solver=ms.SparseGPT(), loss=loss)
+    torch.testing.assert_close(weight.detach(), expected.weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_that_compares_samples_has_them_together():
+    assert not partition_model(classifier(), [rows()], contrastive).one_by_one
+    assert partition_model(classifier(), [rows()], weighted).one_by_one
+
+
 def test_samples_without_a_target_are_left_out_and_named():
     batch = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in uneven().items()}
     batch["labels"][2] = -100

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
+from math import isclose
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,7 @@ from moonshot.models.trial_run import TrialRun, trial_run
 
 _CHAIN = 0.8  # the share of all prunable weights that a chain of blocks must hold
 _SAME = 1e-3  # relative difference of the loss through a chain
+_ALIKE = 1e-4, 1e-2  # the same, of a batch and of its samples, in single and in half precision
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class Partition:
     decoder: names of the layers that read the decoder's tokens in an encoder-decoder.
     routed: some layers do not read the same number of rows for every sample, such as experts.
     one_by_one: samples are replayed alone, so that all that a layer reads in a batch belongs to one sample, and none of
-    it is padding: where layers are routed, or where a batch is not one sample after the other in what a layer reads.
+    it is padding: where layers are routed, or where a batch is not one sample after the other in what a layer reads, or
+    where its loss is another mean over its samples than that of their losses, such as a mean over all tokens.
+    summed: the loss of a batch is the sum over its samples.
     """
 
     adapter: Adapter
@@ -66,6 +71,7 @@ class Partition:
     unreached: dict[str, LayerView] = field(default_factory=dict)
     routed: bool = False
     one_by_one: bool = False
+    summed: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
     decoder: frozenset[str] = frozenset()
     outside: frozenset[str] = frozenset()
@@ -141,6 +147,8 @@ class Partition:
         batches = self.batches(model, batches)
         if loss is model_loss and isinstance(self.adapter, ChainAdapter) and not (self.one_by_one or dense):
             batches = self._joined(model, batches)
+        if self.summed:
+            loss = partial(_mean_of_sum, loss)
         return self.adapter.replay(model, self.parts, batches, loss, gradients, offload, dense)
 
     def _joined(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
@@ -173,8 +181,9 @@ def partition_model(
         if not run.rows:
             raise ModelError("the loss ran no layer of the model: it must call model")
         routed = alone = any(view.routed for view in views.values())
+        summed = False
         if not routed:
-            routed, alone = trials.compare(batches, run)
+            routed, alone, summed = trials.compare(batches, run)
         if adapter is None:
             adapter = trials.adapter
             if _holds_most(adapter, trials.blocks, weights, run) and _is_chain(
@@ -218,7 +227,7 @@ def partition_model(
         )
         reasons = {name: reason for name, reason in reasons.items() if name not in outside}
     found = routers(model) if routed else frozenset()
-    return Partition(adapter, parts, head, found, unreached, routed, alone, reasons, decoder, outside)
+    return Partition(adapter, parts, head, found, unreached, routed, alone, summed, reasons, decoder, outside)
 
 
 @contextmanager
@@ -237,6 +246,11 @@ def _naming_weights(model: nn.Module) -> Iterator[None]:
                 f"{listed(broken)} hold NaN or infinity ({error}): load the model once more"
             ) from None
         raise
+
+
+def _mean_of_sum(loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss of a batch, from a loss that is the sum over its samples."""
+    return loss(model, batch) / batch_samples(batch)
 
 
 def _reasons(left_out: Mapping[str, str]) -> str:
@@ -312,12 +326,13 @@ class _Trials:
         after = self.run({**sample, **{name: sample[name][..., rest] for name in names}})
         return frozenset(name for name, tokens in before.tokens.items() if after.tokens.get(name) == tokens)
 
-    def compare(self, batches: list[Batch], first: TrialRun) -> tuple[bool, bool]:
-        """(whether layers read other numbers of rows for other samples, whether samples must run one by one).
+    def compare(self, batches: list[Batch], first: TrialRun) -> tuple[bool, bool, bool]:
+        """(whether layers read other numbers of rows for other samples, whether samples must run one by one, `summed`).
 
         first: what the first sample of the first batch has shown.
 
-        They must as well where what a layer reads of a batch is not one sample after the other.
+        They must as well where what a layer reads of a batch is not one sample after the other, or where its loss is
+        another mean over its samples than that of their losses.
 
         Of the first batch with several samples, as many as have their logits at once (`logits_at_once`), two at least;
         where each has one, of the first 16 in the sizes of the first.
@@ -333,12 +348,33 @@ class _Trials:
         if several is not None and batch_samples(batches[0]) == 1:
             first = self.run(samples[0])
         alone = {name: [sums.clone() for sums in calls] for name, calls in first.sums.items()}
+        losses = [first.loss]
         for sample in samples[1:]:
             run = self.run(sample)
             if run.rows != first.rows:
-                return True, True
+                return True, True, False
             alone = {name: list(map(_joined, calls, run.sums[name])) for name, calls in alone.items()}
-        return False, several is not None and _rearranged(alone, self.run(several).sums)
+            losses.append(run.loss)
+        if several is None:
+            return False, False, False
+        together = self.run(several)
+        if _rearranged(alone, together.sums):
+            return False, True, False
+        if self._alike(together.loss, sum(losses) / len(losses)) or not _same(alone, together.sums):
+            return False, False, False
+        summed = self._alike(together.loss, sum(losses))
+        return False, not summed and self._is_weighted(several, losses), summed
+
+    def _is_weighted(self, batch: Batch, losses: list[float]) -> bool:
+        """Whether a loss is some mean over samples, and does not compare them with each other (is contrastive).
+
+        Then that of a sample twice is that of the sample. losses: of the batch's samples.
+        """
+        loss, k = max((abs(loss), k) for k, loss in enumerate(losses))
+        return loss > 0 and self._alike(self.run(take(batch, [k, k])).loss, losses[k])
+
+    def _alike(self, one: float, other: float) -> bool:
+        return isclose(one, other, rel_tol=_ALIKE[itemsize_of_passes(self.model) < 4])
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
@@ -358,6 +394,13 @@ def _rearranged(alone: dict[str, list[Tensor]], together: dict[str, list[Tensor]
     return any(
         len(one) != len(other) or (not _close(one, other) and _close(one.sort().values, other.sort().values))
         for one, other in pairs
+    )
+
+
+def _same(alone: dict[str, list[Tensor]], together: dict[str, list[Tensor]]) -> bool:
+    """Whether layers read in a batch what they read of its samples alone, so that no sample depends on others."""
+    return all(
+        _close(one, other) for name in alone for one, other in zip(alone[name], together[name], strict=True)
     )
 
 
