@@ -257,6 +257,27 @@ def test_padding_counts_for_nothing(name, side):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_padding_counts_for_nothing_in_an_encoder_decoder():
+    sizes = dict(vocab_size=61, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, num_experts=3)
+    sparse = dict(num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, expert_capacity=16)
+    config = transformers.SwitchTransformersConfig(**sizes, **sparse, decoder_start_token_id=0, pad_token_id=0)
+
+    def pruned(batch):
+        torch.manual_seed(0)
+        model = transformers.SwitchTransformersForConditionalGeneration(config)
+        options = dict(objective=JOINT, solver=ms.SparseGPT(), unreached="skip")
+        return ms.prune(model, [batch], 0.5, **options)
+
+    ids, real = tokens(6, 12), torch.arange(12) < 7
+    labels = ids.flip(0)
+    one = pruned({"input_ids": ids[:, :7], "labels": labels[:, :7]})
+    mask = real.long().expand(6, -1)
+    other = pruned({"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(~real, -100)})
+    assert list(one.layers) == list(other.layers)
+    for name, layer in one.layers.items():
+        assert layer.terms == pytest.approx(other.layers[name].terms, rel=1e-3), name
+
+
 def test_samples_one_by_one():
     ids = torch.tensor([[5, 6, 7], [8, 9, 0], [0, 0, 0]])
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids + 1, "weight": torch.ones(3)}
@@ -264,8 +285,10 @@ def test_samples_one_by_one():
     assert first["labels"].tolist() == [[6, 7, 8]] and first["weight"].tolist() == [1]
     assert second["input_ids"].tolist() == [[8, 9]] and second["labels"].tolist() == [[9, 10]]
     assert second["attention_mask"].tolist() == [[1, 1]]
-    kept = one_by_one([batch], aligned=False)
-    assert [b["input_ids"].tolist() for b in kept] == [[[5, 6, 7]], [[8, 9, 0]]]
+    labels = torch.tensor([[6, 7, 8], [-100, 9, -100], [4, 5, 6]])
+    _, second = one_by_one([batch | {"labels": labels, "decoder_input_ids": ids}], aligned=False)
+    assert second["input_ids"].tolist() == [[8, 9]] and second["labels"].tolist() == [[-100, 9]]
+    assert second["decoder_input_ids"].tolist() == [[8, 9]]
     pairs = one_by_one([(torch.arange(4), torch.arange(4))], aligned=True)
     assert [tuple(map(int, pair)) for pair in pairs] == [(k, k) for k in range(4)]
 

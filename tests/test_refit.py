@@ -20,6 +20,7 @@ from moonshot.pruning.calibration_pass import CalibrationPass
 from moonshot.pruning.recipe import Recipe
 from tests.models import block_layers, decoder, network, tokens
 from tests.test_experts import mixture
+from tests.test_samples import t5
 
 FAST = dict(solver=ms.Magnitude(), objective=ms.Reconstruction())
 REFIT = ms.Refit(epochs=3, steps=4)
@@ -266,6 +267,20 @@ def test_padding_counts_for_nothing():
     with_padding = ms.prune(other, [{"input_ids": padded, "attention_mask": longer}], 0.5, refit=REFIT, **FAST)
     for name, part in plain.parts.items():
         assert part.aside_after == pytest.approx(with_padding.parts[name].aside_after, rel=1e-3)
+
+
+@pytest.mark.parametrize("where", ["encoder", "decoder"])
+def test_each_half_of_an_encoder_decoder_has_padding_of_its_own(where):
+    """As many inputs as labels, padded in one of the two."""
+    ids, labels = tokens(16), tokens(16).flip(0)
+    short = {"input_ids": ids[:, :10], "labels": labels}
+    padded = short | {"input_ids": ids, "attention_mask": (torch.arange(16) < 10).long().expand(16, -1)}
+    if where == "decoder":
+        short = {"input_ids": ids, "labels": labels[:, :10]}
+        padded = {"input_ids": ids, "labels": labels.masked_fill(torch.arange(16) >= 10, -100)}
+    one, other = (ms.prune(t5(), [batch], 0.5, refit=REFIT, **FAST) for batch in (short, padded))
+    for name, part in one.parts.items():
+        assert part.aside_before == pytest.approx(other.parts[name].aside_before, rel=1e-3), name
 
 
 def test_gradients_say_what_an_error_counts_for():

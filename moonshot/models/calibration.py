@@ -163,10 +163,12 @@ def moved(batch: Batch, device: torch.device | str) -> Batch:
     return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
-def real_tokens(hidden: Tensor, batch: Batch) -> Tensor:
-    """Hidden states of a batch without those of padded tokens."""
-    mask = token_mask(batch)
-    return hidden if mask is None or hidden.shape[:2] != mask.shape else hidden[mask]
+def real_tokens(hidden: Tensor, batch: Batch, decoder: bool = False) -> Tensor:
+    """Hidden states of a batch without those of padded tokens; `decoder_mask` says which these are in a decoder."""
+    mask = decoder_mask(batch) if decoder else token_mask(batch)
+    if mask is not None and hidden.ndim == 2 and len(hidden) == mask.numel():  # one token below the other
+        mask = mask.flatten()
+    return hidden if mask is None or hidden.shape[: mask.ndim] != mask.shape else hidden[mask]
 
 
 def token_mask(batch: Batch) -> Tensor | None:
@@ -213,25 +215,36 @@ def take(batch: Batch, samples: list[int]) -> Batch:
 def one_by_one(batches: list[Batch], aligned: bool) -> list[Batch]:
     """The same samples in batches of one, so that nothing in a batch belongs to another sample.
 
-    aligned: whether all that has an entry for each token, labels too, is about the tokens that attention_mask is about;
-    padding is left out then. A sample that is padding only is left out anyway.
+    Padding is left out, and so is a sample that is nothing else. aligned: whether all that has an entry for each token,
+    labels too, is about the tokens that attention_mask is about; else labels and decoder_* are about a decoder's.
     """
     alone = [take(batch, [k]) for batch in batches for k in range(batch_samples(batch))]
     real = [batch for batch in alone if (mask := token_mask(batch)) is None or bool(mask.any())]
-    return [_unpadded(batch) for batch in real] if aligned else real
+    return [_unpadded(batch, aligned) for batch in real]
 
 
-def _unpadded(batch: Batch) -> Batch:
-    """A batch of one sample without its padded tokens."""
-    mask = token_mask(batch)
-    if mask is None or mask.ndim > 2:
-        return batch
+def _unpadded(batch: Batch, aligned: bool) -> Batch:
+    """A batch of one sample without its padded tokens, those of a decoder at its end."""
+    mask, of_decoder = token_mask(batch), None if aligned else decoder_mask(batch)
+    short = batch
+    if mask is not None and mask.ndim == 2:
+        names = [name for name in batch if aligned or not _is_of_decoder(name)]
+        short = {**short, **{name: _at_tokens(batch[name], mask, mask[0]) for name in names}}
+        if has_position_axes(batch):
+            short["position_ids"] = batch["position_ids"][:, :, mask[0]]
+    if of_decoder is not None and bool(of_decoder.any()):
+        until_last = of_decoder[0].flip(0).cumsum(0).flip(0) > 0
+        names = [name for name in batch if _is_of_decoder(name)]
+        short = {**short, **{name: _at_tokens(batch[name], of_decoder, until_last) for name in names}}
+    return short
 
-    def unpadded(leaf: Any) -> Any:
-        return leaf[:, mask[0]] if isinstance(leaf, Tensor) and leaf.shape[:2] == mask.shape else leaf
 
-    short = {name: unpadded(leaf) for name, leaf in batch.items()}
-    return short | ({"position_ids": batch["position_ids"][:, :, mask[0]]} if has_position_axes(batch) else {})
+def _is_of_decoder(name: str) -> bool:
+    return name == "labels" or name.startswith("decoder_")
+
+
+def _at_tokens(leaf: Any, mask: Tensor, real: Tensor) -> Any:
+    return leaf[:, real] if isinstance(leaf, Tensor) and leaf.shape[:2] == mask.shape else leaf
 
 
 def set_aside(batches: list[Batch], seed: int, share: float = 0.25) -> tuple[list[Batch], list[Batch]]:

@@ -30,6 +30,7 @@ class Part:
     """A part of the model, and those of its layers that are wanted, by name.
 
     others: its other layers; dtypes: of its parameters and buffers, outside of `observed`.
+    decoder: whether it returns the decoder's hidden states in an encoder-decoder.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Part:
     layers: dict[str, LayerView]
     others: dict[str, LayerView]
     dtypes: dict[Tensor, torch.dtype]
+    decoder: bool
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +93,9 @@ class CalibrationPass:
             layers = {name: view for name, view in views.items() if name in wanted}
             others = {name: view for name, view in views.items() if name not in wanted}
             dtypes = {tensor: tensor.dtype for tensor in tensors_of(module)}
-            self.parts.append(Part(index, prefix, module, layers, others, dtypes))
+            self.parts.append(
+                Part(index, prefix, module, layers, others, dtypes, not views.keys().isdisjoint(self._decoder))
+            )
         self._turns = InTurn([list(part.dtypes) for part in self.parts])
         self._dtypes = {name: view.weight.dtype for part in self.parts for name, view in part.layers.items()}
 

@@ -105,7 +105,7 @@ class PartFit:
         self._part, self._refit, self._ranks, self._on_step = part, refit, ranks, on_step
         self._supports = _supports(part, shared)
         self._tensors = _tensors(part, self._supports)
-        self._data = _Data(part.index, replay, refit, seed, ranks)
+        self._data = _Data(part, replay, refit, seed, ranks)
 
     def values(self) -> list[Tensor]:
         """What is fitted, and what running statistics go with it, in the model's dtype."""
@@ -206,8 +206,8 @@ class _Data:
     The batches of the first rank come first; a rank runs its own.
     """
 
-    def __init__(self, index: int, replay: Replay, refit: Refit, seed: int, ranks: Ranks):
-        self._index, self._replay, self._ranks = index, replay, ranks
+    def __init__(self, part: Part, replay: Replay, refit: Refit, seed: int, ranks: Ranks):
+        self._part, self._replay, self._ranks = part, replay, ranks
         by_rank = ranks.gather([batch_samples(batch) for batch in replay.batches])
         self._before = sum(map(len, by_rank[: ranks.index]))
         self._samples = [samples for of_rank in by_rank for samples in of_rank]
@@ -218,9 +218,9 @@ class _Data:
         wanted = refit.share * sum(self._samples)
         while len(self.fitted) > 1 and sum(self._samples[b] for b in self.aside) < wanted:
             self.aside.append(self.fitted.pop())
-        self._metric = _metric(_over_ranks(replay.output_moment(index), ranks), refit.fisher)
+        self._metric = _metric(_over_ranks(replay.output_moment(part.index), ranks), refit.fisher)
         energies = [
-            float(self._measured(replay.dense_output(index, b), b).double().square().sum())
+            float(self._measured(replay.dense_output(part.index, b), b).double().square().sum())
             for b in range(len(replay.batches))
         ]
         self._energy = [energy for of_rank in ranks.gather(energies) for energy in of_rank]
@@ -255,12 +255,12 @@ class _Data:
         return [b - self._before for b in batches if b in own]
 
     def _difference(self, b: int) -> Tensor:
-        dense = self._replay.dense_output(self._index, b)
-        return self._measured(self._replay.output(self._index, b) - dense, b)
+        dense = self._replay.dense_output(self._part.index, b)
+        return self._measured(self._replay.output(self._part.index, b) - dense, b)
 
     def _measured(self, output: Tensor, b: int) -> Tensor:
         """An output without padded tokens, in coordinates in which all channels count alike."""
-        tokens = real_tokens(output, self._replay.batches[b])
+        tokens = real_tokens(output, self._replay.batches[b], self._part.decoder)
         if self._metric is None:
             return tokens
         self._metric = self._metric.to(tokens)
