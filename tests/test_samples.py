@@ -250,6 +250,32 @@ def test_the_decoder_has_padding_of_its_own(mask):
     assert_same(one, other, rel=1e-3)
 
 
+def test_the_decoder_of_sounds_has_padding_of_its_own():
+    sizes = dict(vocab_size=61, d_model=32, num_mel_bins=8, max_source_positions=10, max_target_positions=32)
+    stacks = {f"{half}_{what}": 2 for half in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    widths = dict(encoder_ffn_dim=48, decoder_ffn_dim=48)
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
+    config = transformers.WhisperConfig(**sizes, **stacks, **widths, **special)
+
+    def pruned(labels):
+        torch.manual_seed(0)
+        model = transformers.WhisperForConditionalGeneration(config).eval()
+        sounds = torch.randn(6, 8, 20, generator=torch.Generator().manual_seed(1))
+        return ms.prune(model, [{"input_features": sounds, "labels": labels}], 0.5, **OPTIONS)
+
+    labels = tokens(6, 7)
+    assert_same(pruned(torch.cat([labels, torch.full((6, 5), -100)], 1)), pruned(labels), rel=1e-2)
+
+
+def test_padding_of_embedded_texts_counts_for_nothing():
+    ids, mask = padded()
+    embedded = llama().get_input_embeddings()(ids).detach()
+    labels = ids.masked_fill(mask == 0, -100)
+    batch = {"inputs_embeds": embedded, "attention_mask": mask, "labels": labels}
+    one = ms.prune(llama(), [batch], 0.5, **OPTIONS)
+    assert_same(one, ms.prune(llama(), [{"input_ids": ids[:, :6]}], 0.5, **OPTIONS))
+
+
 def test_a_mask_is_of_tokens_and_not_of_channels():
     mask = torch.tensor([[True, True, False, False]] * 3)
     found = []

@@ -173,7 +173,8 @@ def real_tokens(hidden: Tensor, batch: Batch, decoder: bool = False) -> Tensor:
 
 def token_mask(batch: Batch) -> Tensor | None:
     """True (samples, tokens) where a token is real, False where it is padding; None where nothing is padding."""
-    return _mask(batch, "input_ids", "attention_mask")
+    embedded = isinstance(batch, Mapping) and "input_ids" not in batch
+    return _mask(batch, "inputs_embeds" if embedded else "input_ids", "attention_mask")
 
 
 def next_token_mask(batch: Batch) -> Tensor | None:
@@ -228,18 +229,19 @@ def _unpadded(batch: Batch, aligned: bool) -> Batch:
     mask, of_decoder = token_mask(batch), None if aligned else decoder_mask(batch)
     short = batch
     if mask is not None and mask.ndim == 2:
-        names = [name for name in batch if aligned or not _is_of_decoder(name)]
+        names = [name for name in batch if aligned or not is_of_decoder(name)]
         short = {**short, **{name: _at_tokens(batch[name], mask, mask[0]) for name in names}}
         if has_position_axes(batch):
             short["position_ids"] = batch["position_ids"][:, :, mask[0]]
     if of_decoder is not None and bool(of_decoder.any()):
         until_last = of_decoder[0].flip(0).cumsum(0).flip(0) > 0
-        names = [name for name in batch if _is_of_decoder(name)]
+        names = [name for name in batch if is_of_decoder(name)]
         short = {**short, **{name: _at_tokens(batch[name], of_decoder, until_last) for name in names}}
     return short
 
 
-def _is_of_decoder(name: str) -> bool:
+def is_of_decoder(name: str) -> bool:
+    """Whether an entry of a batch is about the decoder's tokens in an encoder-decoder, by its name."""
     return name == "labels" or name.startswith("decoder_")
 
 

@@ -19,6 +19,7 @@ from moonshot.models.calibration import (
     batch_samples,
     batch_tokens,
     decoder_mask,
+    is_of_decoder,
     one_by_one,
     take,
     token_mask,
@@ -311,11 +312,15 @@ class _Trials:
     def decoder(self, batches: list[Batch]) -> frozenset[str]:
         """Layers that read as many tokens where the encoder reads one less: they read the decoder's.
 
-        Empty where nothing is padding, so that it does not matter.
+        Where the encoder reads no text but sounds or images, those that read one less where the decoder does. Empty
+        where nothing is padding, so that it does not matter.
         """
         sample = take(batches[0], [0])
         ids = sample.get("input_ids") if isinstance(sample, Mapping) else None
         padded = any(token_mask(batch) is not None or decoder_mask(batch) is not None for batch in batches)
+        if padded and not isinstance(ids, Tensor) and (short := _with_a_shorter_decoder(sample)):
+            before, after = self.run(sample), self.run(short)
+            return frozenset(name for name, tokens in before.tokens.items() if after.tokens.get(name) != tokens)
         if not padded or not isinstance(ids, Tensor) or ids.shape[-1] < 2:
             return frozenset()
         names = ["input_ids", *(["attention_mask"] if "attention_mask" in sample else [])]
@@ -415,6 +420,20 @@ def _sizes(batch: Batch) -> list[torch.Size]:
 def _has_decoder(model: nn.Module) -> bool:
     """Whether a batch has two sequences of tokens, each with a mask of its own."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _with_a_shorter_decoder(sample: Batch) -> Batch | None:
+    """A sample without one token of its decoder's, padding if there is any; None where it has one token."""
+    mask = decoder_mask(sample)
+    texts = {
+        n: leaf for n, leaf in sample.items() if is_of_decoder(n) and isinstance(leaf, Tensor) and leaf.ndim > 1
+    }
+    length = max((leaf.shape[1] for leaf in texts.values()), default=0)
+    if length < 2:
+        return None
+    spare = length - 1 if mask is None else int(mask[0].int().argmin())
+    rest = [k for k in range(length) if k != spare]
+    return {**sample, **{name: leaf[:, rest] for name, leaf in texts.items() if leaf.shape[1] == length}}
 
 
 def _samples(model: nn.Module, batches: list[Batch]) -> list[Batch]:
