@@ -141,8 +141,8 @@ def test_a_loss_that_is_no_mean_over_samples_gives_the_same_however_they_are_bat
 
 
 def test_a_loss_that_compares_samples_has_them_together():
-    assert not partition_model(classifier(), [rows()], contrastive).one_by_one
-    assert partition_model(classifier(), [rows()], weighted).one_by_one
+    assert not partition_model(classifier(), [rows()], contrastive).weighted
+    assert partition_model(classifier(), [rows()], weighted).weighted
 
 
 def test_samples_without_a_target_are_left_out_and_named():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from math import isclose
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from moonshot.models.calibration import (
     decoder_mask,
     is_of_decoder,
     one_by_one,
+    split,
     take,
     token_mask,
 )
@@ -60,9 +62,10 @@ class Partition:
     decoder: names of the layers that read the decoder's tokens in an encoder-decoder.
     routed: some layers do not read the same number of rows for every sample, such as experts.
     one_by_one: samples are replayed alone, so that all that a layer reads in a batch belongs to one sample, and none of
-    it is padding: where layers are routed, or where a batch is not one sample after the other in what a layer reads, or
-    where its loss is another mean over its samples than that of their losses, such as a mean over all tokens.
+    it is padding: where layers are routed, or where a batch is not one sample after the other in what a layer reads.
     summed: the loss of a batch is the sum over its samples.
+    weighted: it is another mean than that of its samples' losses, such as a mean over all tokens, and samples are
+    replayed alone, as they are.
     """
 
     adapter: Adapter
@@ -73,6 +76,7 @@ class Partition:
     routed: bool = False
     one_by_one: bool = False
     summed: bool = False
+    weighted: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
     decoder: frozenset[str] = frozenset()
     outside: frozenset[str] = frozenset()
@@ -130,7 +134,9 @@ class Partition:
 
     def batches(self, model: nn.Module, batches: list[Batch]) -> list[Batch]:
         """The batches that are replayed, of one sample each where that must be."""
-        return _samples(model, batches) if self.one_by_one else batches
+        if self.one_by_one:
+            return _samples(model, batches)
+        return split(batches, 1) if self.weighted else batches
 
     def replay(
         self,
@@ -146,7 +152,8 @@ class Partition:
         Not with `dense`: what a refit does in a step is made of the batches as they are.
         """
         batches = self.batches(model, batches)
-        if loss is model_loss and isinstance(self.adapter, ChainAdapter) and not (self.one_by_one or dense):
+        alone = self.one_by_one or self.weighted
+        if loss is model_loss and isinstance(self.adapter, ChainAdapter) and not (alone or dense):
             batches = self._joined(model, batches)
         if self.summed:
             loss = partial(_mean_of_sum, loss)
@@ -181,18 +188,19 @@ def partition_model(
             run = trials.run(take(batches[0], [0]))
         if not run.rows:
             raise ModelError("the loss ran no layer of the model: it must call model")
-        routed = alone = any(view.routed for view in views.values())
-        summed = False
-        if not routed:
-            routed, alone, summed = trials.compare(batches, run)
+        found = _Samples(routed=True, alone=True)
+        if not any(view.routed for view in views.values()):
+            found = trials.compare(batches, run)
         if adapter is None:
             adapter = trials.adapter
             if _holds_most(adapter, trials.blocks, weights, run) and _is_chain(
                 model, trials.blocks, take(batches[0], [0]), loss, run.loss
             ):
                 adapter = ChainAdapter()
-        for batch in _samples(model, batches) if alone else batches:
-            if len(run.reached(views) | run.uncalled) == len(views) and not (routed and adapter.whole_model):
+        for batch in _samples(model, batches) if found.alone else batches:
+            if len(run.reached(views) | run.uncalled) == len(views) and not (
+                found.routed and adapter.whole_model
+            ):
                 break
             run = run.and_then(trials.run(batch))
         decoder = trials.decoder(batches) if _has_decoder(model) else frozenset()
@@ -227,8 +235,17 @@ def partition_model(
             if not any(f"{name}.".startswith(f"{part}.") for part, _ in parts)
         )
         reasons = {name: reason for name, reason in reasons.items() if name not in outside}
-    found = routers(model) if routed else frozenset()
-    return Partition(adapter, parts, head, found, unreached, routed, alone, summed, reasons, decoder, outside)
+    return Partition(
+        adapter,
+        parts,
+        head,
+        routers(model) if found.routed else frozenset(),
+        unreached,
+        *found,
+        left_out=reasons,
+        decoder=decoder,
+        outside=outside,
+    )
 
 
 @contextmanager
@@ -294,6 +311,15 @@ def _check_uses(adapter: Adapter, parts: Parts, run: TrialRun) -> None:
                 )
 
 
+class _Samples(NamedTuple):
+    """How the samples of a batch go together: the fields of a Partition, of which `alone` is one_by_one."""
+
+    routed: bool = False
+    alone: bool = False
+    summed: bool = False
+    weighted: bool = False
+
+
 class _Trials:
     """Trial runs of one model."""
 
@@ -331,13 +357,10 @@ class _Trials:
         after = self.run({**sample, **{name: sample[name][..., rest] for name in names}})
         return frozenset(name for name, tokens in before.tokens.items() if after.tokens.get(name) == tokens)
 
-    def compare(self, batches: list[Batch], first: TrialRun) -> tuple[bool, bool, bool]:
-        """(whether layers read other numbers of rows for other samples, whether samples must run one by one, `summed`).
+    def compare(self, batches: list[Batch], first: TrialRun) -> "_Samples":
+        """What the samples of a batch show alone and together.
 
         first: what the first sample of the first batch has shown.
-
-        They must as well where what a layer reads of a batch is not one sample after the other, or where its loss is
-        another mean over its samples than that of their losses.
 
         Of the first batch with several samples, as many as have their logits at once (`logits_at_once`), two at least;
         where each has one, of the first 16 in the sizes of the first.
@@ -357,18 +380,18 @@ class _Trials:
         for sample in samples[1:]:
             run = self.run(sample)
             if run.rows != first.rows:
-                return True, True, False
+                return _Samples(routed=True, alone=True)
             alone = {name: list(map(_joined, calls, run.sums[name])) for name, calls in alone.items()}
             losses.append(run.loss)
         if several is None:
-            return False, False, False
+            return _Samples()
         together = self.run(several)
         if _rearranged(alone, together.sums):
-            return False, True, False
+            return _Samples(alone=True)
         if self._alike(together.loss, sum(losses) / len(losses)) or not _same(alone, together.sums):
-            return False, False, False
+            return _Samples()
         summed = self._alike(together.loss, sum(losses))
-        return False, not summed and self._is_weighted(several, losses), summed
+        return _Samples(summed=summed, weighted=not summed and self._is_weighted(several, losses))
 
     def _is_weighted(self, batch: Batch, losses: list[float]) -> bool:
         """Whether a loss is some mean over samples, and does not compare them with each other (is contrastive).
