@@ -81,6 +81,8 @@ class Chain:
         def record(hidden, *args, **kwargs):
             if not calls:
                 first.append(hidden.clone())
+            elif hidden.shape == first[0].shape[1:] and not self._returns_tuple:
+                raise IndexError("the model reads the first of a block's results")
             elif hidden.shape != first[0].shape:
                 raise ModelError(_UNCHAINED)
             else:
@@ -97,7 +99,7 @@ class Chain:
         with suppress(_Entered), replaced(self.blocks, [record] * len(self.blocks)):
             try:
                 loss_of(self.loss, self.model, batch)
-            except (TypeError, IndexError, AttributeError, ModelError):
+            except (TypeError, IndexError, AttributeError):
                 if self._returns_tuple or not calls:
                     raise
                 self._returns_tuple = True
