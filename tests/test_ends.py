@@ -298,7 +298,7 @@ def test_what_looks_like_markup_is_printed(monkeypatch, tmp_path, capsys, argume
 def test_a_place_that_cannot_be_written_to(monkeypatch, capsys, arguments):
     assert run(monkeypatch, *arguments[:-1], "/proc/out") == 1
     said = capsys.readouterr().err
-    assert "could not save to /proc/out: " in said and "choose another folder" in said
+    assert "no file can be made in /proc: " in said and "choose another folder" in said
 
 
 def test_a_full_disk_is_found_before_anything_is_copied(monkeypatch, tmp_path, capsys, arguments):
