@@ -2,7 +2,7 @@
 
 OpenBLAS (NumPy's and SciPy's), OpenMP (torch's) and numba each have threads of their own, and take turns on the same
 cores. OpenBLAS's spin for 2**26 cycles after every product, some 27 ms, in which what the others run has fewer cores:
-pruning a small model takes several times as long. OPENBLAS_THREAD_TIMEOUT says how long they spin, and is read when
+pruning a small model takes 1.4 times as long. OPENBLAS_THREAD_TIMEOUT says how long they spin, and is read when
 OpenBLAS is loaded. Where NumPy was loaded before, its threads are ended here, as they are when a process forks: the
 next product begins new ones.
 """

@@ -21,7 +21,10 @@ OPTIONS = {
         lowrank_cuda.options("float32", "float64", scaled=False),
     ],
     smallest_cuda.SOURCE: [smallest_cuda.options("float32", few=4), smallest_cuda.options("float64", few=64)],
-    iht_cuda.SOURCE: [iht_cuda.options("float32", shared=True), iht_cuda.options("float64", shared=False)],
+    iht_cuda.SOURCE: [
+        conjugate_cuda.options("float32", shared=True),
+        conjugate_cuda.options("float64", shared=False),
+    ],
     obs_cuda.SOURCE: [obs_cuda.options()],
     sparsegpt_cuda.SOURCE: [sparsegpt_cuda.options("float32", 16), sparsegpt_cuda.options("float64", 0)],
 }

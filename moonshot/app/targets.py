@@ -17,6 +17,7 @@ from moonshot.app.terminal import say
 from moonshot.files.compact import compact_size, load_any, weights_size
 from moonshot.files.load import Source
 from moonshot.files.source import CONTENTS, FolderError, check_folder
+from moonshot.models.precision import home
 from moonshot.models.semi_structured import semi_structured_layers, to_semi_structured
 
 _RUNS, _WARM = 15, 3
@@ -99,7 +100,7 @@ class SavedModel:
         source = Source(str(self.folder))
         other = Source(dense) if dense else self._dense(source)
         model, first = load_any(source).eval(), other.load().eval()
-        device = next(first.parameters()).device
+        device = home(first)
         inputs = _inputs(source, device)
         where = (
             torch.cuda.get_device_name(device)

@@ -16,12 +16,13 @@ _LEAST = 512  # columns from which three products on tensor cores are faster tha
 _TF32 = 3  # cuBLAS's CUBLAS_TF32_TENSOR_OP_MATH, which CuPy has no name for
 _CAPABILITY = 80  # Ampere, the first with TF32
 _NUMBERS = 2**27  # whose parts are there at once
+_HIGH = "__int_as_float((__float_as_int(x) + 0x1000) & 0xffffe000)"  # x rounded to 11 bits
 _ZERO, _ONE = (np.full(1, value, dtype=np.float32) for value in (0, 1))
 
 
 def parts(x: Any) -> tuple[Any, Any]:
     """x, float32, as a sum: rounded to 11 bits, and the rest."""
-    operation = "high = __int_as_float((__float_as_int(x) + 0x1000) & 0xffffe000); low = x - high"
+    operation = f"high = {_HIGH}; low = x - high"
     return kernel("float32 x", "float32 high, float32 low", operation, "tf32_parts")(x)
 
 
@@ -45,8 +46,8 @@ def beside(x: Any) -> Any:
 
     m, d = x.shape
     out = cupy.empty((m, 3 * d), dtype=x.dtype)
-    operation = """
-        const float high = __int_as_float((__float_as_int(x) + 0x1000) & 0xffffe000);
+    operation = f"""
+        const float high = {_HIGH};
         const ptrdiff_t at = i + 2 * d * (i / d);
         out[at] = out[at + 2 * d] = high;
         out[at + d] = x - high;

@@ -14,6 +14,7 @@ from moonshot.models.batch_sizes import tokens_at_once
 from moonshot.models.calibration import Batch, check_vocabulary
 from moonshot.models.losses import next_token_loss
 from moonshot.models.modules import evaluating
+from moonshot.models.precision import home
 
 _LARGEST = math.log(sys.float_info.max)  # a loss whose exp is still a number
 
@@ -47,7 +48,7 @@ def perplexity(model: nn.Module, ids: Tensor, batch_size: int | None = None) -> 
             f"ids must be (windows, context) with a context of 2 or more, got {tuple(ids.shape)}"
         )
     check_vocabulary(model, [{"input_ids": ids}])
-    device = next(model.parameters()).device
+    device = home(model)
     total = 0.0
     size = max(tokens_at_once(model) // ids.shape[1], 1) if batch_size is None else batch_size
     with evaluating(model):

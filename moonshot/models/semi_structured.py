@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from moonshot.models.modules import ModelError, shared_parameters
+from moonshot.models.precision import home
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def semi_structured_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _check_device(model: nn.Module) -> None:
-    device = next(model.parameters()).device
+    device = home(model)
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise ModelError(
             f"the model is on {device}: torch's semi-structured layers need a GPU of compute capability 8.0 or more"

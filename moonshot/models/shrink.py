@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moonshot.layer.columns import Columns
 from moonshot.models.modules import ModelError
+from moonshot.models.precision import home
 from moonshot.models.targets import listed
 from moonshot.models.units import Units, reason_against, units_of
 
@@ -61,7 +62,7 @@ def _cut_down(model: nn.Module, units: list[Units], remaining: dict[str, Tensor]
             _cut(tensors, f"{maker}.weight", left, rows, axis=0)
             _cut(tensors, f"{maker}.bias", left, rows, axis=0)
     kind: Any = type(model)
-    with torch.device(next(model.parameters()).device):
+    with torch.device(home(model)):
         small = kind(config)
     try:
         small.load_state_dict(tensors, assign=True)  # each in its own dtype

@@ -6,6 +6,7 @@ import array_api_compat
 import numpy as np
 
 from moonshot.linalg import cuda
+from moonshot.linalg.conjugate_cuda import options
 
 SOURCE = "solvers/iht.cu"
 _THREADS = 256
@@ -57,8 +58,3 @@ def _launch(name: str, x, read: tuple[Any, ...], written: tuple[Any, ...], share
         (*given, *written, np.int32(d)),
         sums,
     )
-
-
-def options(dtype: str, shared: bool) -> tuple[str, ...]:
-    """What the source is compiled with: the dtype, and whether all rows share a diagonal."""
-    return (f"-DREAL={cuda.real(dtype)}", f"-DSHARED={int(shared)}")
